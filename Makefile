@@ -1,0 +1,38 @@
+# make demo   environment, then the main job on an embedded default
+# make test   environment, then lint, types and tests
+VENV   ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+BIN    := $(VENV)/bin
+# where it would hurt, one thread a test process: the processes share the cores already
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+.PHONY: env demo test lint format types doctor clean
+.DEFAULT_GOAL := env
+
+env:
+	@$(PYTHON) tools/dev/setup_env.py --venv $(VENV)
+
+demo: env
+	$(BIN)/python tools/demo.py
+
+test: env lint types
+	$(PYTEST)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: env
+	$(BIN)/mypy
+
+doctor: env
+	$(BIN)/python -m gplq_mm doctor
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find gplq_mm tools tests configs -name __pycache__ -type d -prune -exec rm -rf {} +
