@@ -1,0 +1,186 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""``convert_``: attach quantizers to a float model, in place."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..modules import QuantizedLayer
+from ..quantizers import FakeQuantizer
+from .handlers import TURNED_OFF, build_quantizer, find_handler
+from .match import RuleBook, in_scope
+from .recipe import resolve_recipe, scope_prefixes
+
+_ATTENTION = re.compile(r'(attention|attn|msa)', re.IGNORECASE)
+
+
+@dataclass
+class CoverageReport:
+    """What a conversion quantized and what it left float.
+
+    Attributes:
+        quantized: Names by kind: ``linear``, ``conv``, ``matmul``.
+        kept_float: ``(name, reason)`` of what stays float inside the scope.
+        scope: Name prefixes that were converted.
+    """
+
+    quantized: dict[str, list[str]] = field(
+        default_factory=lambda: {'linear': [], 'conv': [], 'matmul': []}
+    )
+    kept_float: list[tuple[str, str]] = field(default_factory=list)
+    scope: tuple[str, ...] = ('',)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of quantized operations a kind."""
+        return {kind: len(names) for kind, names in self.quantized.items()}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON report."""
+        return {
+            'counts': self.counts,
+            'kept_float': [{'name': n, 'reason': r} for n, r in self.kept_float],
+            'scope': list(self.scope),
+        }
+
+
+class _Conversion:
+    """The running conversion; implements ``handlers.Context``."""
+
+    def __init__(self, recipe: Mapping[str, Any]) -> None:
+        self.recipe = recipe
+        self.book = RuleBook(recipe['rules'])
+        self.report = CoverageReport(scope=scope_prefixes(recipe['scope']))
+        self.roles: dict[str, str] = {}
+
+    def role(self, name: str, default: str = 'input') -> str:
+        return self.roles.get(name, default)
+
+    def set_role(self, name: str, role: str) -> None:
+        self.roles[name] = role
+
+    def activation(
+        self, name: str, role: str, axis: int | None, size: int | None
+    ) -> FakeQuantizer | None:
+        base = self.recipe['activation']
+        return build_quantizer(self.book, base, 'activation', name, role, axis, size)
+
+    def weight(self, name: str, role: str, axis: int, size: int) -> FakeQuantizer | None:
+        return build_quantizer(self.book, self.recipe['weight'], 'weight', name, role, axis, size)
+
+    def keep_float(self, name: str, reason: str) -> None:
+        self.report.kept_float.append((name, reason))
+
+    def count(self, kind: str, name: str) -> None:
+        self.report.quantized[kind].append(name)
+
+    def visit(self, name: str, module: nn.Module) -> None:
+        handler = find_handler(module)
+        if handler is not None:
+            handler(module, name, self)
+        elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Bilinear):
+            cls = type(module)
+            self.keep_float(name, f'no handler for {cls.__module__}.{cls.__qualname__}')
+        elif _ATTENTION.search(type(module).__name__):
+            self.keep_float(
+                name, f'matmuls of the unknown attention class {type(module).__qualname__}'
+            )
+
+
+def convert_(
+    model: nn.Module, recipe: str | Mapping[str, Any], strict: bool = False
+) -> CoverageReport:
+    """Attach quantizers to every supported operation in the recipe's scope.
+
+    Classes are swapped in place: the modules, their attributes and their
+    state-dict keys stay, quantizer state is added.
+
+    Args:
+        model: Float model; changed in place.
+        recipe: Preset name or recipe (see ``resolve_recipe``).
+        strict: Raise if an unknown layer or attention class in the scope stays float.
+
+    Returns:
+        What was quantized and what stays float.
+
+    Raises:
+        ValueError: If the model is already converted, the scope or a rule matches
+            nothing, nothing was quantized, or ``strict`` finds something float.
+
+    Examples:
+        >>> model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
+        >>> convert_(model, dict(scope='all')).counts
+        {'linear': 1, 'conv': 0, 'matmul': 0}
+    """
+    resolved = resolve_recipe(recipe)
+    if any(isinstance(m, FakeQuantizer) for m in model.modules()):
+        raise ValueError('the model is already converted; build a new float model to convert')
+    if resolved['scope'] == 'auto':
+        resolved['scope'] = default_scope(model)
+    conversion = _Conversion(resolved)
+    _check_scope(model, conversion.report.scope)
+    for name, module in list(model.named_modules()):
+        if in_scope(name, conversion.report.scope):
+            conversion.visit(name, module)
+    _check_result(conversion, strict)
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizer):
+            module.name = name
+    return conversion.report
+
+
+def default_scope(model: nn.Module) -> str:
+    """``backbone`` for a detector, ``all`` for anything else (classifiers, plain modules)."""
+    heads = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head')
+    is_detector = hasattr(model, 'backbone') and any(hasattr(model, h) for h in heads)
+    return 'backbone' if is_detector else 'all'
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Quantized layers with a weight by name, in model order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+
+
+def quantizers(model: nn.Module, kind: str | None = None) -> dict[str, FakeQuantizer]:
+    """Quantizers by name, of one kind (``activation``, ``weight``) or all."""
+    return {
+        n: m
+        for n, m in model.named_modules()
+        if isinstance(m, FakeQuantizer) and kind in (None, m.kind)
+    }
+
+
+def set_quantization(model: nn.Module, enabled: bool, kind: str | None = None) -> None:
+    """Switch all quantizers of a kind on or off; off equals the float model bit for bit."""
+    for quantizer in quantizers(model, kind).values():
+        quantizer.enabled = enabled
+
+
+def _check_scope(model: nn.Module, scope: tuple[str, ...]) -> None:
+    names = {name for name, _ in model.named_modules()}
+    for prefix in scope:
+        if prefix not in names:
+            children = sorted(name for name, _ in model.named_children())
+            raise ValueError(
+                f'scope {prefix!r} matches no module of {type(model).__name__}; '
+                f'its children are {children}'
+            )
+
+
+def _check_result(conversion: _Conversion, strict: bool) -> None:
+    for rule in conversion.book.unmatched():
+        raise ValueError(
+            f'recipe rule {dict(rule)} matches no layer in the scope '
+            f'{list(conversion.report.scope)}; correct its name or role, or remove it'
+        )
+    if not any(conversion.report.counts.values()):
+        raise ValueError(
+            f'nothing was quantized: no Linear, Conv or attention matmul is left in the scope '
+            f'{list(conversion.report.scope)}; widen the scope or the rules'
+        )
+    unknown = [f'{n} ({r})' for n, r in conversion.report.kept_float if r != TURNED_OFF]
+    if strict and unknown:
+        raise ValueError(f'strict=True, but these stay float: {"; ".join(unknown)}')

@@ -1,0 +1,151 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Handlers: which converter turns a float module into a quantized one.
+
+A handler is a function ``handler(module, name, context)`` registered for an exact
+class. It may attach quantizers, swap the module's class, or give roles to its
+children. Adapters register the handlers of other libraries' classes.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, swap_class
+from ..quantizers import FakeQuantizer, PerChannel, QuantSpec, build_observer
+from .match import RuleBook
+from .recipe import spec_from_settings
+
+
+class Context(Protocol):
+    """What a handler may ask of the running conversion."""
+
+    def role(self, name: str, default: str = 'input') -> str:
+        """Role that a parent gave to a module, or the default."""
+
+    def set_role(self, name: str, role: str) -> None:
+        """Give a role to a (child) module that is converted later."""
+
+    def activation(
+        self, name: str, role: str, axis: int | None, size: int | None
+    ) -> FakeQuantizer | None:
+        """Quantizer of an activation operand, or None where the rules turn it off."""
+
+    def weight(self, name: str, role: str, axis: int, size: int) -> FakeQuantizer | None:
+        """Quantizer of a weight, or None where the rules turn it off."""
+
+    def keep_float(self, name: str, reason: str) -> None:
+        """Report that something inside the scope stays float."""
+
+    def count(self, kind: str, name: str) -> None:
+        """Report a quantized operation."""
+
+
+Handler = Callable[[Any, str, Context], None]
+HANDLERS: dict[type[nn.Module], Handler] = {}
+TURNED_OFF = 'turned off by a rule'
+"""Reason in the report for what the recipe itself keeps float."""
+
+
+def register_handler(*types: type[nn.Module]) -> Callable[[Handler], Handler]:
+    """Function decorator: use the function for these exact module classes."""
+
+    def add(handler: Handler) -> Handler:
+        for cls in types:
+            HANDLERS[cls] = handler
+        return handler
+
+    return add
+
+
+def find_handler(module: nn.Module) -> Handler | None:
+    """Handler of a module's exact class; a subclass may compute something else."""
+    return HANDLERS.get(type(module))
+
+
+def register_layer(float_cls: type[nn.Module], quant_cls: type[nn.Module]) -> None:
+    """Convert ``float_cls`` (a Linear, Conv2d or ConvTranspose2d) into ``quant_cls``."""
+
+    def handler(module: Any, name: str, context: Context) -> None:
+        _convert_layer(module, name, context, quant_cls)
+
+    HANDLERS[float_cls] = handler
+
+
+def _convert_layer(module: Any, name: str, context: Context, quant_cls: type[nn.Module]) -> None:
+    is_linear = isinstance(module, nn.Linear)
+    default = 'image' if not is_linear and module.in_channels == 3 else 'input'
+    role = context.role(name, default)
+    in_size = module.in_features if is_linear else module.in_channels
+    weight_axis = quant_cls.weight_axis  # type: ignore[attr-defined]
+    channel_axis = quant_cls.channel_axis  # type: ignore[attr-defined]
+    activation = context.activation(name, role, channel_axis, in_size)
+    weight = context.weight(name, role, weight_axis, module.weight.shape[weight_axis])
+    if activation is None or weight is None:
+        context.keep_float(name, TURNED_OFF)
+        return
+    swap_class(module, quant_cls)
+    module.attach_quantizers(activation, weight)
+    context.count('linear' if is_linear else 'conv', name)
+
+
+register_layer(nn.Linear, QuantLinear)
+register_layer(nn.Conv2d, QuantConv2d)
+register_layer(nn.ConvTranspose2d, QuantConvTranspose2d)
+
+
+def make_matmul(
+    name: str, context: Context, roles: tuple[str, str], heads: int | None
+) -> QuantMatMul | None:
+    """QuantMatMul for two activation operands of an attention module.
+
+    Args:
+        name: Dotted name that the matmul will have.
+        context: Running conversion.
+        roles: Roles of the left and right operand.
+        heads: Number of heads (axis 1 of ``(B, heads, N, D)``) for scales a head; None
+            for operands without such an axis, which are then per-tensor.
+
+    Returns:
+        The module, or None where a rule turns one operand off.
+    """
+    axis = None if heads is None else 1
+    lhs = context.activation(f'{name}.lhs', roles[0], axis, heads)
+    rhs = context.activation(f'{name}.rhs', roles[1], axis, heads)
+    if lhs is None or rhs is None:
+        context.keep_float(name, TURNED_OFF)
+        return None
+    context.count('matmul', name)
+    return QuantMatMul(lhs, rhs)
+
+
+def build_quantizer(
+    book: RuleBook,
+    base: dict[str, Any],
+    kind: str,
+    name: str,
+    role: str,
+    axis: int | None,
+    size: int | None,
+) -> FakeQuantizer | None:
+    """Quantizer of one operand as the rules say, or None where they turn it off."""
+    settings = book.resolve(base, kind, name, role)
+    if not settings['enabled']:
+        return None
+    if kind == 'weight' and not settings.get('qat'):
+        settings['learn_scale'] = False
+    spec = spec_from_settings(settings, axis)
+    _check_observer(spec, name)
+    per_channel = isinstance(spec.granularity, PerChannel)
+    return FakeQuantizer(spec, size if per_channel else None, kind)  # type: ignore[arg-type]
+
+
+def _check_observer(spec: QuantSpec, name: str) -> None:
+    """Refuse arguments that the observer does not take now, not after the data is loaded."""
+    try:
+        build_observer(spec)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f'{name}: observer_args={spec.observer_args} do not fit observer={spec.observer!r} '
+            f'({error})'
+        ) from None

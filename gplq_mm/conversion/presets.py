@@ -1,0 +1,77 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Named recipes. ``gplq_w4a4_paper`` follows the paper; the others are ours."""
+
+import copy
+from typing import Any
+
+_OURS: dict[str, Any] = {
+    'scope': 'auto',
+    'activation': {
+        'num_bits': 4,
+        'signed': True,
+        'symmetric': False,
+        'granularity': 'per_tensor',
+        'observer': 'mse',
+        'observer_args': {},
+        'learn_scale': True,
+    },
+    'weight': {
+        'num_bits': 4,
+        'signed': True,
+        'symmetric': True,
+        'granularity': 'per_channel',
+        'observer': 'minmax',
+        'observer_args': {},
+        'learn_scale': False,
+        'ptq': 'mse',
+        'qat': False,
+    },
+    'rules': [
+        {'role': 'softmax', 'activation': {'signed': False, 'symmetric': True}, 'optional': True},
+        {'role': 'image', 'num_bits': 8, 'optional': True},
+        {'role': 'predictor', 'num_bits': 8, 'optional': True},
+    ],
+    'calibration': {'num_images': 32, 'seed': 0, 'batch_size': 1},
+    'mimic': {'type': 'auto', 'loss_weight': 1.0},
+    'optim': {
+        'lr': 5e-5,
+        'scale_lr': 5e-4,
+        'weight_decay': 0.0,
+        'scale_weight_decay': 0.0,
+        'betas': [0.9, 0.999],
+    },
+    'stage2': {'compensation': None},
+}
+
+
+def _with_bits(weight: int, activation: int) -> dict[str, Any]:
+    recipe = copy.deepcopy(_OURS)
+    recipe['name'] = f'w{weight}a{activation}'
+    recipe['weight']['num_bits'] = weight
+    recipe['activation']['num_bits'] = activation
+    return recipe
+
+
+def _paper(bits: int) -> dict[str, Any]:
+    """Section 4 of arXiv 2506.11784: signed symmetric per-channel, min-max, LR 5e-6, PCA, QwT."""
+    recipe = _with_bits(bits, bits)
+    recipe['name'] = f'gplq_w{bits}a{bits}_paper'
+    recipe['activation'].update(symmetric=True, granularity='per_channel', observer='minmax')
+    recipe['weight']['ptq'] = 'percentile'
+    recipe['rules'] = [r for r in recipe['rules'] if r['role'] != 'softmax']
+    recipe['calibration']['num_images'] = 128
+    recipe['mimic'] = {'type': 'paper', 'loss_weight': 1.0, 'explained_variance': 0.6}
+    recipe['optim'].update(lr=5e-6, scale_lr=5e-6)
+    recipe['stage2'] = {'compensation': 'auto'}
+    return recipe
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    recipe['name']: recipe
+    for recipe in (
+        *(_with_bits(w, a) for w, a in ((2, 2), (2, 4), (3, 3), (4, 4), (4, 8), (8, 8))),
+        _paper(4),
+        _paper(3),
+    )
+}
+"""Preset by name: ``wXaY`` is X-bit weights and Y-bit activations."""

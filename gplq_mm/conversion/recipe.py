@@ -1,0 +1,220 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Recipe: the whole description of a quantization, as plain data."""
+
+import copy
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ..quantizers import OBSERVERS, PerChannel, PerTensor, QuantSpec, integer_range
+from .match import ROLES
+from .presets import PRESETS
+
+SCOPES = {
+    'backbone': ('backbone',),
+    'backbone+neck': ('backbone', 'neck'),
+    'all': ('',),
+    'auto': ('',),
+}
+_SETTING_KEYS = {
+    'num_bits',
+    'signed',
+    'symmetric',
+    'granularity',
+    'observer',
+    'observer_args',
+    'learn_scale',
+}
+_KEYS: dict[str, set[str] | None] = {
+    'activation': _SETTING_KEYS | {'enabled'},
+    'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
+    'calibration': {'num_images', 'seed', 'batch_size'},
+    'optim': {'lr', 'scale_lr', 'weight_decay', 'scale_weight_decay', 'betas'},
+    'stage2': None,
+}
+_RULE_KEYS = {'name', 'role', 'num_bits', 'enabled', 'activation', 'weight', 'optional'}
+_TOP_KEYS = {'name', 'scope', 'rules', 'mimic', *_KEYS}
+
+
+def resolve_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Full recipe from a preset's name or from overrides over a preset.
+
+    Args:
+        recipe: A preset's name, or a dict with ``base`` (a preset's name, default
+            ``w4a4``) and any of the recipe's keys. Dicts merge key by key, ``rules``
+            are appended to the preset's, everything else replaces.
+
+    Returns:
+        Plain dict that holds every key; resolving it again changes nothing.
+
+    Raises:
+        ValueError: For an unknown preset, key, scope, observer or granularity, and
+            for bits outside 2 to 8.
+        TypeError: If ``recipe`` is neither a name nor a dict.
+
+    Examples:
+        >>> resolve_recipe('w4a4')['activation']['num_bits']
+        4
+        >>> resolve_recipe(dict(base='w4a4', activation=dict(num_bits=3)))['activation']['num_bits']
+        3
+    """
+    if isinstance(recipe, str):
+        return _preset(recipe)
+    if not isinstance(recipe, Mapping):
+        raise TypeError(f"recipe={recipe!r}: write a preset's name such as 'w4a4', or a dict")
+    overrides = copy.deepcopy(_plain(recipe))
+    resolved = overrides.pop('base', None)
+    if resolved is None and set(overrides) >= _TOP_KEYS:
+        full = overrides
+    else:
+        full = _merge(_preset(resolved or 'w4a4'), overrides)
+    _validate(full)
+    return full
+
+
+def spec_from_settings(settings: Mapping[str, Any], axis: int | None) -> QuantSpec:
+    """Quantizer spec of one operand.
+
+    Args:
+        settings: As given by ``RuleBook.resolve``.
+        axis: Channel axis for granularities other than per-tensor; None forces
+            per-tensor.
+    """
+    granularity: PerTensor | PerChannel = PerTensor()
+    if settings['granularity'] != 'per_tensor' and axis is not None:
+        granularity = PerChannel(axis)
+    return QuantSpec(
+        num_bits=settings['num_bits'],
+        signed=settings.get('signed', True),
+        symmetric=settings.get('symmetric', True),
+        granularity=granularity,
+        observer=settings.get('observer', 'minmax'),
+        learn_scale=settings.get('learn_scale', False),
+        observer_args=dict(settings.get('observer_args') or {}),
+    )
+
+
+def scope_prefixes(scope: str | list[str]) -> tuple[str, ...]:
+    """Name prefixes of a scope.
+
+    Examples:
+        >>> scope_prefixes('backbone+neck'), scope_prefixes(['backbone', 'rpn_head'])
+        (('backbone', 'neck'), ('backbone', 'rpn_head'))
+    """
+    if isinstance(scope, str):
+        if scope not in SCOPES:
+            raise ValueError(
+                f'scope={scope!r} is unknown; write one of {sorted(SCOPES)} '
+                'or a list of module names'
+            )
+        return SCOPES[scope]
+    if not isinstance(scope, list | tuple) or not all(isinstance(s, str) for s in scope):
+        raise ValueError(f"scope={scope!r}: write one of {sorted(SCOPES)} or a list ['backbone']")
+    return tuple(scope)
+
+
+def recipe_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = '') -> list[str]:
+    """Dotted keys in which two recipes differ, with both values.
+
+    Examples:
+        >>> recipe_difference(dict(x=dict(y=1)), dict(x=dict(y=2)))
+        ['x.y: 1 != 2']
+    """
+    differences = []
+    for key in sorted(set(a) | set(b)):
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, Mapping) and isinstance(right, Mapping):
+            differences += recipe_difference(left, right, f'{prefix}{key}.')
+        elif _plain(left) != _plain(right):
+            differences.append(f'{prefix}{key}: {left!r} != {right!r}')
+    return differences
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if not isinstance(name, str):
+        raise TypeError(f"recipe base={name!r}: write a preset's name such as 'w4a4'")
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f'; did you mean {close[0]!r}?' if close else ''
+        raise ValueError(f'recipe {name!r} is unknown; write one of {sorted(PRESETS)}{hint}')
+    return copy.deepcopy(PRESETS[name])
+
+
+def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    for key, value in overrides.items():
+        if key == 'rules':
+            if not isinstance(value, list):
+                raise ValueError(f'recipe.rules={value!r}: write a list of dict(name=..., ...)')
+            base['rules'] = [*base['rules'], *value]
+        elif isinstance(value, Mapping) and isinstance(base.get(key), dict):
+            base[key] = {**base[key], **value}
+        else:
+            base[key] = value
+    return base
+
+
+def _plain(value: Any) -> Any:
+    """Config containers as plain dicts and lists, for comparison and saving."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _check_keys(where: str, given: Any, allowed: set[str]) -> None:
+    if not isinstance(given, Mapping):
+        raise ValueError(f'{where}={given!r}: write a dict of {sorted(allowed)}')
+    unknown = sorted(set(given) - allowed)
+    if unknown:
+        raise ValueError(f'{where} has no key {unknown[0]!r}; the keys are {sorted(allowed)}')
+
+
+def _validate(recipe: dict[str, Any]) -> None:
+    _check_keys('recipe', recipe, _TOP_KEYS)
+    for section, keys in _KEYS.items():
+        if keys is not None:
+            _check_keys(f'recipe.{section}', recipe[section], keys)
+    _check_settings('recipe.activation', recipe['activation'])
+    _check_settings('recipe.weight', recipe['weight'])
+    scope_prefixes(recipe['scope'])
+    for index, rule in enumerate(recipe['rules']):
+        where = f'recipe.rules[{index}]'
+        _check_keys(where, rule, _RULE_KEYS)
+        if 'name' not in rule and 'role' not in rule:
+            raise ValueError(
+                f"{where}: {rule} names nothing; give name='*.pattern.*' or role='softmax'"
+            )
+        if rule.get('role', ROLES[0]) not in ROLES:
+            raise ValueError(f'{where}: role={rule["role"]!r} is unknown; write one of {ROLES}')
+        for settings in (rule, rule.get('activation') or {}, rule.get('weight') or {}):
+            _check_settings(where, settings)
+    _check_calibration(recipe['calibration'])
+
+
+def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
+    if 'num_bits' in settings:
+        try:
+            integer_range(settings['num_bits'], True)
+        except ValueError as error:
+            raise ValueError(f'{where}: {error}') from None
+    granularity = settings.get('granularity', 'per_tensor')
+    if granularity not in ('per_tensor', 'per_channel'):
+        raise ValueError(
+            f"{where}: granularity={granularity!r} is unknown; write 'per_tensor' or 'per_channel'"
+        )
+    if settings.get('observer', 'minmax') not in OBSERVERS:
+        raise ValueError(
+            f'{where}: observer={settings["observer"]!r} is unknown; '
+            f'write one of {sorted(OBSERVERS)}'
+        )
+
+
+def _check_calibration(calibration: Mapping[str, Any]) -> None:
+    for key in ('num_images', 'batch_size'):
+        value = calibration[key]
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(
+                f'recipe.calibration.{key}={value!r}: write a positive integer; an empty '
+                'calibration set cannot set a range'
+            )

@@ -1,0 +1,19 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Floor 1: layers that quantize their operands, in plain torch."""
+
+from .attention import quant_scaled_dot_product_attention
+from .conv import QuantConv2d, QuantConvTranspose2d
+from .layer import QuantizedLayer, swap_class, weight_rows
+from .linear import QuantLinear
+from .matmul import QuantMatMul
+
+__all__ = [
+    'QuantConv2d',
+    'QuantConvTranspose2d',
+    'QuantLinear',
+    'QuantMatMul',
+    'QuantizedLayer',
+    'quant_scaled_dot_product_attention',
+    'swap_class',
+    'weight_rows',
+]

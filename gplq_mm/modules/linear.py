@@ -1,0 +1,35 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""QuantLinear: ``nn.Linear`` with a quantized input and weight."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quantizers.functional import positive_scale
+from .layer import QuantizedLayer
+
+
+class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+    """``nn.Linear`` with fake-quantized operands; ``(..., in)`` -> ``(..., out)``.
+
+    Made from a float layer by the conversion, see ``QuantizedLayer``.
+    """
+
+    def input_scale_on_weight(self) -> Tensor:
+        """``(1, in_features)``."""
+        return positive_scale(self.input_quantizer.scale).view(1, -1)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``x @ weight.T + bias``."""
+        return F.linear(x, weight, bias)
+
+    def product_depth(self) -> int:
+        """``in_features``."""
+        return self.in_features
+
+    def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer with another bias, for callers that assemble it (BEiT, Swin V2)."""
+        return self.quantized_product(x, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``."""
+        return self.quantized_product(x, self.bias)

@@ -1,0 +1,24 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Floor 0: numbers. Uniform 2 to 8 bit quantizers in plain torch."""
+
+from .fake_quantizer import FakeQuantizer, UncalibratedError
+from .functional import dequantize, integer_range, quantize
+from .observers import OBSERVERS, Observer, build_observer, qparams_from_range, register_observer
+from .spec import Granularity, PerChannel, PerTensor, QuantSpec
+
+__all__ = [
+    'OBSERVERS',
+    'FakeQuantizer',
+    'Granularity',
+    'Observer',
+    'PerChannel',
+    'PerTensor',
+    'QuantSpec',
+    'UncalibratedError',
+    'build_observer',
+    'dequantize',
+    'integer_range',
+    'qparams_from_range',
+    'quantize',
+    'register_observer',
+]

@@ -1,0 +1,197 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""FakeQuantizer: the module that holds a scale and simulates integer codes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .learned_scale import (
+    centered_codes_ste,
+    fake_quantize_ste,
+    lsq_grad_factor,
+    positive_scale_ste,
+    scale_gradient,
+)
+from .observers import Observer
+from .spec import PerTensor, QuantizerKind, QuantSpec, broadcast_shape
+
+
+class UncalibratedError(RuntimeError):
+    """A quantizer was asked to quantize before it had a scale."""
+
+
+class FakeQuantizer(nn.Module):
+    """Quantize and dequantize a tensor on a uniform grid.
+
+    It is in one of three conditions: observing (``observer`` is set; passes its
+    input through), off (``enabled`` is False; passes its input through) or
+    quantizing. A weight quantizer passes its input through until it is
+    calibrated, which happens in stage 2; an activation quantizer then raises.
+
+    Args:
+        spec: Bits, range type, granularity, observer.
+        size: Entries of the granularity's axis; None for per-tensor.
+        kind: ``activation`` or ``weight``.
+
+    Attributes:
+        scale: Step size, ``()`` or ``(size,)``; a parameter if ``spec.learn_scale``.
+        zero_point: Code of real zero, same shape, float32 holding integers.
+        quant_range: ``(qmin, qmax)`` as int32, so that a checkpoint states its bits.
+        enabled: Whether to quantize.
+        observer: Set while calibrating.
+        name: Dotted path in the model, set by the conversion; used in errors.
+
+    Examples:
+        >>> q = FakeQuantizer(QuantSpec(num_bits=4))
+        >>> q.set_qparams(torch.tensor(0.5), torch.tensor(0.0))
+        >>> q(torch.tensor([0.3, 100.0]))
+        tensor([0.5000, 3.5000])
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+    quant_range: Tensor
+    calibrated: Tensor
+
+    def __init__(
+        self, spec: QuantSpec, size: int | None = None, kind: QuantizerKind = 'activation'
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.kind = kind
+        self.name = ''
+        self.enabled = True
+        self.observer: Observer | None = None
+        shape = spec.granularity.scale_shape(size)
+        if spec.learn_scale:
+            self.scale = nn.Parameter(torch.ones(shape))
+        else:
+            self.register_buffer('scale', torch.ones(shape))
+        self.register_buffer('zero_point', torch.zeros(shape))
+        self.register_buffer('quant_range', torch.tensor(spec.quant_range, dtype=torch.int32))
+        self.register_buffer('calibrated', torch.tensor(False))
+        self._is_calibrated = False
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the scale was found (kept beside the buffer to spare a device sync)."""
+        return self._is_calibrated
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a call quantizes now."""
+        return self.enabled and self.observer is None and self._is_calibrated
+
+    @torch.no_grad()
+    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
+        """Store a scale and zero point and mark the quantizer calibrated.
+
+        Args:
+            scale: Positive, ``()``, ``(1,)`` or ``(size,)``.
+            zero_point: Integer values, same shape.
+
+        Raises:
+            ValueError: If a value is not finite or a scale is not positive.
+        """
+        if not (torch.isfinite(scale).all() and torch.isfinite(zero_point).all()):
+            raise ValueError(f'{self.name or "quantizer"}: scale or zero point is NaN or infinite')
+        if (scale <= 0).any():
+            raise ValueError(
+                f'{self.name or "quantizer"}: scale must be positive, got {scale.min()}'
+            )
+        self.scale.copy_(scale.reshape(self.scale.shape))
+        self.zero_point.copy_(zero_point.reshape(self.scale.shape))
+        self._set_calibrated(True)
+
+    def reset(self) -> None:
+        """Forget the calibration (the scale's value stays)."""
+        self._set_calibrated(False)
+
+    def _set_calibrated(self, value: bool) -> None:
+        self.calibrated.fill_(value)
+        self._is_calibrated = value
+
+    def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and zero point shaped to broadcast over ``x``, gradient scaled as in LSQ."""
+        scale = positive_scale_ste(self.scale)
+        if scale.requires_grad:
+            factor = lsq_grad_factor(x.numel(), scale.numel(), self.spec.quant_range[1])
+            scale = scale_gradient(scale, factor)
+        if isinstance(self.spec.granularity, PerTensor):
+            return scale, self.zero_point
+        shape = broadcast_shape(self.spec.granularity, x.dim())
+        return scale.view(shape), self.zero_point.view(shape)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Centred integer codes and the scale that turns them into values.
+
+        Args:
+            x: Real values.
+
+        Returns:
+            ``(codes, scale)``: codes have the shape of ``x`` in float32, the scale
+            broadcasts to it. Both carry gradients.
+
+        Raises:
+            UncalibratedError: If the quantizer has no scale yet.
+        """
+        self._require_calibrated()
+        x = x.float()
+        scale, zero_point = self.qparams(x)
+        return centered_codes_ste(x, scale, zero_point, *self.spec.quant_range), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values of ``x`` on the grid, in the dtype of ``x``.
+
+        Raises:
+            UncalibratedError: If an activation quantizer has no scale yet.
+            ValueError: If NaN or infinity is observed during calibration.
+        """
+        if self.observer is not None:
+            self._observe(x)
+            return x
+        if not self.enabled or (self.kind == 'weight' and not self._is_calibrated):
+            return x
+        self._require_calibrated()
+        scale, zero_point = self.qparams(x)
+        values = fake_quantize_ste(x.float(), scale, zero_point, *self.spec.quant_range)
+        return values.to(x.dtype)
+
+    def _observe(self, x: Tensor) -> None:
+        assert self.observer is not None
+        try:
+            self.observer.observe(x)
+        except ValueError as error:
+            raise ValueError(
+                f'{self.name or "quantizer"}: {error}; check the FP32 checkpoint and the '
+                'calibration images'
+            ) from error
+
+    def _require_calibrated(self) -> None:
+        if not self._is_calibrated:
+            raise UncalibratedError(
+                f'{self.name or "this quantizer"} was never calibrated; load a checkpoint written '
+                "by gplq_mm, or train with custom_hooks=[dict(type='gplq_mm.GPLQHook')]"
+            )
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(prefix + 'quant_range')
+        if loaded is not None and loaded.tolist() != self.quant_range.tolist():
+            raise ValueError(
+                f'{prefix}quant_range: the checkpoint was quantized to the codes '
+                f'{loaded.tolist()}, this config asks for {self.quant_range.tolist()}; use the '
+                'recipe that the checkpoint was made with'
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + 'calibrated' in state_dict:
+            self._is_calibrated = bool(self.calibrated)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        spec = self.spec
+        sign = 'signed' if spec.signed else 'unsigned'
+        kind = 'symmetric' if spec.symmetric else 'asymmetric'
+        return f'{self.kind}, bits={spec.num_bits}, {sign}, {kind}, {spec.granularity}'

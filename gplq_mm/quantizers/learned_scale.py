@@ -1,0 +1,159 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Learned step size: gradients of codes and values with respect to input and scale.
+
+Source: LSQ (arXiv 1902.08153), equations 1 to 3; with a fixed zero point the
+formulas hold for asymmetric ranges too (LSQ+, arXiv 2004.09576).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .functional import positive_scale, quantize, sum_to_shape
+
+
+def lsq_grad_factor(numel: int, num_scales: int, qmax: int) -> float:
+    """LSQ's gradient scale, ``1 / sqrt(elements per scale * qmax)``.
+
+    Args:
+        numel: Number of quantized elements.
+        num_scales: Number of scales that they share.
+        qmax: Largest code.
+
+    Examples:
+        >>> lsq_grad_factor(700, 1, 7)
+        0.014285714285714285
+    """
+    return 1.0 / (max(numel // max(num_scales, 1), 1) * max(qmax, 1)) ** 0.5
+
+
+def _inside(ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """LSQ's in-range mask: the bounds apply to ``x / s`` before it is rounded."""
+    return (ratio > qmin - zero_point) & (ratio < qmax - zero_point)
+
+
+class _CenteredCodes(torch.autograd.Function):
+    """``clamp(round(x / s) + z, qmin, qmax) - z`` with straight-through rounding.
+
+    In range: d/dx = 1/s and d/ds = -x/s^2; out of range both are 0. Together with
+    the product rule this makes ``codes * s`` carry exactly LSQ's gradients.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    ) -> Tensor:
+        ratio = x / scale
+        ctx.save_for_backward(x, scale, _inside(ratio, zero_point, qmin, qmax))
+        return ratio.round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, inside = ctx.saved_tensors
+        grad_x = torch.where(inside, grad / scale, 0.0)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = sum_to_shape(-grad_x * x / scale, scale.shape)
+        return grad_x, grad_scale, None, None, None
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Dequantized values with LSQ's gradients in one node (saves x and a mask)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    ) -> Tensor:
+        ctx.bounds = (qmin, qmax)
+        ctx.save_for_backward(x, scale, zero_point)
+        return quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point).mul_(scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, zero_point = ctx.saved_tensors
+        qmin, qmax = ctx.bounds
+        ratio = x / scale
+        inside = _inside(ratio, zero_point, qmin, qmax)
+        grad_x = grad * inside
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            # in range: round(x/s) - x/s; outside: the bound itself
+            codes = torch.round(ratio).add_(zero_point).clamp_(qmin, qmax)
+            slope = codes.sub_(zero_point).sub_(ratio.mul_(inside))
+            grad_scale = sum_to_shape(slope.mul_(grad), scale.shape)
+        return grad_x, grad_scale, None, None, None
+
+
+class _PositiveScale(torch.autograd.Function):
+    """``max(scale, SCALE_EPS)`` with a straight-through gradient, so that it can recover."""
+
+    @staticmethod
+    def forward(ctx: Any, scale: Tensor) -> Tensor:
+        return positive_scale(scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class _ScaledGradient(torch.autograd.Function):
+    """Identity whose gradient is multiplied by a constant."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
+
+
+def centered_codes_ste(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+) -> Tensor:
+    """Centred integer codes of ``x``, differentiable (straight-through).
+
+    Args:
+        x: Real values, any shape.
+        scale: Positive step size, broadcastable to ``x``.
+        zero_point: Code of real zero, broadcastable to ``x``.
+        qmin: Smallest code.
+        qmax: Largest code.
+
+    Returns:
+        ``code - zero_point``, shape of ``x``.
+
+    Examples:
+        >>> s, z = torch.tensor(0.5, requires_grad=True), torch.tensor(0.0)
+        >>> x = torch.tensor([0.6, 9.0], requires_grad=True)
+        >>> codes = centered_codes_ste(x, s, z, -8, 7)
+        >>> (codes * s).sum().backward()
+        >>> x.grad, s.grad  # 1 - 0.6/0.5 in range, 7 above
+        (tensor([1., 0.]), tensor(6.8000))
+    """
+    return _CenteredCodes.apply(x, scale, zero_point, qmin, qmax)
+
+
+def fake_quantize_ste(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+    """Dequantized values of ``x`` with LSQ's gradients; arguments as in ``centered_codes_ste``.
+
+    Examples:
+        >>> s, z = torch.tensor(0.5, requires_grad=True), torch.tensor(0.0)
+        >>> fake_quantize_ste(torch.tensor([0.6, 9.0]), s, z, -8, 7)
+        tensor([0.5000, 3.5000], grad_fn=<_FakeQuantizeBackward>)
+    """
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
+
+
+def positive_scale_ste(scale: Tensor) -> Tensor:
+    """Scale bounded below by a tiny positive number, gradient passed straight through."""
+    return _PositiveScale.apply(scale)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Identity in the forward pass; multiplies the gradient by ``factor``."""
+    return _ScaledGradient.apply(x, factor)
