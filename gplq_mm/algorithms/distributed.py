@@ -1,0 +1,62 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Reductions of observer statistics across ranks; all of them exact."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..quantizers import FakeQuantizer, Observer
+
+
+def world() -> tuple[int, int]:
+    """``(rank, world_size)``; ``(0, 1)`` where no process group exists.
+
+    Examples:
+        >>> world()
+        (0, 1)
+    """
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def synchronize_observer(quantizer: FakeQuantizer) -> None:
+    """Reduce the statistics of a quantizer's observer over all ranks.
+
+    A rank whose share never reached the quantizer takes part with the neutral
+    element. Does nothing without a process group.
+    """
+    observer = quantizer.observer
+    assert observer is not None
+    if world()[1] == 1:
+        return
+    rows, device = max(1, quantizer.scale.numel()), quantizer.scale.device
+    for name, how in observer.reductions.items():
+        value = getattr(observer, name)
+        if how == 'gather':
+            setattr(observer, name, _interleave(value, device))
+        else:
+            setattr(observer, name, _all_reduce(value, how, observer, rows, device))
+    updates = torch.tensor(observer.num_updates, device=device)
+    dist.all_reduce(updates)
+    observer.num_updates = int(updates)
+
+
+def _all_reduce(
+    value: Tensor | None, how: str, observer: Observer, rows: int, device: torch.device
+) -> Tensor:
+    operations = {'min': dist.ReduceOp.MIN, 'max': dist.ReduceOp.MAX, 'sum': dist.ReduceOp.SUM}
+    if value is None:
+        value = observer.neutral(how, rows, device)
+    value = value.contiguous()
+    dist.all_reduce(value, operations[how])
+    return value
+
+
+def _interleave(updates: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Updates of all ranks in image order: rank r holds images r, r + world, ..."""
+    shares: list[list[Tensor]] = [[] for _ in range(world()[1])]
+    dist.all_gather_object(shares, [u.cpu() for u in updates])
+    longest = max(len(share) for share in shares)
+    ordered = [s[i] for i in range(longest) for s in shares if i < len(s)]
+    return [u.to(device) for u in ordered]

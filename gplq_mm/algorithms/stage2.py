@@ -1,0 +1,204 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Stage 2: weights onto the grid, then the optional compensation."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..conversion import quantized_layers
+from ..modules import QuantizedLayer
+from ..quantizers import UncalibratedError
+from .calibration import RunPass
+from .compensation import attach_compensation, compensation_cost
+from .float_weights import copy_weights
+from .qwt import BlockResult, QwT
+from .stage2_recipe import resolve_compensation
+from .weight_error import LayerResult, measure_weight_error, summarize
+from .weight_ptq import PTQTask, WeightPTQ, build_weight_ptq, write_nearest
+from .weight_ptq.base import Progress
+
+
+@dataclass
+class Stage2Result:
+    """What stage 2 did.
+
+    Attributes:
+        layers: Weight error by layer.
+        blocks: Compensation by block; empty without.
+        seconds: Wall time.
+        side_params: Float32 numbers that the fitted branches store.
+        side_flops: Float operations that they add for one calibration image (mean;
+            a multiply-add counts 2).
+    """
+
+    layers: dict[str, LayerResult]
+    blocks: dict[str, BlockResult] = field(default_factory=dict)
+    seconds: float = 0.0
+    side_params: int = 0
+    side_flops: int = 0
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """``mean_sqnr_db``, and ``min_sqnr_db`` with its ``worst_layer``."""
+        return summarize(self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a JSON report."""
+        return {
+            'weights': {
+                **self.summary,
+                'layers': {n: r.as_dict() for n, r in self.layers.items()},
+            },
+            'compensation': {n: r.as_dict() for n, r in self.blocks.items()},
+            'seconds': self.seconds,
+            'side_params': self.side_params,
+            'side_flops': self.side_flops,
+        }
+
+
+def prepare_stage2(model: nn.Module, recipe: Mapping[str, Any]) -> list[str]:
+    """Check the recipe's stage 2 and attach what it needs; call it after the conversion.
+
+    Args:
+        model: Converted model, before a checkpoint is loaded.
+        recipe: Resolved recipe.
+
+    Returns:
+        Names of the blocks that got an unfitted side branch; empty without
+        compensation.
+
+    Raises:
+        ValueError: If the recipe names an unknown algorithm or option, or blocks
+            that do not exist.
+    """
+    build_weight_ptq(recipe['weight']['ptq'])
+    options = resolve_compensation(model, recipe)
+    return [] if options is None else attach_compensation(model, options['blocks'])
+
+
+@torch.no_grad()
+def run_stage2(
+    model: nn.Module,
+    recipe: Mapping[str, Any],
+    run_pass: RunPass | None = None,
+    progress: Progress | None = None,
+    logger: logging.Logger | None = None,
+) -> Stage2Result:
+    """Quantize the weights of a stage-1 model, in place.
+
+    Args:
+        model: Converted model, activation quantizers calibrated, weights float.
+        recipe: Resolved recipe.
+        run_pass: Calls ``model`` once for each of this rank's calibration images; it
+            must not use what the calls return. Needed by compensation and by
+            algorithms with ``needs_data``.
+        progress: Called as ``progress(name, index, total)`` before each step.
+        logger: Gets one line a part.
+
+    Returns:
+        Errors and costs.
+
+    Raises:
+        ValueError: If stage 2 already ran, a weight is NaN or infinite (all named
+            before anything is written), data is needed and missing, or the recipe
+            asks for something unknown.
+        UncalibratedError: If an input scale that folds into a weight is missing.
+    """
+    start = time.perf_counter()
+    algorithms = build_weight_ptq(recipe['weight']['ptq'])
+    options = resolve_compensation(model, recipe)
+    layers = quantized_layers(model)
+    _check(layers, algorithms, options is not None, run_pass)
+    weights = copy_weights(layers)
+    trained = {n: la for n, la in layers.items() if la.weight_quantizer.is_calibrated}
+    rest = {n: la for n, la in layers.items() if n not in trained}
+    with _evaluating(model):
+        for name, layer in trained.items():
+            write_nearest(layer, weights[name])
+        for algorithm in algorithms:
+            algorithm.apply(PTQTask(model, rest, weights, run_pass, progress))
+        result = Stage2Result(
+            {n: measure_weight_error(layer, weights[n]) for n, layer in layers.items()}
+        )
+        if options is not None and run_pass is not None:
+            attach_compensation(model, options.pop('blocks'))
+            result.blocks = QwT(model, rest, weights, **options).fit(run_pass, progress)
+    result.side_params = compensation_cost(model)['side_params']
+    result.side_flops = _side_flops(model, result.blocks)
+    result.seconds = time.perf_counter() - start
+    if logger is not None:
+        _log(logger, result)
+    return result
+
+
+def _check(
+    layers: Mapping[str, QuantizedLayer],
+    algorithms: list[WeightPTQ],
+    compensate: bool,
+    run_pass: RunPass | None,
+) -> None:
+    if not layers:
+        raise ValueError('stage 2: the model has no quantized layer; convert it first')
+    if run_pass is None and (compensate or any(a.needs_data for a in algorithms)):
+        raise ValueError('stage 2: this recipe needs calibration images; give run_pass')
+    bad = [name for name, layer in layers.items() if not layer.weight.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f'{bad[0]}: the weight holds NaN or infinity ({len(bad)} such layer(s)); stage 1 '
+            'diverged or its checkpoint is broken: lower its learning rate and train again'
+        )
+    for name, layer in layers.items():
+        if layer.weight_quantizer.is_calibrated and not layer.weight_quantizer.spec.learn_scale:
+            raise ValueError(
+                f'{name}: the weights are already quantized; load the stage-1 checkpoint to run '
+                'stage 2 again'
+            )
+        if layer.folds_input_scale and not layer.input_quantizer.is_calibrated:
+            raise UncalibratedError(
+                f'{name}: the per-channel input scale folds into the weight but was never '
+                'calibrated; run stage 1, or at least its calibration, first'
+            )
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, each module's own mode restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _side_flops(model: nn.Module, blocks: Mapping[str, BlockResult]) -> int:
+    widths = {n: len(model.get_submodule(n).compensation.bias) for n in blocks}  # type: ignore[union-attr, arg-type]
+    fitted = {n: r for n, r in blocks.items() if r.fitted}
+    return round(sum(2 * widths[n] ** 2 * r.tokens_per_image for n, r in fitted.items()))
+
+
+def _log(logger: logging.Logger, result: Stage2Result) -> None:
+    summary = result.summary
+    logger.info(
+        'stage 2: %d layers, weight SQNR mean %s dB, worst %s dB (%s), %.1f s',
+        len(result.layers),
+        summary['mean_sqnr_db'],
+        summary['min_sqnr_db'],
+        summary['worst_layer'],
+        result.seconds,
+    )
+    if result.blocks:
+        logger.info(
+            'compensation: %d of %d blocks, %d float parameters, %d float operations an image',
+            sum(r.fitted for r in result.blocks.values()),
+            len(result.blocks),
+            result.side_params,
+            result.side_flops,
+        )

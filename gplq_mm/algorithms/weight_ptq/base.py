@@ -1,0 +1,123 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What a weight PTQ algorithm is, and how it writes its result into a layer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...modules import QuantizedLayer
+from ...quantizers import QuantSpec
+from ...quantizers.spec import reduce_dims
+from ..calibration import RunPass
+
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(name, index, total)`` before each layer or block, index from 0."""
+
+
+@dataclass
+class PTQTask:
+    """What an algorithm works on.
+
+    Attributes:
+        model: Converted model in evaluation mode, activation quantizers calibrated.
+        layers: The layers to quantize, by name, in model order.
+        float_weights: Their stage-1 weights by the same names. Every algorithm of a
+            combination starts from these; it finds the codes and scales of the one
+            before it in the layers.
+        run_pass: Runs the model once over this rank's calibration images; None for
+            algorithms that need no data.
+        progress: Called before each layer.
+    """
+
+    model: nn.Module
+    layers: Mapping[str, QuantizedLayer]
+    float_weights: Mapping[str, Tensor]
+    run_pass: RunPass | None = None
+    progress: Progress | None = None
+
+    def report(self, name: str, index: int, total: int) -> None:
+        """Tell the caller what is quantized next."""
+        if self.progress is not None:
+            self.progress(name, index, total)
+
+
+class WeightPTQ(ABC):
+    """Base of all algorithms: leaves on-grid weights and calibrated weight quantizers."""
+
+    needs_data: ClassVar[bool] = False
+    """Whether ``apply`` calls ``task.run_pass``."""
+
+    @abstractmethod
+    def apply(self, task: PTQTask) -> None:
+        """Quantize every layer of the task with ``write_codes`` or ``write_nearest``."""
+
+
+class RangePTQ(WeightPTQ):
+    """Base of algorithms that choose a range from the weights alone and round to nearest."""
+
+    @abstractmethod
+    def calculate_qparams(self, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the folded weight.
+
+        Args:
+            rows: Weights that share a scale, ``(scales, elements)``.
+            spec: Bits, signedness and symmetry.
+
+        Returns:
+            ``(scale, zero_point)``, each ``(scales,)``.
+        """
+
+    def apply(self, task: PTQTask) -> None:
+        """Layer by layer; layers do not influence each other."""
+        for index, (name, layer) in enumerate(task.layers.items()):
+            task.report(name, index, len(task.layers))
+            spec = layer.weight_quantizer.spec
+            rows = reduce_dims(spec.granularity, folded(layer, task.float_weights[name]))
+            layer.weight_quantizer.set_qparams(*self.calculate_qparams(rows, spec))
+            write_nearest(layer, task.float_weights[name])
+
+
+def folded(layer: QuantizedLayer, weight: Tensor) -> Tensor:
+    """Folded weight in float32, shape of ``weight``: the domain in which PTQ works."""
+    return layer.folded_weight(weight.detach()).float()
+
+
+@torch.no_grad()
+def write_nearest(layer: QuantizedLayer, weight: Tensor) -> None:
+    """Write ``weight`` rounded to the nearest codes of the calibrated weight quantizer.
+
+    Args:
+        layer: Its ``weight_quantizer`` has its scale.
+        weight: Float values, not folded, shape of ``layer.weight``.
+
+    Raises:
+        ValueError: See ``write_codes``.
+    """
+    write_codes(layer, layer.weight_quantizer.codes(folded(layer, weight))[0])
+
+
+@torch.no_grad()
+def write_codes(layer: QuantizedLayer, codes: Tensor) -> None:
+    """Write centred integer codes into a layer's weight, as real values.
+
+    Args:
+        layer: Its ``weight_quantizer`` has its scale.
+        codes: ``code - zero_point``, shape of ``layer.weight``.
+
+    Raises:
+        ValueError: If the codes are outside the quantizer's range, or if the
+            weight's dtype is too coarse to give the same codes back.
+    """
+    scale, _ = layer.weight_quantizer.qparams(codes)
+    layer.weight.copy_(layer.unfolded_weight(codes * scale))
+    again, _ = layer.weight_quantizer.codes(folded(layer, layer.weight))
+    if not torch.equal(again, codes):
+        raise ValueError(
+            f'{layer.weight_quantizer.name or type(layer).__name__}: a {layer.weight.dtype} weight '
+            f'does not give back its {layer.weight_quantizer.spec.num_bits}-bit codes; the codes '
+            'are outside the range, or the weights must be kept in torch.float32'
+        )

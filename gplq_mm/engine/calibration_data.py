@@ -1,0 +1,159 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Calibration images: training images through the test pipeline."""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+from mmengine.registry import DATASETS, FUNCTIONS
+from mmengine.utils import ProgressBar
+
+from ..algorithms.distributed import world
+
+
+class CalibrationSet:
+    """A seeded choice of training images, read with the test pipeline.
+
+    Args:
+        cfg: The run's config; uses ``train_dataloader`` and the pipeline and collate
+            function of ``val_dataloader`` (or ``test_dataloader``).
+        num_images: Images to draw.
+        seed: Seed of the draw.
+        batch_size: Images a forward pass. Batches, not images, are dealt to the
+            ranks, so N ranks see just the batches that one would.
+
+    Raises:
+        ValueError: If a dataloader is missing, the training set is smaller than
+            ``num_images``, there are fewer batches than ranks, or an image is also
+            in the validation or test set.
+    """
+
+    def __init__(self, cfg: Config, num_images: int, seed: int, batch_size: int) -> None:
+        reference = cfg.get('val_dataloader') or cfg.get('test_dataloader')
+        if not cfg.get('train_dataloader') or not reference:
+            raise ValueError(
+                'calibration reads training images with the test pipeline; the config needs '
+                'train_dataloader and val_dataloader (or test_dataloader)'
+            )
+        pipeline = _innermost(reference['dataset'])['pipeline']
+        self.dataset = DATASETS.build(with_pipeline(cfg.train_dataloader.dataset, pipeline))
+        self.collate = _collate_function(reference)
+        if len(self.dataset) < num_images:
+            raise ValueError(
+                f'calibration asks for {num_images} images but the training set has '
+                f'{len(self.dataset)}; write recipe=dict(calibration=dict(num_images=...))'
+            )
+        order = np.random.default_rng(seed).permutation(len(self.dataset))
+        self.indices = [int(i) for i in order[:num_images]]
+        self.batches = [
+            self.indices[i : i + batch_size] for i in range(0, num_images, batch_size)
+        ]
+        if len(self.batches) < world()[1]:
+            raise ValueError(
+                f'{len(self.batches)} calibration batch(es) cannot be dealt to {world()[1]} ranks; '
+                'ask for more images or a smaller batch_size'
+            )
+        self.paths = [image_path(self.dataset, i) for i in self.indices]
+        _require_disjoint(self.paths, cfg)
+
+    def __iter__(self) -> Iterator[Any]:
+        """This rank's collated batches, in a fixed order."""
+        rank, size = world()
+        for batch in self.batches[rank::size]:
+            yield self.collate([self.dataset[i] for i in batch])
+
+    def __len__(self) -> int:
+        """Number of batches of this rank."""
+        rank, size = world()
+        return len(self.batches[rank::size])
+
+    def log(self) -> None:
+        """Log which images are used."""
+        names = [os.path.basename(p) if p else str(i) for p, i in zip(self.paths, self.indices)]
+        print_log(
+            f'calibration on {len(self.indices)} training images (test pipeline): '
+            + ', '.join(names),
+            logger='current',
+        )
+
+    def run_pass(self, model: torch.nn.Module, title: str) -> Callable[[], None]:
+        """A function that runs ``model.test_step`` over this rank's batches with a bar."""
+
+        def run() -> None:
+            was_training = model.training
+            model.eval()
+            bar = ProgressBar(len(self)) if is_main_process() else None
+            with torch.no_grad():
+                for batch in self:
+                    model.test_step(batch)
+                    if bar is not None:
+                        bar.update()
+            if bar is not None:
+                bar.file.write('\n')
+            model.train(was_training)
+
+        print_log(f'{title}: {len(self.indices)} images', logger='current')
+        return run
+
+
+def with_pipeline(cfg: Mapping[str, Any], pipeline: list) -> dict[str, Any]:
+    """Dataset config without resampling wrappers and with another pipeline.
+
+    Args:
+        cfg: Dataset config, possibly wrapped (``RepeatDataset``, ``ConcatDataset``, ...).
+        pipeline: Transforms of the innermost data sets.
+    """
+    cfg = copy.deepcopy(dict(cfg))
+    if 'datasets' in cfg:
+        cfg['datasets'] = [with_pipeline(c, pipeline) for c in cfg['datasets']]
+        cfg.pop('pipeline', None)
+        return cfg
+    if 'dataset' in cfg:
+        return with_pipeline(cfg['dataset'], pipeline)
+    cfg['pipeline'] = copy.deepcopy(pipeline)
+    return cfg
+
+
+def image_path(dataset: Any, index: int) -> str | None:
+    """Real path of an image, or None where the data set does not tell."""
+    info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+    path = info.get('img_path')
+    return os.path.realpath(path) if path else None
+
+
+def _innermost(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
+    while 'pipeline' not in cfg and ('dataset' in cfg or 'datasets' in cfg):
+        cfg = cfg['dataset'] if 'dataset' in cfg else cfg['datasets'][0]
+    return cfg
+
+
+def _collate_function(dataloader: Mapping[str, Any]) -> Callable[[list], Any]:
+    cfg = dict(dataloader.get('collate_fn') or {})
+    if not cfg:
+        return pseudo_collate
+    name = cfg.pop('type')
+    function = FUNCTIONS.get(name) if isinstance(name, str) else name
+    return lambda samples: function(samples, **cfg)
+
+
+def _require_disjoint(paths: list[str | None], cfg: Config) -> None:
+    known = {p for p in paths if p}
+    for name in ('val_dataloader', 'test_dataloader'):
+        dataloader = cfg.get(name)
+        if not dataloader:
+            continue
+        dataset = DATASETS.build(copy.deepcopy(dataloader['dataset']))
+        shared = {image_path(dataset, i) for i in range(len(dataset))} & known
+        if shared:
+            raise ValueError(
+                f'{len(shared)} of {len(paths)} calibration images are also in {name}, for '
+                f'example {sorted(map(str, shared))[0]}; calibrate on training images only '
+                '(check train_dataloader.dataset)'
+            )

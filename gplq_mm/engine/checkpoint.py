@@ -1,0 +1,224 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Checkpoints of a GPLQ run: what they record, how they are checked and written."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mmengine
+import torch
+from mmengine.dist import barrier, is_main_process
+from mmengine.runner import Runner
+from torch import nn
+
+from ..algorithms.compensation import CompensatedBlock
+from ..conversion import quantizers, recipe_difference
+from ..quantizers import FakeQuantizer
+from ..utils.checkpoint_io import MMENGINE_GLOBALS, write_checkpoint
+
+KEY = 'gplq'
+STAGE1_NAME = 'gplq_stage1.pth'
+FINAL_NAME = 'gplq_final.pth'
+CALIBRATED_NAME = 'gplq_calibrated.pth'
+
+# MMEngine 0.10 saves its message hub and loads with torch's safe default, which
+# refuses it; the few types it needs are allowed, the protection stays on.
+torch.serialization.add_safe_globals(MMENGINE_GLOBALS)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The converted network inside a DDP-like or test-time-augmentation wrapper.
+
+    Raises:
+        TypeError: If there is none: the model was not built by ``gplq_mm.GPLQ``.
+    """
+    while not hasattr(model, 'gplq') and isinstance(getattr(model, 'module', None), nn.Module):
+        model = model.module
+    if not hasattr(model, 'gplq'):
+        raise TypeError(
+            f"{type(model).__name__} was not built by type='gplq_mm.GPLQ'; write model = "
+            "dict(type='gplq_mm.GPLQ', float_type=..., recipe='w4a4')"
+        )
+    return model
+
+
+def file_sha256(path: str | Path) -> str | None:
+    """SHA-256 of a local file; None for a URL."""
+    if not os.path.isfile(path):
+        return None
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def quantization_keys(model: nn.Module) -> set[str]:
+    """State-dict keys that the conversion added to the float model's."""
+    keys: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizer):
+            keys |= {f'{name}.{k}' for k in module.state_dict()}
+        elif isinstance(module, CompensatedBlock):
+            child = module.compensation.state_dict()
+            keys |= {f'{name}.compensation.{k}' for k in child}
+    return keys
+
+
+def is_quantized_checkpoint(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint was written by a GPLQ run."""
+    return KEY in checkpoint
+
+
+def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Load FP32 weights into a converted model; only quantizer keys may be missing.
+
+    Args:
+        model: Converted model.
+        checkpoint: Loaded FP32 checkpoint.
+
+    Raises:
+        ValueError: If a key is missing, left over or of another shape (named).
+    """
+    state = _state_dict(checkpoint)
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        lines = [x.strip() for x in str(error).splitlines() if 'size mismatch' in x]
+        _refuse(model, 'other shapes', lines or [str(error)])
+    added = quantization_keys(model)
+    missing = [k for k in result.missing_keys if k not in added]
+    if missing:
+        _refuse(model, 'missing keys', missing)
+    unexpected = [k for k in result.unexpected_keys if not k.endswith('num_batches_tracked')]
+    if unexpected:
+        _refuse(model, 'keys that the model does not have', unexpected)
+
+
+def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that this converted model cannot run.
+
+    Args:
+        model: Converted model, with its ``gplq`` state.
+        checkpoint: Loaded checkpoint.
+
+    Raises:
+        ValueError: If it was not written by a GPLQ run, is uncalibrated, or was
+            made with another recipe (the difference is named).
+    """
+    if not is_quantized_checkpoint(checkpoint):
+        raise ValueError(
+            'the checkpoint holds no GPLQ state: it is a float checkpoint, whose quantizers were '
+            'never calibrated; run tools/train.py with this config first, and test its '
+            f'{FINAL_NAME} or {STAGE1_NAME}'
+        )
+    differences = recipe_difference(checkpoint[KEY]['recipe'], _recipe(model))
+    differences = [d for d in differences if not d.startswith(('optim.', 'mimic', 'name'))]
+    if differences:
+        raise ValueError(
+            'the checkpoint was made with another recipe; checkpoint != config: '
+            + '; '.join(differences)
+        )
+    state = _state_dict(checkpoint)
+    missing = sorted(set(model.state_dict()) - set(state))
+    if missing:
+        _refuse(model, 'missing keys', missing)
+    uncalibrated = [
+        name
+        for name in quantizers(model, 'activation')
+        if not bool(state.get(f'{name}.calibrated', False))
+    ]
+    if uncalibrated:
+        raise ValueError(
+            f'{len(uncalibrated)} quantizers of the checkpoint were never calibrated, first '
+            f'{uncalibrated[0]}; run tools/train.py with this config'
+        )
+
+
+def record(model: nn.Module, stage: str, source: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint states of its quantization, as plain types.
+
+    Args:
+        model: Converted model.
+        stage: ``calibrated``, ``stage1`` or ``stage2``.
+        source: ``path`` and ``sha256`` of the FP32 checkpoint.
+    """
+    return {'recipe': _recipe(model), 'stage': stage, 'float_checkpoint': dict(source)}
+
+
+def save_resumable(runner: Runner, name: str) -> str:
+    """Write the runner's full state in one step, as the checkpoint that ``--resume`` finds.
+
+    Args:
+        runner: Runner in training, before its first iteration.
+        name: File name in the work dir.
+
+    Returns:
+        Path of the file.
+    """
+    path = os.path.join(runner.work_dir, name)
+    if is_main_process():
+        temporary = f'.{name}.tmp'
+        meta = {'epoch': runner.epoch, 'iter': runner.iter}
+        runner.save_checkpoint(runner.work_dir, temporary, meta=meta)
+        os.replace(os.path.join(runner.work_dir, temporary), path)
+        marker = Path(runner.work_dir) / 'last_checkpoint'
+        temporary_marker = marker.with_name('.last_checkpoint.tmp')
+        temporary_marker.write_text(path)
+        os.replace(temporary_marker, marker)
+    barrier()
+    return path
+
+
+def snapshot(runner: Runner, dataset: Any, through_hooks: bool) -> dict[str, Any]:
+    """Weights and meta of the runner's model, in the layout of MMEngine's checkpoints.
+
+    Args:
+        runner: Any runner.
+        dataset: Its ``metainfo`` (classes, palette) travels along.
+        through_hooks: Let hooks edit it as they do when the runner saves (the EMA
+            hook puts the averaged weights in).
+    """
+    model = unwrap(runner.model)
+    meta: dict[str, Any] = {
+        'cfg': runner.cfg.pretty_text,
+        'seed': runner.seed,
+        'experiment_name': runner.experiment_name,
+        'mmengine_version': mmengine.__version__,
+    }
+    if getattr(dataset, 'metainfo', None):
+        meta['dataset_meta'] = dict(dataset.metainfo)
+    state = {k: v.detach().cpu().clone() for k, v in model.state_dict().items()}
+    checkpoint: dict[str, Any] = {'meta': meta, 'state_dict': state}
+    if through_hooks:
+        runner.call_hook('before_save_checkpoint', checkpoint=checkpoint)
+        checkpoint = {k: checkpoint[k] for k in ('meta', 'state_dict')}
+    return checkpoint
+
+
+def save_snapshot(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Write a snapshot from the main process, in one step; all ranks wait."""
+    if is_main_process():
+        write_checkpoint(checkpoint, path)
+    barrier()
+
+
+def _state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    state = checkpoint.get('state_dict', checkpoint)
+    return {re.sub(r'^module\.', '', k): v for k, v in state.items()}
+
+
+def _recipe(model: nn.Module) -> dict[str, Any]:
+    return model.gplq.recipe  # type: ignore[union-attr, return-value]
+
+
+def _refuse(model: nn.Module, what: str, names: Iterable[str]) -> None:
+    names = list(names)
+    more = f' and {len(names) - 4} more' if len(names) > 4 else ''
+    raise ValueError(
+        f'the checkpoint does not fit {type(model).__name__}: {what}: {", ".join(names[:4])}{more}; '
+        'give the FP32 checkpoint of exactly this model with load_from'
+    )

@@ -1,0 +1,115 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""GPLQHook: *when* calibration, stage 1, stage 2 and the report happen."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner.base_loop import BaseLoop
+
+from ...registry import HOOKS
+from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
+from ..preflight import check_float_checkpoint
+from ..seeding import seed_epoch
+from ..session import GPLQSession, log_active_quantizers, recall_source, remember_source
+
+
+@HOOKS.register_module()
+class GPLQHook(Hook):
+    """Run GPLQ around the ordinary training loop.
+
+    Before training: FP32 score, calibration. Training is stage 1. After it:
+    stage 2, final score, report, ``gplq_final.pth``. Metrics keep their own names;
+    stock validation, ``save_best`` and checkpoints go on as ever.
+
+    Args:
+        evaluate_fp32: Score the FP32 model first (the report's first column).
+    """
+
+    priority = 'LOW'  # after the EMA hook, before the checkpoint hook
+
+    def __init__(self, evaluate_fp32: bool = True) -> None:
+        self.evaluate_fp32 = evaluate_fp32
+        self.session: GPLQSession | None = None
+        self.source: dict[str, Any] = {}
+        self.stage = 'calibrated'
+
+    def before_run(self, runner: Runner) -> None:
+        """Check what can be checked before long work.
+
+        Raises:
+            ValueError: If there is no FP32 checkpoint, or calibration cannot work.
+        """
+        unwrap(runner.model)
+        if not isinstance(runner._train_loop, BaseLoop):
+            return
+        self._choose_weights(runner)
+        self.session = GPLQSession(runner, resumed=runner._resume)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that do not fit.
+
+        Raises:
+            ValueError: See ``load_float_`` and ``check_quantized``.
+        """
+        model = unwrap(runner.model)
+        if self.session is None or is_quantized_checkpoint(checkpoint):
+            check_quantized(model, checkpoint)
+            self.source = dict(checkpoint['gplq']['float_checkpoint'])
+        else:
+            load_float_(model, checkpoint)
+
+    def before_train(self, runner: Runner) -> None:
+        """FP32 score, calibration, teacher."""
+        assert self.session is not None
+        self.session.prepare(self.source, self.evaluate_fp32)
+        self.stage = 'stage1'
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Seed the epoch and start the clock."""
+        assert self.session is not None
+        seed_epoch(runner.train_dataloader, runner.seed, runner.epoch)
+        self.session.start_epoch()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Stop the clock."""
+        assert self.session is not None
+        self.session.end_epoch()
+
+    def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
+        """Keep the latest stage-1 metrics."""
+        if self.session is not None and metrics:
+            self.session.record_stage1(metrics)
+
+    def after_train(self, runner: Runner) -> None:
+        """Stage 2, final score, report."""
+        assert self.session is not None
+        self.session.finish(self.source)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
+        """Let the recipe and the FP32 checkpoint's identity travel along."""
+        checkpoint['gplq'] = record(unwrap(runner.model), self.stage, self.source)
+
+    def before_test(self, runner: Runner) -> None:
+        """Say what is quantized."""
+        log_active_quantizers(unwrap(runner.model))
+
+    def _choose_weights(self, runner: Runner) -> None:
+        if runner._resume and runner._load_from is None:
+            if find_latest_checkpoint(runner.work_dir) is not None:
+                return
+            self.source = recall_source(runner.work_dir)
+            if self.source:
+                print_log('nothing to resume yet; starting from FP32 again', logger='current')
+                runner._resume, runner._load_from = False, self.source['path']
+        if not runner._load_from:
+            raise ValueError(
+                'GPLQ starts from a trained FP32 model, but load_from is not set; write '
+                "load_from = 'path/to/fp32.pth' or --cfg-options load_from=path/to/fp32.pth"
+            )
+        if not runner._resume:
+            check_float_checkpoint(os.fspath(runner._load_from))
+            self.source = remember_source(runner.work_dir, runner._load_from)

@@ -1,0 +1,73 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Collects what a run measures and keeps ``gplq_report.json`` up to date."""
+
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mmengine
+import torch
+from mmengine.dist import is_main_process
+from mmengine.logging import print_log
+
+from .. import __version__
+from ..evaluation import REPORT_NAME, read_json, report_table, write_json
+
+
+class RunReport:
+    """The report of one work dir; survives a kill and a resume.
+
+    Args:
+        work_dir: Where ``gplq_report.json`` lies.
+        resume: Keep what an earlier process of this run has written.
+    """
+
+    def __init__(self, work_dir: str, resume: bool) -> None:
+        self.path = Path(work_dir) / REPORT_NAME
+        self.data: dict[str, Any] = read_json(self.path) if resume else {}
+
+    def describe(self, recipe: Mapping[str, Any], coverage: Mapping[str, Any], seed: int) -> None:
+        """State recipe, coverage, versions and seed."""
+        self.data.update(
+            recipe=dict(recipe),
+            coverage=dict(coverage),
+            versions=versions(),
+            seed=seed,
+        )
+        self.write()
+
+    def has(self, stage: str) -> bool:
+        """Whether a stage's metrics are known."""
+        return bool(self.data.get(stage, {}).get('metrics'))
+
+    def update(self, stage: str, **values: Any) -> None:
+        """Set values of one stage (``fp32``, ``stage1``, ``stage2``)."""
+        self.data.setdefault(stage, {'metrics': {}}).update(values)
+        self.write()
+
+    def write(self) -> None:
+        """Write the file (main process only)."""
+        if is_main_process():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.path, self.data)
+
+    def log_table(self) -> None:
+        """Log the closing table."""
+        print_log(f'GPLQ report ({self.path}):\n{report_table(self.data)}', logger='current')
+
+
+def versions() -> dict[str, str]:
+    """Versions that a figure depends on."""
+    found = {
+        'gplq_mm': __version__,
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'mmengine': mmengine.__version__,
+    }
+    for name in ('mmcv', 'mmdet', 'mmpretrain'):
+        try:
+            found[name] = __import__(name).__version__
+        except (ImportError, AssertionError):
+            continue
+    return found

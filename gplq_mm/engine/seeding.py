@@ -1,0 +1,39 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Randomness that depends on seed and epoch only, so that a resumed run repeats it."""
+
+import random
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dataset import worker_init_fn
+from mmengine.dist import get_rank
+
+EPOCH_STRIDE = 1_000_003
+"""Distance between the seeds of consecutive epochs; prime, larger than any rank x worker."""
+
+
+def seed_epoch(dataloader: Any, seed: int, epoch: int) -> None:
+    """Seed this process and the workers of its next epoch.
+
+    MMEngine seeds once; what follows depends on all that ran before, so an epoch
+    after a resume would draw other augmentations than the same epoch without it.
+
+    Args:
+        dataloader: Training dataloader; its workers are restarted.
+        seed: The run's seed.
+        epoch: Epoch about to start.
+    """
+    epoch_seed = (seed + EPOCH_STRIDE * (epoch + 1)) % 2**31
+    mine = epoch_seed + get_rank()
+    random.seed(mine)
+    np.random.seed(mine)
+    torch.manual_seed(mine)
+    workers = getattr(dataloader, 'num_workers', 0)
+    if workers:
+        dataloader.worker_init_fn = partial(
+            worker_init_fn, num_workers=workers, rank=get_rank(), seed=epoch_seed
+        )
+        if getattr(dataloader, '_iterator', None) is not None:
+            dataloader._iterator = None  # persistent workers keep the old seed

@@ -1,0 +1,193 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""One GPLQ run: the steps that the hook calls, and what they leave in the work dir."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import barrier, is_main_process
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from torch import nn
+
+from ..algorithms.calibration import (
+    calibrate_activations,
+    calibrate_trained_weights,
+    is_calibrated,
+)
+from ..conversion import quantizers, set_quantization
+from ..evaluation import bit_operations, model_bytes, write_json
+from .calibration_data import CalibrationSet
+from .checkpoint import (
+    CALIBRATED_NAME,
+    FINAL_NAME,
+    STAGE1_NAME,
+    file_sha256,
+    quantization_keys,
+    record,
+    save_resumable,
+    save_snapshot,
+    snapshot,
+    unwrap,
+)
+from .evaluate import evaluate
+from .resources import StageMeter
+from .run_report import RunReport
+from .stage2 import quantize_weights
+from .teacher import attach_teacher, float_state_of
+
+SOURCE_NAME = 'gplq_source.json'
+
+
+class GPLQSession:
+    """State of a run between the hook's calls.
+
+    Args:
+        runner: Runner in training, loops built, weights not loaded yet.
+        resumed: Whether the runner resumes.
+
+    Raises:
+        ValueError: If the calibration images cannot be drawn.
+    """
+
+    def __init__(self, runner: Runner, resumed: bool) -> None:
+        self.runner = runner
+        self.model = unwrap(runner.model)
+        self.recipe: dict[str, Any] = self.model.gplq.recipe  # type: ignore[union-attr, assignment]
+        calibration = self.recipe['calibration']
+        self.calibration = CalibrationSet(runner.cfg, **calibration)
+        self.report = RunReport(runner.work_dir, resume=resumed)
+        self.meter: StageMeter | None = None
+
+    def prepare(self, source: Mapping[str, Any], evaluate_fp32: bool) -> None:
+        """FP32 score, calibration and teacher; skips what a resumed run has done."""
+        coverage = self.model.gplq.coverage.as_dict()  # type: ignore[union-attr]
+        self.report.describe(self.recipe, coverage, self.runner.seed)
+        float_state = None
+        if not is_calibrated(self.model):
+            float_state = float_state_of(self.model, quantization_keys(self.model))
+            self._score_fp32(evaluate_fp32)
+            self._calibrate()
+            save_resumable(self.runner, CALIBRATED_NAME)
+        attach_teacher(self.model, source, float_state, self.calibration)
+
+    def start_epoch(self) -> None:
+        """Start measuring an epoch of stage 1."""
+        self.meter = StageMeter().__enter__()
+
+    def end_epoch(self) -> None:
+        """Add an epoch's time and memory to the report."""
+        assert self.meter is not None
+        self.meter.__exit__(None, None, None)
+        known = self.report.data.get('stage1', {})
+        self.report.update(
+            'stage1',
+            seconds=known.get('seconds', 0.0) + self.meter.seconds,
+            peak_memory_bytes=max(known.get('peak_memory_bytes', 0), self.meter.peak_memory_bytes),
+        )
+
+    def record_stage1(self, metrics: Mapping[str, float]) -> None:
+        """Keep the validation metrics of stage 1 under their own names."""
+        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
+        self.report.update('stage1', metrics=numbers)
+
+    def finish(self, source: Mapping[str, Any]) -> None:
+        """Stage-1 checkpoint, stage 2, final score, final checkpoint, table."""
+        loop = self.runner.val_loop
+        dataset = loop.dataloader.dataset if loop else self.runner.train_dataloader.dataset
+        stage1 = snapshot(self.runner, dataset, through_hooks=True)
+        stage1['gplq'] = record(self.model, 'stage1', source)
+        save_snapshot(stage1, os.path.join(self.runner.work_dir, STAGE1_NAME))
+        self.model.load_state_dict(stage1['state_dict'])
+        if loop is not None and not self.report.has('stage1'):
+            self.report.update('stage1', metrics=evaluate(self.runner, loop, 'stage 1'))
+        self._report_cost('stage1')
+        self.apply_stage2(loop)
+        final = snapshot(self.runner, dataset, through_hooks=False)
+        final['gplq'] = record(self.model, 'stage2', source)
+        save_snapshot(final, os.path.join(self.runner.work_dir, FINAL_NAME))
+        self.report.log_table()
+
+    def apply_stage2(self, loop: Any) -> None:
+        """Quantize the weights of the loaded stage-1 model and score it."""
+        with StageMeter() as meter:
+            result = quantize_weights(self.runner, self.calibration)
+        self.report.update(
+            'stage2',
+            seconds=meter.seconds,
+            peak_memory_bytes=meter.peak_memory_bytes,
+            **result.as_dict(),
+        )
+        self._report_cost('stage2')
+        if loop is not None:
+            self.report.update('stage2', metrics=evaluate(self.runner, loop, 'stage 2'))
+
+    def _score_fp32(self, wanted: bool) -> None:
+        size = {'model_bytes': _float_bytes(self.model)}
+        self.report.update('fp32', **size)
+        if not wanted or self.runner.val_loop is None:
+            return
+        set_quantization(self.model, False)
+        with StageMeter() as meter:
+            metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
+        set_quantization(self.model, True)
+        self.report.update(
+            'fp32',
+            metrics=metrics,
+            seconds=meter.seconds,
+            peak_memory_bytes=meter.peak_memory_bytes,
+        )
+
+    def _calibrate(self) -> None:
+        self.calibration.log()
+        with StageMeter() as meter:
+            run_pass = self.calibration.run_pass(self.model, 'calibration')
+            number = calibrate_activations(self.model, run_pass)
+            number += calibrate_trained_weights(self.model)
+        self.report.update('calibration', seconds=meter.seconds, quantizers=number)
+        print_log(f'calibrated {number} quantizers in {meter.seconds:.1f} s', logger='current')
+
+    def _report_cost(self, stage: str) -> None:
+        batch = next(iter(self.calibration))
+        was_training = self.model.training
+        self.model.eval()
+        cost = bit_operations(self.model, lambda: self.model.test_step(batch))
+        self.model.train(was_training)
+        self.report.update('fp32', bops=cost['float_bops'])
+        self.report.update(stage, bops=cost['bops'], model_bytes=model_bytes(self.model))
+
+
+def log_active_quantizers(model: nn.Module) -> None:
+    """Log how many quantizers a test will use."""
+    active = {k: sum(q.is_active for q in quantizers(model, k).values()) for k in _KINDS}
+    total = {k: len(quantizers(model, k)) for k in _KINDS}
+    counts = ', '.join(f'{active[k]}/{total[k]} {k}' for k in _KINDS)
+    name = model.gplq.recipe['name']  # type: ignore[union-attr, index]
+    print_log(f'quantizers active: {counts}; recipe {name}', logger='current')
+
+
+_KINDS = ('activation', 'weight')
+
+
+def remember_source(work_dir: str, path: str) -> dict[str, Any]:
+    """Write which FP32 checkpoint a run starts from, so that a resume finds it."""
+    source = {'path': os.path.abspath(path) if os.path.exists(path) else path}
+    source['sha256'] = file_sha256(source['path'])
+    if is_main_process():
+        write_json(Path(work_dir) / SOURCE_NAME, source)
+    barrier()
+    return source
+
+
+def recall_source(work_dir: str) -> dict[str, Any]:
+    """What ``remember_source`` wrote, or an empty dict."""
+    path = Path(work_dir) / SOURCE_NAME
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _float_bytes(model: nn.Module) -> int:
+    added = quantization_keys(model)
+    state = model.state_dict()
+    return sum(v.numel() * v.element_size() for k, v in state.items() if k not in added)

@@ -1,0 +1,115 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Size and arithmetic of a (partly) quantized model, counted, not estimated."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..modules import QuantConvTranspose2d, QuantizedLayer, QuantMatMul
+from ..quantizers import FakeQuantizer
+
+FLOAT_BITS = 32
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers when quantized weights are packed.
+
+    A weight whose quantizer is active takes ``num_bits`` a value and a float32
+    scale an output channel; an activation scale takes 4 bytes and its zero point 1;
+    everything else takes its own dtype.
+    """
+    packed = _packed_weight_bytes(model)
+    skip = {id(w) for w in _packed_weights(model)}
+    quantizers = {id(t) for q in _quantizers(model) for t in q.state_dict(keep_vars=True).values()}
+    rest = sum(
+        t.numel() * t.element_size()
+        for t in [*model.parameters(), *model.buffers()]
+        if id(t) not in skip and id(t) not in quantizers
+    )
+    activation = sum(q.scale.numel() * 5 for q in _quantizers(model) if _is_active(q, 'activation'))
+    return rest + packed + activation
+
+
+def bit_operations(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+    """Multiply-accumulates and bit operations of one forward pass.
+
+    ``BOPs = MACs * bits of one operand * bits of the other``, 32 bits where an
+    operand is float (arXiv 2005.07093, section 4).
+
+    Args:
+        model: Converted model.
+        run: Runs the model once (say, on one image).
+
+    Returns:
+        ``macs``, ``quantized_macs``, ``bops`` and ``float_bops`` (all operands float).
+    """
+    counted: list[tuple[int, int]] = []
+    handles = [
+        m.register_forward_hook(_counter(counted))
+        for m in model.modules()
+        if isinstance(m, QuantizedLayer | QuantMatMul)
+    ]
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    macs = flops.get_total_flops() // 2
+    inside = sum(m for m, _ in counted)
+    float_part = max(macs - inside, 0) * FLOAT_BITS * FLOAT_BITS
+    return {
+        'macs': macs,
+        'quantized_macs': inside,
+        'bops': float_part + sum(m * b for m, b in counted),
+        'float_bops': macs * FLOAT_BITS * FLOAT_BITS,
+    }
+
+
+def _counter(counted: list[tuple[int, int]]) -> Callable[..., None]:
+    def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if isinstance(module, QuantMatMul):
+            macs = output.numel() * inputs[0].shape[-1]
+            bits = _bits(module.lhs_quantizer) * _bits(module.rhs_quantizer)
+        else:
+            if isinstance(module, QuantConvTranspose2d):
+                macs = inputs[0].numel() * module.weight[0].numel()
+            else:
+                macs = output.numel() * module.product_depth()
+            bits = _bits(module.input_quantizer) * _bits(module.weight_quantizer)
+        counted.append((macs, bits))
+
+    return hook
+
+
+def _bits(quantizer: FakeQuantizer) -> int:
+    return quantizer.spec.num_bits if quantizer.is_active else FLOAT_BITS
+
+
+def _quantizers(model: nn.Module) -> list[FakeQuantizer]:
+    return [m for m in model.modules() if isinstance(m, FakeQuantizer)]
+
+
+def _is_active(quantizer: FakeQuantizer, kind: str) -> bool:
+    return quantizer.kind == kind and quantizer.is_active
+
+
+def _packed_layers(model: nn.Module) -> list[QuantizedLayer]:
+    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
+    return [m for m in layers if m.weight_quantizer.is_active]
+
+
+def _packed_weights(model: nn.Module) -> list[Tensor]:
+    return [layer.weight for layer in _packed_layers(model)]
+
+
+def _packed_weight_bytes(model: nn.Module) -> int:
+    total = 0
+    for layer in _packed_layers(model):
+        quantizer = layer.weight_quantizer
+        total += -(-layer.weight.numel() * quantizer.spec.num_bits // 8)
+        total += quantizer.scale.numel() * 4
+    return total

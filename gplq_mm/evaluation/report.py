@@ -1,0 +1,87 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The run's report: ``gplq_report.json`` and the table at the end."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+STAGES = ('fp32', 'stage1', 'stage2')
+REPORT_NAME = 'gplq_report.json'
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON to a temporary file and rename it."""
+    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary.write_text(json.dumps(data, indent=2, default=float) + '\n')
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The report in ``path``, or an empty dict where there is none."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def bits_label(recipe: Mapping[str, Any], stage: str) -> str:
+    """Column title of a stage.
+
+    Examples:
+        >>> recipe = dict(activation=dict(num_bits=4), weight=dict(num_bits=3, qat=False))
+        >>> [bits_label(recipe, stage) for stage in STAGES]
+        ['FP32', 'W32A4', 'W3A4']
+    """
+    activation, weight = recipe['activation']['num_bits'], recipe['weight']['num_bits']
+    if stage == 'fp32':
+        return 'FP32'
+    if stage == 'stage1' and not recipe['weight'].get('qat'):
+        return f'W32A{activation}'
+    return f'W{weight}A{activation}'
+
+
+def report_table(report: Mapping[str, Any]) -> str:
+    """The report as a table, one column a stage: metrics, size, BOPs, time, memory.
+
+    Args:
+        report: Content of ``gplq_report.json``; stages that are absent are left out.
+    """
+    stages = [s for s in STAGES if s in report]
+    titles = ['', *(bits_label(report['recipe'], s) for s in stages)]
+    names: list[str] = []
+    for stage in stages:
+        names += [n for n in report[stage]['metrics'] if n not in names]
+    rows = [[n, *(_number(report[s]['metrics'].get(n)) for s in stages)] for n in names]
+    rows += [
+        ['size (MiB)', *(_scaled(report[s].get('model_bytes'), 2**20) for s in stages)],
+        ['BOPs (G)', *(_scaled(report[s].get('bops'), 1e9) for s in stages)],
+        ['time (s)', *(_scaled(report[s].get('seconds'), 1) for s in stages)],
+        ['peak memory (MiB)', *(_scaled(report[s].get('peak_memory_bytes'), 2**20) for s in stages)],
+    ]
+    return format_table(titles, rows)
+
+
+def format_table(titles: list[str], rows: list[list[str]]) -> str:
+    """Plain text table; first column left, the others right.
+
+    Examples:
+        >>> print(format_table(['', 'a'], [['x', '1.0']]))
+        |   |   a |
+        |---|-----|
+        | x | 1.0 |
+    """
+    widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
+
+    def line(row: list[str]) -> str:
+        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        return '| ' + ' | '.join(cells) + ' |'
+
+    rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|'
+    return '\n'.join([line(titles), rule, *(line(row) for row in rows)])
+
+
+def _number(value: Any) -> str:
+    return '-' if value is None else f'{float(value):.4g}'
+
+
+def _scaled(value: Any, unit: float) -> str:
+    return '-' if value is None else f'{float(value) / unit:,.2f}'

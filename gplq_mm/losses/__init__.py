@@ -1,0 +1,8 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Floor 2: losses of stage 1, in plain torch."""
+
+from .distillation import SoftLogitLoss
+from .feature import RelativeFeatureLoss
+from .pca import PCAMimicLoss, PCAStatistics
+
+__all__ = ['PCAMimicLoss', 'PCAStatistics', 'RelativeFeatureLoss', 'SoftLogitLoss']

@@ -1,0 +1,125 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The builder behind ``type='gplq_mm.GPLQ'``: float model in, quantized model out."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mmengine.config import ConfigDict
+from mmengine.logging import print_log
+from mmengine.model import BaseModel
+from torch import nn
+
+from ..adapters import load_adapters
+from ..algorithms.compensation import attach_from_recipe
+from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
+from ..registry import MODELS
+from .mimicking import make_mimicking, resolve_mimic
+
+
+@dataclass
+class GPLQState:
+    """What a converted model knows of itself (attribute ``gplq``).
+
+    Attributes:
+        recipe: The resolved recipe.
+        coverage: What is quantized and what stays float.
+        float_cfg: Config that builds the float model (the teacher).
+        is_detector: Whether the default scope is a backbone inside a detector.
+    """
+
+    recipe: dict[str, Any]
+    coverage: CoverageReport
+    float_cfg: ConfigDict
+    is_detector: bool
+
+
+@MODELS.register_module(name='GPLQ')
+def build_gplq(
+    model: Mapping[str, Any] | None = None,
+    float_type: str | None = None,
+    recipe: str | Mapping[str, Any] = 'w4a4',
+    strict: bool = False,
+    **float_cfg: Any,
+) -> nn.Module:
+    """Build a float model, attach quantizers and return it: same class, same keys.
+
+    Two forms, the first keeps ``cfg.model.backbone`` and the like where tools look
+    for them::
+
+        model = dict(type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4')
+        model = dict(_delete_=True, type='gplq_mm.GPLQ', model=_base_.model, recipe='w4a4')
+
+    Args:
+        model: Config of the float model (second form).
+        float_type: Registered type of the float model (first form); its other
+            arguments stand beside it.
+        recipe: Preset name or recipe.
+        strict: Raise if an unknown layer in the scope stays float.
+        **float_cfg: Arguments of the float model (first form).
+
+    Returns:
+        The converted model; ``model.gplq`` holds its recipe and coverage.
+
+    Raises:
+        ValueError: If neither or both forms are used, or the recipe does not fit.
+    """
+    resolved = resolve_recipe(recipe)
+    cfg = ConfigDict(_float_config(model, float_type, float_cfg))
+    load_adapters()
+    network = MODELS.build(copy.deepcopy(cfg))
+    scope = default_scope(network)
+    if resolved['scope'] == 'auto':
+        resolved['scope'] = scope
+    is_detector = scope == 'backbone'
+    mimic = resolve_mimic(resolved['mimic'], is_detector)
+    coverage = convert_(network, resolved, strict=strict)
+    attach_from_recipe(network, resolved)
+    if mimic is not None and isinstance(network, BaseModel):
+        make_mimicking(network, mimic)
+    network.gplq = GPLQState(resolved, coverage, cfg, is_detector)  # type: ignore[assignment]
+    _log_coverage(network, coverage, resolved)
+    return network
+
+
+def _float_config(
+    model: Mapping[str, Any] | None, float_type: str | None, float_cfg: Mapping[str, Any]
+) -> dict[str, Any]:
+    if (model is None) == (float_type is None):
+        raise ValueError(
+            "gplq_mm.GPLQ needs the float model, in one of two forms: float_type='MaskRCNN' beside "
+            "the model's own arguments, or model=_base_.model"
+        )
+    if model is not None:
+        if float_cfg:
+            raise ValueError(
+                f'gplq_mm.GPLQ(model=...) does not take {sorted(float_cfg)}; write _delete_=True, '
+                'or put them into the float model'
+            )
+        return _without_pretrained(model)
+    return _without_pretrained({'type': float_type, **float_cfg})
+
+
+def _without_pretrained(cfg: Any) -> Any:
+    """Copy of a config that fetches no backbone weights: the FP32 checkpoint holds them all."""
+    if isinstance(cfg, Mapping):
+        kept = {}
+        for key, value in cfg.items():
+            is_fetch = isinstance(value, Mapping) and value.get('type') == 'Pretrained'
+            if not (key == 'init_cfg' and is_fetch) and key != 'pretrained':
+                kept[key] = _without_pretrained(value)
+        return kept
+    if isinstance(cfg, list | tuple):
+        return type(cfg)(_without_pretrained(item) for item in cfg)
+    return copy.deepcopy(cfg)
+
+
+def _log_coverage(network: nn.Module, coverage: CoverageReport, recipe: Mapping[str, Any]) -> None:
+    counts = ', '.join(f'{number} {kind}' for kind, number in coverage.counts.items())
+    print_log(
+        f'GPLQ {recipe["name"]}: {type(network).__name__}, scope {recipe["scope"]}: {counts} quantized',
+        logger='current',
+    )
+    for name, reason in coverage.kept_float:
+        print_log(f'GPLQ: {name} stays float: {reason}', logger='current')

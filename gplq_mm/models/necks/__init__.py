@@ -1,0 +1,13 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Necks that the shipped configs need and the mmdet wheel lacks."""
+
+from gplq_mm.compat import is_installed
+
+from .layer_norm_2d import LayerNorm2d
+
+__all__ = ['LayerNorm2d']
+
+if is_installed('mmcv'):
+    from .simple_feature_pyramid import SimpleFeaturePyramid
+
+    __all__ += ['SimpleFeaturePyramid']
