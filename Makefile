@@ -2,9 +2,10 @@
 # make test   environment, then lint, types and tests
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
+# test processes: each loads torch, so four at most
+JOBS   ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$(( n < 4 ? n : 4 )))
 BIN    := $(VENV)/bin
-# where it would hurt, one thread a test process: the processes share the cores already
+# one thread a test process: the processes share the cores already
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 .PHONY: env demo test lint format types doctor clean

@@ -94,8 +94,8 @@ class NormalEquations:
 
         Args:
             ridge: Penalty relative to the mean variance of the channels of x.
-                Directions in which x does not vary get no weight, so that singular
-                systems have an answer even with ``ridge=0``.
+                Directions in which x varies by no more than the rounding of float32
+                get no weight, so that singular systems have an answer with ``ridge=0``.
 
         Returns:
             ``(weight (C, C), bias (C,), degrees of freedom)``, float32, on the CPU.
@@ -106,7 +106,7 @@ class NormalEquations:
         gram = products[:width, :width] - torch.outer(sum_x, sum_x) / count
         cross = products[:width, width + 1 :] - torch.outer(sum_x, sum_r) / count
         values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
-        noise = width * torch.finfo(torch.float64).eps * products[:width, :width].trace()
+        noise = 4 * torch.finfo(torch.float32).eps ** 2 * products[:width, :width].trace()
         values = torch.where(values > noise, values, 0.0)
         penalised = values + ridge * values.sum() / width
         inverse = torch.where(values > 0, 1 / penalised, 0.0)

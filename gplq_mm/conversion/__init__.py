@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Floor 2: from a float model and a recipe to a model with quantizers."""
 
+from .attention import attach_matmuls, attach_rel_pos_matmuls
 from .convert import (
     CoverageReport,
     convert_,
@@ -12,11 +13,15 @@ from .convert import (
 from .handlers import Context, find_handler, make_matmul, register_handler, register_layer
 from .presets import PRESETS
 from .recipe import recipe_difference, resolve_recipe
+from .roles import child_name, register_roles, set_ffn_roles, set_predictor_roles
 
 __all__ = [
     'PRESETS',
     'Context',
     'CoverageReport',
+    'attach_matmuls',
+    'attach_rel_pos_matmuls',
+    'child_name',
     'convert_',
     'default_scope',
     'find_handler',
@@ -26,6 +31,9 @@ __all__ = [
     'recipe_difference',
     'register_handler',
     'register_layer',
+    'register_roles',
     'resolve_recipe',
+    'set_ffn_roles',
+    'set_predictor_roles',
     'set_quantization',
 ]

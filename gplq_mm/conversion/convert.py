@@ -13,6 +13,7 @@ from ..quantizers import FakeQuantizer
 from .handlers import TURNED_OFF, build_quantizer, find_handler
 from .match import RuleBook, in_scope
 from .recipe import resolve_recipe, scope_prefixes
+from .roles import give_roles
 
 _ATTENTION = re.compile(r'(attention|attn|msa)', re.IGNORECASE)
 
@@ -55,6 +56,7 @@ class _Conversion:
         self.book = RuleBook(recipe['rules'])
         self.report = CoverageReport(scope=scope_prefixes(recipe['scope']))
         self.roles: dict[str, str] = {}
+        self.skipped: list[str] = []
 
     def role(self, name: str, default: str = 'input') -> str:
         return self.roles.get(name, default)
@@ -74,10 +76,16 @@ class _Conversion:
     def keep_float(self, name: str, reason: str) -> None:
         self.report.kept_float.append((name, reason))
 
+    def skip(self, name: str, reason: str) -> None:
+        self.skipped.append(name)
+        self.keep_float(name, reason)
+
     def count(self, kind: str, name: str) -> None:
         self.report.quantized[kind].append(name)
 
     def visit(self, name: str, module: nn.Module) -> None:
+        if in_scope(name, self.skipped):
+            return
         handler = find_handler(module)
         if handler is not None:
             handler(module, name, self)
@@ -122,7 +130,10 @@ def convert_(
         resolved['scope'] = default_scope(model)
     conversion = _Conversion(resolved)
     _check_scope(model, conversion.report.scope)
-    for name, module in list(model.named_modules()):
+    modules = list(model.named_modules())
+    for name, module in modules:
+        give_roles(module, name, conversion)
+    for name, module in modules:
         if in_scope(name, conversion.report.scope):
             conversion.visit(name, module)
     _check_result(conversion, strict)
@@ -181,6 +192,10 @@ def _check_result(conversion: _Conversion, strict: bool) -> None:
             f'nothing was quantized: no Linear, Conv or attention matmul is left in the scope '
             f'{list(conversion.report.scope)}; widen the scope or the rules'
         )
-    unknown = [f'{n} ({r})' for n, r in conversion.report.kept_float if r != TURNED_OFF]
+    unknown = [
+        f'{n} ({r})'
+        for n, r in conversion.report.kept_float
+        if r != TURNED_OFF and n not in conversion.skipped
+    ]
     if strict and unknown:
         raise ValueError(f'strict=True, but these stay float: {"; ".join(unknown)}')

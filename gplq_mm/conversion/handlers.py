@@ -37,6 +37,9 @@ class Context(Protocol):
     def keep_float(self, name: str, reason: str) -> None:
         """Report that something inside the scope stays float."""
 
+    def skip(self, name: str, reason: str) -> None:
+        """Keep a module and all below it float, on purpose: no error if ``strict``."""
+
     def count(self, kind: str, name: str) -> None:
         """Report a quantized operation."""
 
@@ -67,12 +70,20 @@ def register_layer(float_cls: type[nn.Module], quant_cls: type[nn.Module]) -> No
     """Convert ``float_cls`` (a Linear, Conv2d or ConvTranspose2d) into ``quant_cls``."""
 
     def handler(module: Any, name: str, context: Context) -> None:
-        _convert_layer(module, name, context, quant_cls)
+        convert_layer(module, name, context, quant_cls)
 
     HANDLERS[float_cls] = handler
 
 
-def _convert_layer(module: Any, name: str, context: Context, quant_cls: type[nn.Module]) -> None:
+def convert_layer(module: Any, name: str, context: Context, quant_cls: type[nn.Module]) -> None:
+    """Attach quantizers to a Linear or convolution and make it a ``quant_cls``.
+
+    Args:
+        module: The float layer.
+        name: Its dotted name.
+        context: Running conversion.
+        quant_cls: A ``QuantizedLayer`` that extends the layer's class.
+    """
     is_linear = isinstance(module, nn.Linear)
     default = 'image' if not is_linear and module.in_channels == 3 else 'input'
     role = context.role(name, default)

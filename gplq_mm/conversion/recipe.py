@@ -187,8 +187,10 @@ def _validate(recipe: dict[str, Any]) -> None:
             )
         if rule.get('role', ROLES[0]) not in ROLES:
             raise ValueError(f'{where}: role={rule["role"]!r} is unknown; write one of {ROLES}')
-        for settings in (rule, rule.get('activation') or {}, rule.get('weight') or {}):
-            _check_settings(where, settings)
+        _check_settings(where, rule)
+        for kind in ('activation', 'weight'):
+            _check_keys(f'{where}.{kind}', rule.get(kind) or {}, _KEYS[kind] or set())
+            _check_settings(f'{where}.{kind}', rule.get(kind) or {})
     _check_calibration(recipe['calibration'])
 
 

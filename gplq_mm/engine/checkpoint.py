@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import mmengine
-import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.runner import Runner
 from torch import nn
@@ -17,16 +16,14 @@ from torch import nn
 from ..algorithms.compensation import CompensatedBlock
 from ..conversion import quantizers, recipe_difference
 from ..quantizers import FakeQuantizer
-from ..utils.checkpoint_io import MMENGINE_GLOBALS, write_checkpoint
+from ..utils.checkpoint_io import write_checkpoint
 
 KEY = 'gplq'
 STAGE1_NAME = 'gplq_stage1.pth'
 FINAL_NAME = 'gplq_final.pth'
+_TRAINING_ONLY = ('optim.', 'mimic', 'name', 'calibration.', 'weight.ptq')
+"""Recipe keys that decide values, not how the values are used."""
 CALIBRATED_NAME = 'gplq_calibrated.pth'
-
-# MMEngine 0.10 saves its message hub and loads with torch's safe default, which
-# refuses it; the few types it needs are allowed, the protection stays on.
-torch.serialization.add_safe_globals(MMENGINE_GLOBALS)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -116,7 +113,7 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f'{FINAL_NAME} or {STAGE1_NAME}'
         )
     differences = recipe_difference(checkpoint[KEY]['recipe'], _recipe(model))
-    differences = [d for d in differences if not d.startswith(('optim.', 'mimic', 'name'))]
+    differences = [d for d in differences if not d.startswith(_TRAINING_ONLY)]
     if differences:
         raise ValueError(
             'the checkpoint was made with another recipe; checkpoint != config: '

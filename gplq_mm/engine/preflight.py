@@ -49,36 +49,34 @@ def check_checkpoint(path: str | Path) -> dict[str, Any]:
     if is_url(str(path)):
         return {}
     try:
-        if zipfile.is_zipfile(path):
-            _check_archive(Path(path))
+        _check_archive(Path(path))
         return read_checkpoint(path)['state_dict']
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(' '.join(str(error).split())) from error
 
 
-def check_float_checkpoint(path: str | Path | None) -> None:
+def check_float_checkpoint(path: str | Path | None, remedy: str = _GIVE_FLOAT) -> None:
     """Refuse an FP32 checkpoint that GPLQ cannot start from.
 
     Args:
         path: ``load_from`` of the config: file or URL.
+        remedy: What to do instead, for the message.
 
     Raises:
         ConfigError: If there is none, the file is missing, truncated or damaged, or it was
             written by a GPLQ run.
     """
     if not path:
-        raise ConfigError(
-            f'GPLQ starts from a trained float model, load_from is empty; {_GIVE_FLOAT}'
-        )
+        raise ConfigError(f'GPLQ starts from a trained float model, load_from is empty; {remedy}')
     try:
         state = check_checkpoint(path)
     except ConfigError as error:
-        raise ConfigError(f'{error}; {_GIVE_FLOAT}') from error
+        raise ConfigError(f'{error}; {remedy}') from error
     quantizers = [key for key in state if _QUANTIZER_KEY.search(key)]
     if quantizers:
         raise ConfigError(
             f'{path} is quantized already ({len(quantizers)} quantizer keys, first '
-            f'{quantizers[0]}); {_GIVE_FLOAT}'
+            f'{quantizers[0]}); {remedy}'
         )
 
 
@@ -137,7 +135,20 @@ def key_mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
 
 
 def _check_archive(path: Path) -> None:
-    """Compare the checksums inside a zip file, which ``torch.load`` does not."""
+    """Look for a cut zip file, and compare the checksums inside, which ``torch.load`` does not.
+
+    Files from before torch 1.6 are no zip files and pass.
+    """
+    if not path.is_file():
+        return
+    with path.open('rb') as file:
+        begins_as_zip = file.read(4) == b'PK\x03\x04'
+    if not zipfile.is_zipfile(path):
+        if begins_as_zip:
+            raise ValueError(
+                f'{path.absolute()} is truncated: it ends after {path.stat().st_size} bytes'
+            )
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

@@ -12,7 +12,14 @@ from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
 from .. import __version__
-from ..evaluation import REPORT_NAME, read_json, report_table, write_json
+from ..evaluation import (
+    REPORT_NAME,
+    bit_operations,
+    model_bytes,
+    read_json,
+    report_table,
+    write_json,
+)
 
 
 class RunReport:
@@ -45,6 +52,15 @@ class RunReport:
         """Set values of one stage (``fp32``, ``stage1``, ``stage2``)."""
         self.data.setdefault(stage, {'metrics': {}}).update(values)
         self.write()
+
+    def measure_cost(self, stage: str, model: Any, batch: Any) -> None:
+        """Set a stage's BOPs of one forward pass and its bytes; FP32's BOPs as well."""
+        was_training = model.training
+        model.eval()
+        cost = bit_operations(model, lambda: model.test_step(batch))
+        model.train(was_training)
+        self.update('fp32', bops=cost['float_bops'])
+        self.update(stage, bops=cost['bops'], model_bytes=model_bytes(model))
 
     def write(self) -> None:
         """Write the file (main process only)."""

@@ -18,7 +18,7 @@ from ..algorithms.calibration import (
     is_calibrated,
 )
 from ..conversion import quantizers, set_quantization
-from ..evaluation import bit_operations, model_bytes, write_json
+from ..evaluation import write_json
 from .calibration_data import CalibrationSet
 from .checkpoint import (
     CALIBRATED_NAME,
@@ -35,7 +35,7 @@ from .checkpoint import (
 from .evaluate import evaluate
 from .resources import StageMeter
 from .run_report import RunReport
-from .stage2 import quantize_weights
+from .stage2 import apply_stage2
 from .teacher import attach_teacher, float_state_of
 
 SOURCE_NAME = 'gplq_source.json'
@@ -103,26 +103,12 @@ class GPLQSession:
         self.model.load_state_dict(stage1['state_dict'])
         if loop is not None and not self.report.has('stage1'):
             self.report.update('stage1', metrics=evaluate(self.runner, loop, 'stage 1'))
-        self._report_cost('stage1')
-        self.apply_stage2(loop)
+        self.report.measure_cost('stage1', self.model, next(iter(self.calibration)))
+        apply_stage2(self.runner, self.recipe, self.calibration, self.report)
         final = snapshot(self.runner, dataset, through_hooks=False)
         final['gplq'] = record(self.model, 'stage2', source)
         save_snapshot(final, os.path.join(self.runner.work_dir, FINAL_NAME))
         self.report.log_table()
-
-    def apply_stage2(self, loop: Any) -> None:
-        """Quantize the weights of the loaded stage-1 model and score it."""
-        with StageMeter() as meter:
-            result = quantize_weights(self.runner, self.calibration)
-        self.report.update(
-            'stage2',
-            seconds=meter.seconds,
-            peak_memory_bytes=meter.peak_memory_bytes,
-            **result.as_dict(),
-        )
-        self._report_cost('stage2')
-        if loop is not None:
-            self.report.update('stage2', metrics=evaluate(self.runner, loop, 'stage 2'))
 
     def _score_fp32(self, wanted: bool) -> None:
         size = {'model_bytes': _float_bytes(self.model)}
@@ -148,15 +134,6 @@ class GPLQSession:
             number += calibrate_trained_weights(self.model)
         self.report.update('calibration', seconds=meter.seconds, quantizers=number)
         print_log(f'calibrated {number} quantizers in {meter.seconds:.1f} s', logger='current')
-
-    def _report_cost(self, stage: str) -> None:
-        batch = next(iter(self.calibration))
-        was_training = self.model.training
-        self.model.eval()
-        cost = bit_operations(self.model, lambda: self.model.test_step(batch))
-        self.model.train(was_training)
-        self.report.update('fp32', bops=cost['float_bops'])
-        self.report.update(stage, bops=cost['bops'], model_bytes=model_bytes(self.model))
 
 
 def log_active_quantizers(model: nn.Module) -> None:

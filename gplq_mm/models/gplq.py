@@ -12,7 +12,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from ..adapters import load_adapters
-from ..algorithms.compensation import attach_from_recipe
+from ..algorithms.stage2 import prepare_stage2
 from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
 from ..registry import MODELS
 from .mimicking import make_mimicking, resolve_mimic
@@ -75,7 +75,7 @@ def build_gplq(
     is_detector = scope == 'backbone'
     mimic = resolve_mimic(resolved['mimic'], is_detector)
     coverage = convert_(network, resolved, strict=strict)
-    attach_from_recipe(network, resolved)
+    prepare_stage2(network, resolved)
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)
     network.gplq = GPLQState(resolved, coverage, cfg, is_detector)  # type: ignore[assignment]

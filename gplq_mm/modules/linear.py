@@ -27,9 +27,12 @@ class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
         return self.in_features
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer with another bias, for callers that assemble it (BEiT, Swin V2)."""
-        return self.quantized_product(x, bias)
+        """The layer with another bias, for callers that assemble it (BEiT, Swin V2).
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., in_features)`` -> ``(..., out_features)``."""
-        return self.quantized_product(x, self.bias)
+        It goes through ``forward``, so hooks on the layer see it.
+        """
+        return self(x, bias)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``(..., in_features)`` -> ``(..., out_features)``; ``bias`` replaces the layer's."""
+        return self.quantized_product(x, self.bias if bias is None else bias)

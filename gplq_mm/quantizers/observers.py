@@ -249,7 +249,7 @@ class PercentileObserver(HistogramObserver):
         """Range that cuts ``1 - percentile`` off each end."""
         assert self.counts is not None and self.lo is not None and self.hi is not None
         cumulative = self.counts.cumsum(1).double()
-        cumulative /= cumulative[:, -1:]
+        cumulative = cumulative / cumulative[:, -1:]
         bins = self.counts.shape[1]
         width = (self.hi - self.lo) / bins
         first = (cumulative < 1 - self.percentile).sum(1)

@@ -1,0 +1,12 @@
+# Mask R-CNN, plain ViT-B (ViTDet), COCO. Float: 51.6 box / 45.7 mask AP. `load_from` is what
+# `python tools/model_converters/vitdet_to_gplq.py` makes of mmdet's public checkpoint.
+_base_ = [
+    './_base_/mask_rcnn_vit-b_coco.py',
+    './_base_/stage1_detection.py',
+]
+load_from = 'checkpoints/vitdet_mask-rcnn_vit-b-mae_lsj-100e.pth'
+model = dict(
+    type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4', backbone=dict(init_cfg=None))
+train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1, val_interval=1)
+optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')
+param_scheduler = _base_.stage1_scheduler

@@ -1,0 +1,2 @@
+_base_ = './mask_rcnn_vit_w4a4.py'
+model = dict(recipe='w8a8')

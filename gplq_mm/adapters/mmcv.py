@@ -1,0 +1,45 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""mmcv: its own Linear and convolution classes, FFN, and the attention wrapper."""
+
+from typing import Any
+
+from mmcv.cnn.bricks import wrappers
+from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
+
+from ..conversion import (
+    Context,
+    child_name,
+    register_handler,
+    register_layer,
+    register_roles,
+    set_ffn_roles,
+)
+from ..modules import QuantConv2d, QuantConvTranspose2d, QuantLinear
+
+
+class QuantMMCVLinear(QuantLinear, wrappers.Linear):
+    """``mmcv.cnn.Linear`` with fake-quantized operands."""
+
+
+class QuantMMCVConv2d(QuantConv2d, wrappers.Conv2d):
+    """``mmcv.cnn.Conv2d`` with fake-quantized operands."""
+
+
+class QuantMMCVConvTranspose2d(QuantConvTranspose2d, wrappers.ConvTranspose2d):
+    """``mmcv.cnn.ConvTranspose2d`` with fake-quantized operands."""
+
+
+register_layer(wrappers.Linear, QuantMMCVLinear)
+register_layer(wrappers.Conv2d, QuantMMCVConv2d)
+register_layer(wrappers.ConvTranspose2d, QuantMMCVConvTranspose2d)
+
+
+@register_handler(MultiheadAttention)
+def pass_through(module: Any, name: str, context: Context) -> None:
+    """The wrapper multiplies nothing itself: its child ``attn`` is torch's attention."""
+
+
+@register_roles(FFN)
+def give_ffn_roles(module: Any, name: str, context: Context) -> None:
+    """``post_gelu`` or ``post_relu`` behind the FFN's activation."""
+    set_ffn_roles(module.layers, child_name(name, 'layers'), context)

@@ -1,0 +1,33 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""mmdet's ``projects/ViTDet``, importable where its repository is the working directory."""
+
+from typing import Any
+
+from projects.ViTDet.vitdet.vit import Attention, Mlp
+
+from ..conversion import (
+    Context,
+    attach_rel_pos_matmuls,
+    register_handler,
+    register_roles,
+    set_ffn_roles,
+)
+from ..modules import swap_class
+from ..modules.rel_pos_attention import RelPosAttention
+
+
+class QuantAttention(RelPosAttention, Attention):
+    """``Attention`` with quantized matmuls."""
+
+
+@register_handler(Attention)
+def convert_attention(module: Any, name: str, context: Context) -> None:
+    """Both matmuls and both relative position products."""
+    swap_class(module, QuantAttention)
+    attach_rel_pos_matmuls(module, name, context)
+
+
+@register_roles(Mlp)
+def give_mlp_roles(module: Any, name: str, context: Context) -> None:
+    """``post_gelu`` behind the activation."""
+    set_ffn_roles(module, name, context)

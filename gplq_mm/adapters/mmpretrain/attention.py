@@ -1,0 +1,135 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Plain attention: ViT, DeiT, DINOv2, MAE (one class), BEiT, EVA-02."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmpretrain.models.backbones.deit3 import DeiT3FFN
+from mmpretrain.models.backbones.vit_eva02 import AttentionWithRoPE
+from mmpretrain.models.utils import BEiTAttention, MultiheadAttention
+from torch import Tensor
+
+from ...conversion import (
+    Context,
+    attach_matmuls,
+    child_name,
+    register_handler,
+    register_roles,
+    set_ffn_roles,
+)
+from ...modules import QuantLinear, quant_scaled_dot_product_attention, swap_class
+from ...modules.window_attention import gathered_bias
+
+
+class QuantMultiheadAttention(MultiheadAttention):
+    """``MultiheadAttention`` whose fused attention is written out."""
+
+    qk_matmul: Any
+    pv_matmul: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, N, C)`` -> same."""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dims)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
+        x = quant_scaled_dot_product_attention(
+            self.qk_matmul,
+            self.pv_matmul,
+            q,
+            k,
+            v,
+            dropout_p=self.attn_drop if self.training else 0.0,
+            scale=self._logit_factor(),
+            float_attention=self._float_attention,
+        )
+        x = self.proj(x.transpose(1, 2).reshape(B, N, self.embed_dims))
+        x = self.out_drop(self.gamma1(self.proj_drop(x)))
+        return v.squeeze(1) + x if self.v_shortcut else x
+
+    def _logit_factor(self) -> float | None:
+        """With ``qk_scale`` set, mmpretrain divides the logits by ``D ** -0.5``."""
+        attention = self.scaled_dot_product_attention
+        return 1 / attention.keywords['scale'] if isinstance(attention, partial) else None
+
+    def _float_attention(self, *args: Any, scale: float | None = None, **options: Any) -> Tensor:
+        """What the float model calls; it has its own scale."""
+        return self.scaled_dot_product_attention(*args, **options)
+
+
+class QuantBEiTAttention(BEiTAttention):
+    """``BEiTAttention`` with quantized matmuls."""
+
+    qk_matmul: Any
+    pv_matmul: Any
+
+    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
+        """``(B, N, C)`` -> same; ``rel_pos_bias`` is ``(heads, N, N)``."""
+        B, N, C = x.shape
+        qkv = self._qkv(x).reshape(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
+        logits = self.qk_matmul(q * self.scale, k.transpose(-2, -1))
+        if self.relative_position_bias_table is not None:
+            table, index = self.relative_position_bias_table, self.relative_position_index
+            logits = logits + gathered_bias(table, index)
+        if rel_pos_bias is not None:
+            logits = logits + rel_pos_bias
+        weights = self.attn_drop(logits.softmax(dim=-1))
+        x = self.pv_matmul(weights, v).transpose(1, 2).reshape(B, N, C)
+        return self.proj_drop(self.proj(x))
+
+    def _qkv(self, x: Tensor) -> Tensor:
+        if self.bias != 'qv_bias':
+            return self.qkv(x)
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
+        if isinstance(self.qkv, QuantLinear):
+            return self.qkv.linear(x, bias)
+        return F.linear(x, self.qkv.weight, bias)
+
+
+class QuantAttentionWithRoPE(AttentionWithRoPE):
+    """``AttentionWithRoPE`` with quantized matmuls; the rotated q and k are quantized."""
+
+    qk_matmul: Any
+    pv_matmul: Any
+
+    def forward(self, x: Tensor, patch_resolution: tuple[int, int]) -> Tensor:
+        """``(B, N, C)`` -> same."""
+        B, N, _ = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(dim=0)  # each (B, heads, N, D)
+        if self.rope:
+            q = self._rotated(q, patch_resolution).type_as(v)
+            k = self._rotated(k, patch_resolution).type_as(v)
+        logits = self.qk_matmul(q * self.scale, k.transpose(-2, -1))
+        weights = self.attn_drop(logits.softmax(dim=-1).type_as(x))
+        x = self.pv_matmul(weights, v).transpose(1, 2).reshape(B, N, -1)
+        return self.proj_drop(self.proj(x))
+
+    def _rotated(self, x: Tensor, patch_resolution: tuple[int, int]) -> Tensor:
+        """Rotate all but the class token, ``(B, heads, N, D)``."""
+        if not self.with_cls_token:
+            return self.rope(x, patch_resolution)
+        rotated = self.rope(x[:, :, 1:, :], patch_resolution)
+        return torch.cat((x[:, :, :1, :], rotated), -2)
+
+
+_QUANTIZED = {
+    MultiheadAttention: QuantMultiheadAttention,
+    BEiTAttention: QuantBEiTAttention,
+    AttentionWithRoPE: QuantAttentionWithRoPE,
+}
+
+
+@register_handler(*_QUANTIZED)
+def convert_attention(module: Any, name: str, context: Context) -> None:
+    """Both matmuls; ``qkv`` and ``proj`` are children."""
+    swap_class(module, _QUANTIZED[type(module)])
+    attach_matmuls(module, name, context, module.num_heads)
+
+
+@register_roles(DeiT3FFN)
+def give_ffn_roles(module: Any, name: str, context: Context) -> None:
+    """``post_gelu`` or ``post_relu`` behind the FFN's activation."""
+    set_ffn_roles(module.layers, child_name(name, 'layers'), context)

@@ -1,0 +1,92 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The text of a GPLQ config that builds on a project's float config."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import DATASETS
+
+from ..engine.preflight import ConfigError
+
+HOOK = "dict(type='gplq_mm.GPLQHook')"
+
+
+def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path) -> str:
+    """Text of the GPLQ config.
+
+    Args:
+        cfg: The float config, read.
+        base: Where the float config lies.
+        checkpoint: Trained float model, as the user wrote it.
+        recipe: Name of a preset.
+        out: Where the text will lie.
+    """
+    lines = [
+        f'# GPLQ {recipe} of {Path(base).name}: written by python -m gplq_mm init',
+        f'_base_ = {_relative(base, out)!r}',
+        f'load_from = {checkpoint!r}',
+        'resume = False',
+        f"model = dict(type='gplq_mm.GPLQ', float_type={cfg.model.type!r}, recipe={recipe!r})",
+        _hooks_line(cfg),
+        *_schedule_lines(cfg),
+        "optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')",
+    ]
+    if cfg.get('work_dir'):  # theirs holds the float model's checkpoints
+        lines.append(f'work_dir = {str(Path("work_dirs") / out.stem)!r}')
+    return '\n'.join(lines) + '\n'
+
+
+def _hooks_line(cfg: Config) -> str:
+    """`custom_hooks`, the project's own kept: a list replaces the base's."""
+    own = '*_base_.custom_hooks, ' if cfg.get('custom_hooks') else ''
+    return f'custom_hooks = [{own}{HOOK}]'
+
+
+def _schedule_lines(cfg: Config) -> list[str]:
+    """One epoch with a cosine, counted as the project counts: in epochs or in iterations."""
+    if not is_iteration_based(cfg):
+        cosine = "type='CosineAnnealingLR', T_max=1, end=1, convert_to_iter_based=True"
+        return [
+            'train_cfg = dict(max_epochs=1, val_interval=1)',
+            f'param_scheduler = [dict({cosine})]',
+        ]
+    iters = iterations_of_one_epoch(cfg)
+    cosine = f"type='CosineAnnealingLR', T_max={iters}, end={iters}, by_epoch=False"
+    return [
+        f'train_cfg = dict(max_iters={iters}, val_interval={iters})  # one epoch',
+        f'param_scheduler = [dict({cosine})]',
+    ]
+
+
+def is_iteration_based(cfg: Config) -> bool:
+    """Whether a config trains for iterations, not epochs."""
+    loop: Any = cfg.get('train_cfg') or {}
+    if 'by_epoch' in loop:
+        return not loop['by_epoch']
+    return 'max_iters' in loop
+
+
+def iterations_of_one_epoch(cfg: Config) -> int:
+    """Training images over batch size, rounded up; needs the data.
+
+    Raises:
+        ConfigError: If the training set cannot be read.
+    """
+    try:
+        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f'the config counts iterations, and how many make one epoch the training set tells, '
+            f'which is not there: {error}'
+        ) from error
+    batch = cfg.train_dataloader.get('batch_size') or cfg.train_dataloader.batch_sampler.batch_size
+    return math.ceil(len(dataset) / batch)
+
+
+def _relative(base: str, out: Path) -> str:
+    return base if '::' in base else Path(os.path.relpath(base, out.parent)).as_posix()

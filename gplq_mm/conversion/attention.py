@@ -1,0 +1,84 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What the handlers of attention classes share, and the handler of torch's own."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from ..modules import swap_class
+from ..modules.float_matmul import FloatMatMul
+from ..modules.multihead_attention import (
+    PARTS,
+    InProjection,
+    QuantInProjection,
+    QuantMultiheadAttention,
+    QuantOutProjection,
+)
+from ..modules.rel_pos_attention import FloatRelPosMatMul, QuantRelPosMatMul, SharedQueryMatMul
+from .handlers import (
+    TURNED_OFF,
+    Context,
+    convert_layer,
+    make_matmul,
+    register_handler,
+    register_layer,
+)
+from .roles import child_name
+
+_REL_POS = {'rel_h_matmul': 'bnhwc,hkc->bnhwk', 'rel_w_matmul': 'bnhwc,wkc->bnhwk'}
+
+
+def attach_matmuls(module: Any, name: str, context: Context, heads: int) -> None:
+    """Give an attention module its ``qk_matmul`` and ``pv_matmul``.
+
+    Args:
+        module: Attention; its forward calls both with ``(B, heads, N, D)`` operands.
+        name: Its dotted name.
+        context: Running conversion.
+        heads: Number of heads.
+    """
+    for child, roles in (('qk_matmul', ('query', 'key')), ('pv_matmul', ('softmax', 'value'))):
+        matmul = make_matmul(child_name(name, child), context, roles, heads)
+        setattr(module, child, FloatMatMul() if matmul is None else matmul)
+
+
+def attach_rel_pos_matmuls(module: Any, name: str, context: Context) -> None:
+    """Give an attention module the matmuls that ``RelPosAttention`` calls.
+
+    Args:
+        module: Attention with ``num_heads`` and ``use_rel_pos``.
+        name: Its dotted name.
+        context: Running conversion.
+    """
+    attach_matmuls(module, name, context, module.num_heads)
+    is_quantized = not module.qk_matmul.is_float
+    if is_quantized:
+        swap_class(module.qk_matmul, SharedQueryMatMul)
+    if not module.use_rel_pos:
+        return
+    for child, equation in _REL_POS.items():
+        path = child_name(name, child)
+        table = context.activation(f'{path}.rhs', 'rel_pos', None, None)
+        if table is None or not is_quantized:
+            context.keep_float(path, TURNED_OFF)
+            setattr(module, child, FloatRelPosMatMul(equation))
+        else:
+            context.count('matmul', path)
+            query = module.qk_matmul.lhs_quantizer
+            setattr(module, child, QuantRelPosMatMul(equation, query, table))
+
+
+@register_handler(nn.MultiheadAttention)
+def convert_multihead_attention(module: nn.MultiheadAttention, name: str, context: Context) -> None:
+    """Three input projections and both matmuls; ``out_proj`` is a child with its own handler."""
+    swap_class(module, QuantMultiheadAttention)
+    for part in PARTS:
+        child = f'in_proj_{part}'
+        layer = InProjection(module, part)
+        setattr(module, child, layer)
+        convert_layer(layer, child_name(name, child), context, QuantInProjection)
+    attach_matmuls(module, name, context, module.num_heads)
+
+
+register_layer(NonDynamicallyQuantizableLinear, QuantOutProjection)

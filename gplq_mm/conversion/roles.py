@@ -1,0 +1,93 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Roles: what a parent module knows about the input of its children.
+
+Roles are given before anything is converted, by class and subclass, and they
+change no computation: a user's own head gets the roles of the head it extends.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from .handlers import Context
+
+RoleGiver = Callable[[Any, str, Context], None]
+ROLE_GIVERS: list[tuple[tuple[type[nn.Module], ...], RoleGiver]] = []
+_AFTER = ((nn.GELU, 'post_gelu'), (nn.ReLU, 'post_relu'), (nn.ReLU6, 'post_relu'))
+
+
+def register_roles(*types: type[nn.Module]) -> Callable[[RoleGiver], RoleGiver]:
+    """Function decorator: the function gives roles to the children of these classes."""
+
+    def add(giver: RoleGiver) -> RoleGiver:
+        ROLE_GIVERS.append((types, giver))
+        return giver
+
+    return add
+
+
+def give_roles(module: nn.Module, name: str, context: Context) -> None:
+    """Run every role giver whose classes the module is an instance of."""
+    for types, giver in ROLE_GIVERS:
+        if isinstance(module, types):
+            giver(module, name, context)
+
+
+def child_name(name: str, child: str) -> str:
+    """Dotted name of a child; the root's name is empty.
+
+    Examples:
+        >>> child_name('a', 'b'), child_name('', 'b')
+        ('a.b', 'b')
+    """
+    return f'{name}.{child}' if name else child
+
+
+def set_ffn_roles(module: nn.Module, name: str, context: Context) -> None:
+    """Give ``post_gelu`` and ``post_relu`` to the layers behind an activation.
+
+    Args:
+        module: Its children run in the order in which they were registered.
+        name: Its dotted name.
+        context: Running conversion.
+    """
+    role = None
+    for child, layer in module.named_modules(remove_duplicate=False):
+        if is_layer(layer):
+            if role is not None:
+                context.set_role(child_name(name, child), role)
+            role = None
+        role = next((after for cls, after in _AFTER if isinstance(layer, cls)), role)
+
+
+def set_predictor_roles(module: nn.Module, name: str, context: Context, pattern: str) -> None:
+    """Give ``predictor`` to the last layers of a head.
+
+    Args:
+        module: The head.
+        name: Its dotted name.
+        context: Running conversion.
+        pattern: Regular expression for the names of its children that predict.
+    """
+    for child, layer in module.named_children():
+        if re.search(pattern, child):
+            for last in _last_layers(layer, child_name(name, child)):
+                context.set_role(last, 'predictor')
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is a Linear or convolution."""
+    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+
+
+def _last_layers(module: nn.Module, name: str) -> Iterator[str]:
+    """Names of the last layer of a branch, or of each branch of a list."""
+    if is_layer(module):
+        yield name
+    children = list(module.named_children())
+    if not isinstance(module, nn.ModuleList):
+        children = [c for c in children if any(map(is_layer, c[1].modules()))][-1:]
+    for child, layer in children:
+        yield from _last_layers(layer, child_name(name, child))

@@ -1,0 +1,180 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What `tools/train.py`, `test.py` and `ptq.py` share: arguments, config, runner, errors."""
+
+import argparse
+import linecache
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mmengine.config import Config, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+
+from ..compat import check_versions
+from ..quantizers import UncalibratedError
+from ..utils.config import apply_cfg_options
+from .library_ways import set_mmpretrain_dataloaders
+from .preflight import ConfigError
+
+USER_ERROR = 2
+PACKAGE = Path(__file__).resolve().parents[1]
+_MISTAKES = (ValueError, TypeError, FileNotFoundError, FileExistsError, UncalibratedError)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that all tools have."""
+    parser.add_argument('config', help='config file')
+    parser.add_argument('--work-dir', help='folder for logs, checkpoints and the report')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings to override, as key=value; a.b=value for nested ones, key="[a,b]" for '
+        "lists. data_root=DIR moves all paths below the config's data_root",
+    )
+    launchers = ('none', 'pytorch', 'slurm', 'mpi')
+    parser.add_argument('--launcher', choices=launchers, default='none', help='job launcher')
+    # torch.distributed.launch passes the one or the other, depending on torch's version
+    parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
+
+
+def read_config(args: argparse.Namespace) -> Config:
+    """Read the config and apply the arguments that all tools have.
+
+    Args:
+        args: Parsed by a parser that ``add_arguments`` filled.
+
+    Returns:
+        The config, with ``work_dir`` and ``launcher`` set.
+
+    Raises:
+        ConfigError: If the config, or one that it builds on, cannot be found.
+        ImportError: If installed libraries clash, or one that the config needs is missing.
+    """
+    check_versions()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    cfg = load_config(args.config)
+    scope = cfg.get('default_scope', 'mmengine')
+    if scope in ('mmdet', 'mmpretrain'):
+        check_versions('mmcv', scope)
+    if scope == 'mmpretrain':
+        set_mmpretrain_dataloaders(cfg)
+    if args.cfg_options:
+        apply_cfg_options(cfg, args.cfg_options)
+    if args.work_dir:
+        cfg.work_dir = args.work_dir
+    elif not cfg.get('work_dir'):
+        cfg.work_dir = str(Path('work_dirs') / Path(args.config).stem)
+    cfg.launcher = args.launcher
+    return cfg
+
+
+def load_config(path: str | Path) -> Config:
+    """Read a config file.
+
+    Args:
+        path: A file; not a `package::` name.
+
+    Raises:
+        ConfigError: If it, or one that it builds on, cannot be found.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f'no config at {Path(path).absolute()}')
+    try:
+        return Config.fromfile(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f'{path} builds on a config that is not there: {error}') from error
+    except ImportError as error:
+        raise ConfigError(
+            f'{path} needs what cannot be imported: {error}; see python -m gplq_mm doctor'
+        ) from error
+
+
+def set_resume(cfg: Config, resume: str | None) -> str | None:
+    """Decide what a training starts from.
+
+    MMEngine resumes from the latest checkpoint where ``load_from`` is empty, and starts from
+    random weights where there is none; here ``load_from`` then stays.
+
+    Args:
+        cfg: Config with its ``work_dir``; changed in place.
+        resume: Path of a checkpoint, ``auto`` for the latest in the work dir, None for no resume.
+
+    Returns:
+        A warning if there was nothing to resume.
+
+    Raises:
+        ConfigError: If the checkpoint to resume from is not there.
+    """
+    if resume is None:
+        return None
+    if resume != 'auto':
+        if not Path(resume).is_file():
+            raise ConfigError(f'--resume: no checkpoint at {Path(resume).absolute()}')
+        cfg.resume, cfg.load_from = True, resume
+        return None
+    latest = latest_checkpoint(cfg.work_dir)
+    if latest is None:
+        cfg.resume = False
+        start = cfg.get('load_from') or 'random weights'
+        return f'--resume: no checkpoint in {cfg.work_dir}; starting from {start}'
+    cfg.resume, cfg.load_from = True, str(latest)
+    return None
+
+
+def latest_checkpoint(work_dir: str | Path) -> Path | None:
+    """Latest checkpoint of a work dir, also after the folder was moved; None if there is none.
+
+    Raises:
+        ConfigError: If the folder names one that is gone.
+    """
+    named = find_latest_checkpoint(str(work_dir))
+    if not named:
+        return None
+    for path in (Path(named), Path(work_dir, Path(named).name)):
+        if path.is_file():
+            return path
+    raise ConfigError(
+        f'--resume: {Path(work_dir, "last_checkpoint")} names {named}, which is gone; '
+        'write --resume CHECKPOINT'
+    )
+
+
+def build_runner(cfg: Config) -> Runner:
+    """Build the runner that the config names, MMEngine's own by default."""
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def run_tool(main: Callable[[], None]) -> int:
+    """Run a tool; a user's mistake ends in one line, anything else keeps its traceback.
+
+    Args:
+        main: The tool.
+
+    Returns:
+        The exit code: 0, or 2 for a user's mistake.
+    """
+    try:
+        main()
+    except (*_MISTAKES, ImportError) as error:
+        if not is_refusal(error):
+            raise
+        sys.stderr.write(f'error: {error}\n')
+        return USER_ERROR
+    return 0
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a ``raise`` of this project made the error, not a library or an accident."""
+    if isinstance(error, ConfigError):
+        return True
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    filename = trace.tb_frame.f_code.co_filename
+    line = linecache.getline(filename, trace.tb_lineno)
+    return PACKAGE in Path(filename).resolve().parents and line.lstrip().startswith('raise ')

@@ -1,0 +1,61 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What the tools of mmdet and mmpretrain do each in its own way; the default scope decides."""
+
+from copy import deepcopy
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from .preflight import ConfigError
+
+
+def set_mmpretrain_dataloaders(cfg: Config) -> None:
+    """Give the dataloaders the defaults that mmpretrain's own tools give them."""
+    for split in ('train', 'val', 'test'):
+        dataloader = cfg.get(f'{split}_dataloader')
+        if dataloader:
+            dataloader.setdefault('pin_memory', True)
+            dataloader.setdefault('persistent_workers', dataloader.get('num_workers', 0) > 0)
+            dataloader.setdefault('collate_fn', ConfigDict(type='default_collate'))
+
+
+def wrap_for_tta(cfg: Config) -> None:
+    """Put the model into a test-time-augmentation model, as mmdet's and mmpretrain's tools do."""
+    is_detection = cfg.get('default_scope') == 'mmdet'
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    if 'tta_model' not in cfg:
+        nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+        detection = dict(type='mmdet.DetTTAModel', tta_cfg=nms)
+        classification = dict(type='mmpretrain.AverageClsScoreTTA')
+        cfg.tta_model = ConfigDict(detection if is_detection else classification)
+    if 'tta_pipeline' not in cfg:
+        pack = deepcopy(pipeline[-1])
+        if is_detection:
+            keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+            pack.meta_keys = (*keys, 'flip', 'flip_direction')
+        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+        cfg.tta_pipeline = [
+            *deepcopy(pipeline[:-1]),
+            ConfigDict(type='TestTimeAug', transforms=[flips, [pack]]),
+        ]
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: float) -> None:
+    """Turn the visualization hook on, in mmdet's words or in mmpretrain's.
+
+    Raises:
+        ConfigError: If the config has no visualization hook.
+    """
+    hook: Any = cfg.get('default_hooks', {}).get('visualization')
+    if not hook:
+        raise ConfigError(
+            '--show and --show-dir need the visualization hook; write '
+            "default_hooks = dict(visualization=dict(type='DetVisualizationHook')), "
+            "or 'VisualizationHook' for mmpretrain"
+        )
+    is_detection = cfg.get('default_scope') == 'mmdet'
+    hook.update({'draw' if is_detection else 'enable': True, 'show': show, 'wait_time': wait_time})
+    if folder:
+        hook['test_out_dir' if is_detection else 'out_dir'] = folder

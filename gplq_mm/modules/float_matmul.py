@@ -1,0 +1,18 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""FloatMatMul: stands where a rule keeps a matrix product float."""
+
+from torch import Tensor, nn
+
+
+class FloatMatMul(nn.Module):
+    """``lhs @ rhs`` in float, called like a ``QuantMatMul``; holds no state."""
+
+    is_float = True
+
+    def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """The product itself."""
+        return lhs @ rhs
+
+    def forward(self, lhs: Tensor, rhs: Tensor, lhs_scale: Tensor | None = None) -> Tensor:
+        """``(..., N, K) @ (..., K, M)`` -> ``(..., N, M)``; ``lhs`` is codes if it has a scale."""
+        return self.contract(lhs if lhs_scale is None else lhs * lhs_scale, rhs)

@@ -1,0 +1,161 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Attention with decomposed relative positions (SAM, ViTDet), all four products quantized.
+
+The query takes part in three products: with the keys and with two tables of
+relative positions (arXiv 2112.01526, section 4.1). It is quantized once.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..quantizers import FakeQuantizer
+from .exact import accumulator_dtype, use_codes
+from .float_matmul import FloatMatMul
+from .matmul import QuantMatMul
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
+
+
+def resized_table(table: Tensor, size: int) -> Tensor:
+    """Relative position table for ``size`` positions, ``(2 * size - 1, D)``.
+
+    Args:
+        table: ``(L, D)``; interpolated linearly where L differs.
+        size: Number of positions along the axis.
+
+    Examples:
+        >>> resized_table(torch.zeros(5, 2), 3).shape, resized_table(torch.zeros(5, 2), 4).shape
+        (torch.Size([5, 2]), torch.Size([7, 2]))
+    """
+    length = 2 * size - 1
+    if len(table) == length:
+        return table
+    rows = table.reshape(1, len(table), -1).permute(0, 2, 1)
+    resized = F.interpolate(rows, size=length, mode='linear')
+    return resized.reshape(-1, length).permute(1, 0)
+
+
+class SharedQueryMatMul(QuantMatMul):
+    """``lhs @ rhs`` whose left operand the caller has quantized with ``lhs_quantizer``."""
+
+    def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """The product itself."""
+        return lhs @ rhs
+
+    def forward(self, lhs: Tensor, rhs: Tensor, lhs_scale: Tensor | None = None) -> Tensor:
+        """Product with the quantized ``rhs``.
+
+        Args:
+            lhs: Codes if ``lhs_scale`` is given, else values on the grid.
+            rhs: Right operand, not quantized yet.
+            lhs_scale: Broadcasts over the product.
+        """
+        if lhs_scale is None:
+            return self.contract(lhs, self.rhs_quantizer(rhs))
+        codes, rhs_scale = self.rhs_quantizer.codes(rhs)
+        dtype = accumulator_dtype(self.lhs_quantizer, self.rhs_quantizer, lhs.shape[-1])
+        total = self.contract(lhs.to(dtype), codes.to(dtype)).to(codes.dtype)
+        return (total * (lhs_scale * rhs_scale)).to(rhs.dtype)
+
+
+class _RelPosContract:
+    """Einsum of queries ``(B, heads, H, W, D)`` and a table ``(2 * S - 1, D)``."""
+
+    equation: str
+
+    def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """``(B, heads, H, W, S)``."""
+        steps = torch.arange((len(rhs) + 1) // 2, device=rhs.device)
+        index = steps[:, None] - steps[None, :] + len(steps) - 1
+        return torch.einsum(self.equation, lhs, rhs[index])
+
+
+class FloatRelPosMatMul(_RelPosContract, FloatMatMul):
+    """The product in float, where a rule keeps it so."""
+
+    def __init__(self, equation: str) -> None:
+        super().__init__()
+        self.equation = equation
+
+
+class QuantRelPosMatMul(_RelPosContract, SharedQueryMatMul):
+    """Product of quantized queries and a relative position table.
+
+    Args:
+        equation: ``bnhwc,hkc->bnhwk`` for rows or ``bnhwc,wkc->bnhwk`` for columns.
+        query: Quantizer of the queries; belongs to another module, not registered here.
+        table: Quantizer of the resized table, per-tensor.
+    """
+
+    def __init__(self, equation: str, query: FakeQuantizer, table: FakeQuantizer) -> None:
+        nn.Module.__init__(self)
+        self.equation = equation
+        self._query = (query,)
+        self.rhs_quantizer = table
+
+    @property
+    def lhs_quantizer(self) -> FakeQuantizer:  # type: ignore[override]
+        """Quantizer of the queries."""
+        return self._query[0]
+
+
+class RelPosAttention(_Base):
+    """Mixin that replaces ``forward``; the float class brings the parameters."""
+
+    qkv: Any
+    proj: Any
+    qk_matmul: Any
+    pv_matmul: Any
+    rel_h_matmul: Any
+    rel_w_matmul: Any
+    num_heads: int
+    scale: float
+    use_rel_pos: bool
+    rel_pos_h: Tensor
+    rel_pos_w: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(B, H, W, C)`` -> same."""
+        B, H, W, _ = x.shape
+        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = qkv.reshape(3, B * self.num_heads, H * W, -1)
+        q, k, v = qkv.unflatten(1, (B, self.num_heads)).unbind(0)  # each (B, heads, N, D)
+        weights = self.logits(q, k, (H, W)).softmax(dim=-1)
+        out = self.pv_matmul(weights, v).unflatten(2, (H, W))  # (B, heads, H, W, D)
+        return self.proj(out.permute(0, 2, 3, 1, 4).reshape(B, H, W, -1))
+
+    def logits(self, q: Tensor, k: Tensor, size: tuple[int, int]) -> Tensor:
+        """``(B, heads, N, N)`` from ``q`` and ``k``, ``(B, heads, N, D)`` with ``N = H * W``."""
+        query, scale = self._quantized_query(q)
+        if scale is None:
+            logits = self.qk_matmul(query * self.scale, k.transpose(-2, -1))
+        else:
+            logits = self.qk_matmul(query, k.transpose(-2, -1), scale * self.scale)
+        if not self.use_rel_pos:
+            return logits
+        grid = query.unflatten(2, size)  # (B, heads, H, W, D)
+        if scale is not None and scale.dim():
+            scale = scale.unsqueeze(-1)
+        rel_h = self.rel_h_matmul(grid, resized_table(self.rel_pos_h, size[0]), scale)
+        rel_w = self.rel_w_matmul(grid, resized_table(self.rel_pos_w, size[1]), scale)
+        logits = logits.unflatten(3, size).unflatten(2, size)  # (B, heads, H, W, H, W)
+        return (logits + rel_h[..., None] + rel_w[..., None, :]).flatten(4).flatten(2, 3)
+
+    def _quantized_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes and their scale where every product takes codes, else values and None."""
+        if not isinstance(self.qk_matmul, QuantMatMul):
+            return q, None
+        products = [self.qk_matmul]
+        if self.use_rel_pos:
+            products += [self.rel_h_matmul, self.rel_w_matmul]
+        tables = [m.rhs_quantizer for m in products if isinstance(m, QuantMatMul)]
+        quantizer = self.qk_matmul.lhs_quantizer
+        if use_codes(q, quantizer, *tables):
+            return quantizer.codes(q)
+        return quantizer(q), None

@@ -1,0 +1,1 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.

@@ -1,0 +1,52 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import pytest
+
+from gplq_mm.conversion import PRESETS, resolve_recipe
+from gplq_mm.conversion.recipe import spec_from_settings
+from gplq_mm.quantizers import PerChannel, PerTensor, build_observer
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_a_preset_is_a_complete_and_valid_recipe(name):
+    recipe = resolve_recipe(name)
+    assert recipe == resolve_recipe({'base': name}) == PRESETS[name]
+    assert recipe['name'] == name
+    for kind in ('activation', 'weight'):
+        build_observer(spec_from_settings(recipe[kind], -1))
+    assert all(rule['optional'] for rule in recipe['rules'])
+
+
+@pytest.mark.parametrize('name', [n for n in PRESETS if 'paper' not in n])
+def test_the_name_says_the_bits(name):
+    weight, activation = name[1:].split('a')
+    assert PRESETS[name]['weight']['num_bits'] == int(weight)
+    assert PRESETS[name]['activation']['num_bits'] == int(activation)
+
+
+def test_the_promised_presets_exist():
+    assert {'w4a4', 'w3a3', 'w8a8', 'w4a8', 'w2a4', 'gplq_w4a4_paper'} <= set(PRESETS)
+
+
+def test_the_default_is_per_tensor_asymmetric_mse_and_unsigned_after_softmax():
+    recipe = PRESETS['w4a4']
+    spec = spec_from_settings(recipe['activation'], -1)
+    assert (spec.granularity, spec.symmetric, spec.observer) == (PerTensor(), False, 'mse')
+    assert spec.learn_scale
+    rules = {rule['role']: rule for rule in recipe['rules']}
+    assert rules['softmax']['activation'] == {'signed': False, 'symmetric': True}
+    assert rules['image']['num_bits'] == 8
+
+
+def test_the_papers_is_signed_symmetric_per_channel_minmax_everywhere():
+    recipe = PRESETS['gplq_w4a4_paper']
+    spec = spec_from_settings(recipe['activation'], -1)
+    assert (spec.granularity, spec.symmetric, spec.signed) == (PerChannel(-1), True, True)
+    assert spec.observer == 'minmax' and recipe['weight']['ptq'] == 'percentile'
+    assert recipe['optim']['lr'] == recipe['optim']['scale_lr'] == 5e-6
+    assert 'softmax' not in {rule['role'] for rule in recipe['rules']}
+
+
+def test_resolving_hands_out_copies():
+    resolve_recipe('w4a4')['activation']['num_bits'] = 2
+    resolve_recipe({'base': 'w4a4', 'rules': []})['rules'].clear()
+    assert PRESETS['w4a4']['activation']['num_bits'] == 4 and PRESETS['w4a4']['rules']

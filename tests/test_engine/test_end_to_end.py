@@ -1,0 +1,116 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Shallow ViT, Swin and ViTDet: train -> stage 2 -> save -> test -> kill -> resume."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers.gplq_runs import (
+    assert_same_weights,
+    report,
+    train,
+    train_until,
+    weights,
+    write_gplq_config,
+)
+from tests.helpers.tiny_projects import TinyProject, make_project, our_tool, run_ok, train_float
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmpretrain')
+
+NAMES = ('vit_classifier', 'mask_rcnn_swin', 'mask_rcnn_vit')
+
+
+@pytest.fixture(scope='module', params=NAMES)
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[TinyProject, Path, Path]:
+    """A project, its GPLQ config of two epochs, and the work dir of a finished run."""
+    project = make_project(tmp_path_factory.mktemp(request.param), request.param)
+    config = write_gplq_config(project, train_float(project), epochs=2)
+    return project, config, train(project, config, 'whole')
+
+
+def test_report_has_every_stage_under_stock_metric_names(
+    run: tuple[TinyProject, Path, Path],
+) -> None:
+    project, _, work_dir = run
+    content = report(work_dir)
+    name = 'coco/segm_mAP' if project.library == 'mmdet' else 'accuracy/top1'
+    for stage in ('fp32', 'stage1', 'stage2'):
+        assert name in content[stage]['metrics']
+        for key in ('seconds', 'peak_memory_bytes', 'model_bytes', 'bops'):
+            assert content[stage][key] > 0, (stage, key)
+    assert content['fp32']['bops'] > content['stage1']['bops'] > content['stage2']['bops']
+    assert content['fp32']['model_bytes'] > content['stage2']['model_bytes']
+    assert content['coverage']['counts']['matmul'] > 0
+    assert content['recipe']['name'] == 'w4a4'
+    assert content['versions']['gplq_mm']
+    assert content['seed'] == 3
+
+
+def test_stage1_trains_scales_and_weights_and_stage2_puts_weights_on_a_grid(
+    run: tuple[TinyProject, Path, Path],
+) -> None:
+    _, _, work_dir = run
+    stage1, final = weights(work_dir / 'gplq_stage1.pth'), weights(work_dir / 'gplq_final.pth')
+    layers = [k[: -len('.weight_quantizer.scale')] for k in final if 'weight_quantizer.scale' in k]
+    assert layers
+    for layer in layers:
+        assert not bool(stage1[f'{layer}.weight_quantizer.calibrated'])
+        assert bool(final[f'{layer}.weight_quantizer.calibrated'])
+        low, high = final[f'{layer}.weight_quantizer.quant_range'].tolist()
+        weight = final[f'{layer}.weight']
+        for row in weight.flatten(1)[:4]:
+            assert len(row.unique()) <= high - low + 1
+        assert not torch.equal(weight, stage1[f'{layer}.weight'])
+
+
+def test_a_new_process_scores_the_moved_checkpoint_to_the_reported_figure(
+    run: tuple[TinyProject, Path, Path], tmp_path: Path
+) -> None:
+    project, config, work_dir = run
+    for stage, file in (('stage2', 'gplq_final.pth'), ('stage1', 'gplq_stage1.pth')):
+        moved = tmp_path / f'elsewhere_{file}'
+        shutil.copy(work_dir / file, moved)
+        out = tmp_path / stage
+        output = run_ok(our_tool('test'), config, moved, '--work-dir', out, cwd=project.root)
+        assert 'quantizers active' in output
+        scores = [json.loads(p.read_text()) for p in out.rglob('*.json')]
+        scored = next(s for s in scores if any('/' in k for k in s))
+        for name, value in report(work_dir)[stage]['metrics'].items():
+            assert scored[name] == value, name
+
+
+def test_killed_in_stage_1_and_resumed_is_the_uninterrupted_run(
+    run: tuple[TinyProject, Path, Path],
+) -> None:
+    project, config, work_dir = run
+    train_until(project, config, 'killed1', 'epoch_1.pth')
+    assert not (project.root / 'killed1' / 'gplq_final.pth').exists()
+    resumed = train(project, config, 'killed1', '--resume')
+    assert_same_weights(resumed / 'gplq_final.pth', work_dir / 'gplq_final.pth')
+    for stage in ('fp32', 'stage1', 'stage2'):
+        assert report(resumed)[stage]['metrics'] == report(work_dir)[stage]['metrics']
+
+
+def test_killed_in_stage_2_and_resumed_is_the_uninterrupted_run(
+    run: tuple[TinyProject, Path, Path],
+) -> None:
+    project, config, work_dir = run
+    train_until(project, config, 'killed2', 'gplq_stage1.pth')
+    resumed = train(project, config, 'killed2', '--resume')
+    assert_same_weights(resumed / 'gplq_final.pth', work_dir / 'gplq_final.pth')
+    assert report(resumed)['stage2']['metrics'] == report(work_dir)['stage2']['metrics']
+
+
+def test_killed_before_anything_was_saved_starts_again_from_fp32(
+    run: tuple[TinyProject, Path, Path],
+) -> None:
+    project, config, work_dir = run
+    train_until(project, config, 'killed0', 'gplq_source.json')
+    resumed = train(project, config, 'killed0', '--resume')
+    assert_same_weights(resumed / 'gplq_final.pth', work_dir / 'gplq_final.pth')

@@ -1,0 +1,60 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import itertools
+
+import pytest
+import torch
+
+from gplq_mm.modules.exact import (
+    FLOAT32_EXACT,
+    accumulator_bound,
+    accumulator_dtype,
+    use_codes,
+)
+from gplq_mm.quantizers import FakeQuantizer, QuantSpec, build_observer
+from tests.helpers.reference import BITS, SCHEMES, bounds
+
+
+def quantizer(bits=4, scheme=(True, True), active=True):
+    q = FakeQuantizer(QuantSpec(bits, *scheme))
+    if active:
+        q.set_qparams(torch.tensor(0.1), torch.tensor(0.0))
+    return q
+
+
+def largest_centred_code(bits, scheme):
+    low, high = bounds(bits, scheme[0])
+    zero_points = [0] if scheme[1] else range(low, high + 1)
+    return max(abs(code - z) for z in zero_points for code in (low, high))
+
+
+@pytest.mark.parametrize('schemes', list(itertools.product(SCHEMES, SCHEMES)))
+@pytest.mark.parametrize('bits', [(2, 2), (4, 8), (8, 8)])
+def test_the_bound_is_the_worst_case(bits, schemes):
+    lhs, rhs = (quantizer(b, s) for b, s in zip(bits, schemes, strict=True))
+    expected = 1
+    for b, s in zip(bits, schemes, strict=True):
+        expected *= largest_centred_code(b, s)
+    assert accumulator_bound(lhs, rhs, 7) == 7 * expected
+
+
+@pytest.mark.parametrize('bits', BITS)
+def test_float32_is_used_exactly_while_it_holds_the_worst_sum(bits):
+    lhs, rhs = quantizer(bits, (False, False)), quantizer(8)
+    depth = FLOAT32_EXACT // ((2**bits - 1) * 128)
+    assert accumulator_dtype(lhs, rhs, depth) == torch.float32
+    assert accumulator_dtype(lhs, rhs, depth + 1) == torch.float64
+
+
+def test_codes_are_used_only_in_inference_with_all_operands_active():
+    x, on, off = torch.ones(2), quantizer(), quantizer(active=False)
+    assert not use_codes(x, on, on)  # gradients are on
+    with torch.no_grad():
+        assert use_codes(x, on, on)
+        assert not use_codes(x, on, off)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            assert not use_codes(x, on, on)
+        observed, disabled = quantizer(), quantizer()
+        observed.observer, disabled.enabled = build_observer(on.spec), False
+        assert not use_codes(x, on, observed) and not use_codes(x, disabled, on)
+    with torch.inference_mode():
+        assert use_codes(x, on, on)

@@ -1,0 +1,237 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from gplq_mm.quantizers import (
+    OBSERVERS,
+    PerChannel,
+    PerTensor,
+    QuantSpec,
+    build_observer,
+    dequantize,
+    qparams_from_range,
+    quantize,
+)
+from gplq_mm.quantizers.range_search import quantization_error
+from gplq_mm.quantizers.spec import reduce_dims
+from tests.helpers.reference import SCHEMES
+
+GRANULARITIES = [PerTensor(), PerChannel(-1), PerChannel(1), PerChannel(0)]
+
+
+def images(count=4, shape=(2, 3, 5, 6)):
+    """Tensors of different spread, one a calibration image, non-contiguous."""
+    return [(torch.randn(shape) * (i + 1)).transpose(-1, -2) for i in range(count)]
+
+
+def run(spec, tensors):
+    observer = build_observer(spec)
+    for index in range(observer.num_passes):
+        observer.pass_index = index
+        for x in tensors:
+            observer.observe(x)
+    return observer
+
+
+def rows_of(spec, tensors):
+    return torch.cat([reduce_dims(spec.granularity, x) for x in tensors], 1)
+
+
+def error(rows, qparams, spec):
+    return quantization_error(rows, None, *qparams, spec.quant_range)
+
+
+@given(
+    st.integers(2, 8),
+    st.sampled_from(SCHEMES),
+    st.floats(-100, 100, width=32),
+    st.floats(0, 100, width=32),
+)
+def test_a_range_is_covered_within_half_a_step(bits, scheme, lo, length):
+    spec = QuantSpec(bits, *scheme)
+    low, high = spec.quant_range
+    ends = torch.tensor([lo]), torch.tensor([lo + length])
+    scale, zero_point = qparams_from_range(*ends, spec)
+    assert scale > 0 and low <= zero_point <= high and zero_point == zero_point.round()
+    assert not spec.symmetric or zero_point == 0
+    start = max(lo, 0) if scheme == (False, True) else lo
+    assume(lo + length >= start)
+    x = torch.linspace(start, lo + length, 101)
+    back = dequantize(quantize(x, scale, zero_point, low, high), scale, zero_point)
+    assert ((back - x).abs() <= scale * 0.5001 + 1e-6).all()
+    assert quantize(torch.zeros(1), scale, zero_point, low, high) == zero_point
+
+
+@pytest.mark.parametrize('granularity', GRANULARITIES)
+def test_minmax_is_the_smallest_and_largest_value(granularity):
+    spec, tensors = QuantSpec(4, symmetric=False, granularity=granularity), images()
+    rows = rows_of(spec, tensors)
+    expected = qparams_from_range(rows.amin(1), rows.amax(1), spec)
+    assert all(map(torch.equal, run(spec, tensors).calculate_qparams(), expected))
+
+
+def test_moving_average_follows_the_formula():
+    spec = QuantSpec(4, observer='moving_average', observer_args={'momentum': 0.25})
+    tensors = images()
+    lo, hi = tensors[0].min(), tensors[0].max()
+    for x in tensors[1:]:
+        lo, hi = 0.75 * lo + 0.25 * x.min(), 0.75 * hi + 0.25 * x.max()
+    scale, zero_point = run(spec, tensors).calculate_qparams()
+    assert torch.allclose(scale, torch.maximum(hi / 7, -lo / 8)) and zero_point == 0
+
+
+@pytest.mark.parametrize('granularity', GRANULARITIES[:2])
+@pytest.mark.parametrize('percentile', [0.9, 0.99, 1.0])
+def test_percentile_is_numpys_within_a_bin(granularity, percentile):
+    args = {'percentile': percentile, 'bins': 1000}
+    spec = QuantSpec(
+        8, symmetric=False, granularity=granularity, observer='percentile', observer_args=args
+    )
+    tensors = images(shape=(8, 16, 5, 6))
+    rows = rows_of(spec, tensors).numpy()
+    ends = np.quantile(rows, [1 - percentile, percentile], axis=1, method='inverted_cdf')
+    scale = run(spec, tensors).calculate_qparams()[0].numpy()
+    one_bin = (rows.max(1) - rows.min(1)) / 1000
+    assert (np.abs(scale * 255 - (ends[1] - ends[0])) <= 2.01 * one_bin).all()
+
+
+@pytest.mark.parametrize('percentile', [0.5, 0.0, 1.01, -1])
+def test_percentile_outside_its_range_is_refused(percentile):
+    spec = QuantSpec(observer='percentile', observer_args={'percentile': percentile})
+    with pytest.raises(ValueError, match=r'percentile=.* is not in \(0.5, 1\]; write'):
+        build_observer(spec)
+
+
+@pytest.mark.parametrize('granularity', GRANULARITIES[:2])
+@pytest.mark.parametrize('scheme', [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize('bits', [2, 3, 4, 8])
+def test_mse_is_better_than_minmax_and_near_the_best(granularity, scheme, bits):
+    tensors = images()
+    spec = QuantSpec(bits, *scheme, granularity=granularity, observer='mse')
+    rows = rows_of(spec, tensors)
+    found = error(rows, run(spec, tensors).calculate_qparams(), spec)
+    lo, hi = rows.amin(1), rows.amax(1)
+    factors = torch.linspace(0.05, 1, 25)
+    pairs = [(f, f) for f in factors] if spec.symmetric else torch.cartesian_prod(factors, factors)
+    grid = torch.stack(
+        [error(rows, qparams_from_range(lo * a, hi * b, spec), spec) for a, b in pairs]
+    )
+    assert (found <= grid[-1] * 1.001).all()  # the last pair is the whole range
+    assert (found <= grid.amin(0) * 1.05).all()
+
+
+@pytest.mark.parametrize('observer', ['percentile', 'mse'])
+@pytest.mark.parametrize('size', [1e-7, 1e-6, 1e5])
+def test_a_histogram_fits_ranges_of_any_size(observer, size):
+    spec = QuantSpec(4, symmetric=False, observer=observer)
+    x = torch.rand(4, 500) - 0.3
+    scale = run(spec, [x * size]).calculate_qparams()[0]
+    assert torch.allclose(scale / size, run(spec, [x]).calculate_qparams()[0], rtol=0.02)
+
+
+@pytest.mark.parametrize('observer', sorted(OBSERVERS))
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_a_dead_channel_gets_scale_one(observer, scheme):
+    x = torch.randn(6, 3)
+    x[:, 1] = 0
+    spec = QuantSpec(4, *scheme, granularity=PerChannel(-1), observer=observer)
+    scale, zero_point = run(spec, [x]).calculate_qparams()
+    assert scale.shape == zero_point.shape == (3,)
+    assert scale[1] == 1 and (scale[[0, 2]] != 1).all()
+
+
+@pytest.mark.parametrize('observer', sorted(OBSERVERS))
+def test_a_constant_tensor_is_represented(observer):
+    spec = QuantSpec(8, symmetric=False, observer=observer)
+    qparams = run(spec, [torch.full((5, 5), 3.0)]).calculate_qparams()
+    value = dequantize(quantize(torch.tensor(3.0), *qparams, *spec.quant_range), *qparams)
+    assert value.item() == pytest.approx(3.0, abs=0.02)
+
+
+@pytest.mark.parametrize('bad', [float('nan'), float('inf'), float('-inf')])
+@pytest.mark.parametrize('observer', sorted(OBSERVERS))
+def test_nan_and_infinity_are_refused(observer, bad):
+    x = torch.ones(3, 3)
+    x[1, 2] = bad
+    with pytest.raises(ValueError, match='NaN or infinity'):
+        build_observer(QuantSpec(observer=observer)).observe(x)
+
+
+@pytest.mark.parametrize('observer', sorted(OBSERVERS))
+def test_empty_tensors_are_ignored(observer):
+    spec = QuantSpec(granularity=PerChannel(-1), observer=observer)
+    tensors = images()
+    with_empty = [torch.zeros(0, 5), *tensors, torch.zeros(2, 0, 5)]
+    a, b = run(spec, tensors), run(spec, with_empty)
+    assert a.num_updates == b.num_updates
+    assert all(map(torch.equal, a.calculate_qparams(), b.calculate_qparams()))
+
+
+@pytest.mark.parametrize('observer', sorted(OBSERVERS))
+def test_a_pass_that_another_observer_asked_for_changes_nothing(observer):
+    spec, tensors = QuantSpec(4, observer=observer), images()
+    a, b = run(spec, tensors), run(spec, tensors)
+    b.pass_index = b.num_passes
+    b.observe(tensors[0] * 100)
+    assert all(map(torch.equal, a.calculate_qparams(), b.calculate_qparams()))
+
+
+@pytest.mark.parametrize('observer', sorted(OBSERVERS))
+def test_observing_keeps_no_graph_and_takes_half_precision(observer):
+    x = torch.randn(4, 5, requires_grad=True)
+    spec = QuantSpec(4, observer=observer)
+    assert not run(spec, [x]).calculate_qparams()[0].requires_grad
+    half = run(spec, [x.bfloat16()]).calculate_qparams()[0]
+    assert half.dtype == torch.float32
+    assert torch.equal(half, run(spec, [x.bfloat16().float()]).calculate_qparams()[0])
+
+
+def reduce(observers):
+    """Combine what ranks hold, as each observer's table says (image order round robin)."""
+    for name, how in observers[0].reductions.items():
+        values = [getattr(o, name) for o in observers]
+        if how == 'gather':
+            longest = max(map(len, values))
+            merged = [v[i] for i in range(longest) for v in values if i < len(v)]
+        else:
+            rows = 5 if observers[0].spec.granularity == PerChannel(-1) else 1
+            device = torch.device('cpu')
+            filled = [observers[0].neutral(how, rows, device) if v is None else v for v in values]
+            combine = {'min': torch.amin, 'max': torch.amax, 'sum': torch.sum}[how]
+            merged = combine(torch.stack(filled), 0)
+        for observer in observers:
+            setattr(observer, name, merged)
+
+
+@pytest.mark.parametrize('observer', sorted(OBSERVERS))
+@pytest.mark.parametrize('granularity', GRANULARITIES[:2])
+@pytest.mark.parametrize(('ranks', 'count'), [(2, 5), (3, 7), (3, 2)])
+def test_shares_reduce_to_the_statistics_of_the_union(observer, granularity, ranks, count):
+    spec, tensors = QuantSpec(3, granularity=granularity, observer=observer), images(count)
+    shares = [build_observer(spec) for _ in range(ranks)]
+    for index in range(shares[0].num_passes):
+        for rank, share in enumerate(shares):
+            share.pass_index = index
+            for x in tensors[rank::ranks]:
+                share.observe(x)
+        reduce(shares)
+    expected = run(spec, tensors).calculate_qparams()
+    for share in shares:
+        assert all(map(torch.equal, share.calculate_qparams(), expected))
+
+
+def test_every_observer_declares_exact_reductions():
+    for name in OBSERVERS:
+        observer = build_observer(QuantSpec(observer=name))
+        for index in range(observer.num_passes):
+            observer.pass_index = index
+            assert observer.reductions
+            assert set(observer.reductions.values()) <= {'min', 'max', 'sum', 'gather'}
+
+
+def test_an_unknown_observer_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"observer='typo' is unknown; write one of \['minmax', "):
+        build_observer(QuantSpec(observer='typo'))

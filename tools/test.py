@@ -1,0 +1,83 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Score a checkpoint by config, quantized or float. For mmdet and mmpretrain configs alike.
+
+Example:
+    python tools/test.py configs/gplq/mask_rcnn_swin-t_w4a4.py work_dirs/x/gplq_final.pth
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import Config
+from mmengine.fileio import dump
+from mmengine.registry import METRICS
+from mmengine.runner import Runner
+
+from gplq_mm.engine.launch import (
+    add_arguments,
+    build_runner,
+    read_config,
+    run_tool,
+)
+from gplq_mm.engine.library_ways import show_predictions, wrap_for_tta
+from gplq_mm.engine.preflight import ConfigError, check_checkpoint, check_data
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Score a checkpoint')
+    add_arguments(parser)
+    parser.add_argument('checkpoint', help='such as gplq_final.pth or gplq_stage1.pth')
+    parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions, or the metrics')
+    parser.add_argument(
+        '--out-item', choices=('pred', 'metrics'), default='pred', help='what --out writes'
+    )
+    parser.add_argument('--show', action='store_true', help='show predictions in a window')
+    parser.add_argument('--show-dir', help='draw predictions into this folder')
+    parser.add_argument('--wait-time', type=float, default=2.0, help='seconds a window stays')
+    parser.add_argument('--tta', action='store_true', help='test-time augmentation')
+    return parser.parse_args(argv)
+
+
+def check_out(args: argparse.Namespace) -> None:
+    """Refuse an output file that could not be written after the test.
+
+    Raises:
+        ConfigError: If its ending does not fit.
+    """
+    endings = ('.pkl', '.pickle') if args.out_item == 'pred' else ('.json', '.yaml', '.pkl')
+    if args.out and not args.out.endswith(endings):
+        raise ConfigError(
+            f'--out {args.out}: {args.out_item} go into a file *{" or *".join(endings)}'
+        )
+
+
+def dump_predictions(runner: Runner, cfg: Config, path: str) -> None:
+    """Let the test write its predictions, masks as run lengths where mmdet gives masks."""
+    kind = 'mmdet.DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
+    runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=path)))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    check_out(args)
+    cfg = read_config(args)
+    cfg.load_from, cfg.resume = args.checkpoint, False
+    check_checkpoint(args.checkpoint)
+    check_data(cfg, ('test',))
+    if args.show or args.show_dir:
+        show_predictions(cfg, args.show, args.show_dir, args.wait_time)
+    if args.tta:
+        wrap_for_tta(cfg)
+    runner = build_runner(cfg)
+    if args.out and args.out_item == 'pred':
+        dump_predictions(runner, cfg, args.out)
+    metrics = runner.test()
+    if args.out and args.out_item == 'metrics':
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        dump(metrics, args.out)
+
+
+if __name__ == '__main__':
+    sys.exit(run_tool(main))

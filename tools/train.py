@@ -1,0 +1,96 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Train by config: GPLQ's two stages, or a float model. For mmdet and mmpretrain configs alike.
+
+Example:
+    python tools/train.py configs/gplq/mask_rcnn_swin-t_w4a4.py --cfg-options data_root=data/coco
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import print_log
+
+from gplq_mm.engine.launch import (
+    add_arguments,
+    build_runner,
+    read_config,
+    run_tool,
+    set_resume,
+)
+from gplq_mm.engine.preflight import (
+    ConfigError,
+    check_checkpoint,
+    check_data,
+    check_float_checkpoint,
+    is_gplq,
+)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description='Train a model: GPLQ by a GPLQ config')
+    add_arguments(parser)
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        metavar='CHECKPOINT',
+        help='go on from a checkpoint; without a path, from the latest in the work dir',
+    )
+    parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
+    parser.add_argument(
+        '--auto-scale-lr', action='store_true', help='scale the learning rate with the batch size'
+    )
+    return parser.parse_args(argv)
+
+
+def set_amp(cfg: Config) -> None:
+    """Turn on automatic mixed precision, dynamic loss scale unless the config gives one."""
+    cfg.optim_wrapper.type = 'AmpOptimWrapper'
+    cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+
+
+def set_auto_scale_lr(cfg: Config) -> None:
+    """Turn on MMEngine's scaling of the learning rate.
+
+    Raises:
+        ConfigError: If the config does not say for which batch size its learning rate is.
+    """
+    if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
+        raise ConfigError(
+            '--auto-scale-lr: the config has no auto_scale_lr.base_batch_size; give it with '
+            '--cfg-options auto_scale_lr.base_batch_size=16'
+        )
+    cfg.auto_scale_lr.enable = True
+
+
+def check(cfg: Config) -> None:
+    """Refuse what would fail after a long start."""
+    check_data(cfg, ('train', 'val'))
+    if cfg.get('resume') and cfg.get('load_from'):
+        check_checkpoint(cfg.load_from)
+    elif is_gplq(cfg):
+        check_float_checkpoint(cfg.get('load_from'))
+    elif cfg.get('load_from'):
+        check_checkpoint(cfg.load_from)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    cfg = read_config(args)
+    if args.amp:
+        set_amp(cfg)
+    if args.auto_scale_lr:
+        cfg.setdefault('auto_scale_lr', ConfigDict())
+        set_auto_scale_lr(cfg)
+    warning = set_resume(cfg, args.resume)
+    check(cfg)
+    runner = build_runner(cfg)
+    if warning:
+        print_log(warning, logger='current', level=30)
+    runner.train()
+
+
+if __name__ == '__main__':
+    sys.exit(run_tool(main))
