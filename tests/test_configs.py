@@ -2,6 +2,7 @@
 """Every shipped detector config: parsed, checked and built."""
 
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,14 @@ SHRUNKEN_BACKBONE = {
 }
 
 
-def load(name: str) -> Config:
+@cache
+def parse(name: str) -> Config:
+    """Parsing costs a second: mmengine looks through mmdet's metafiles for each base."""
     return Config.fromfile(ROOT / 'configs/gplq' / f'{name}.py')
+
+
+def load(name: str) -> Config:
+    return deepcopy(parse(name))
 
 
 def leaves(node: Any) -> Iterator[Any]:
@@ -160,7 +167,6 @@ def test_model_builds(name):
     cfg.merge_from_dict(SHRUNKEN_BACKBONE[cfg.model.backbone.type])
     init_default_scope(cfg.default_scope)
     model = MODELS.build(cfg.model)
-    assert type(model).__mro__[-1] is object
     assert cfg.model.float_type in {cls.__name__ for cls in type(model).__mro__}
     quantized = {name for name, _ in model.named_modules() if name.endswith('_quantizer')}
     scopes = {name.split('.')[0] for name in quantized}

@@ -1,8 +1,7 @@
-# GPLQ W4A4 of the digits detector; tools/demo.py trains the float model it starts from.
-_base_ = './mask_rcnn_vit_digits.py'
-load_from = 'work_dirs/demo/float/epoch_8.pth'
+# GPLQ W4A4 of the digits detector. `load_from` is what training the float config leaves.
+_base_ = ['./mask_rcnn_vit_digits.py', '../gplq/_base_/stage1_detection.py']
+load_from = 'work_dirs/demo/float/epoch_6.pth'
 model = dict(type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4')
-custom_hooks = [dict(type='gplq_mm.GPLQHook')]
 train_cfg = dict(max_epochs=1, val_interval=1)
 optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')
-param_scheduler = []
+param_scheduler = _base_.stage1_scheduler

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """mmcv: its own Linear and convolution classes, FFN, and the attention wrapper."""
 
+from importlib.util import find_spec
 from typing import Any
 
 from mmcv.cnn.bricks import wrappers
@@ -43,3 +44,12 @@ def pass_through(module: Any, name: str, context: Context) -> None:
 def give_ffn_roles(module: Any, name: str, context: Context) -> None:
     """``post_gelu`` or ``post_relu`` behind the FFN's activation."""
     set_ffn_roles(module.layers, child_name(name, 'layers'), context)
+
+
+if find_spec('mmcv._ext') is not None:  # mmcv-lite has no operators
+    from mmcv.ops import MultiScaleDeformableAttention
+
+    @register_handler(MultiScaleDeformableAttention)
+    def keep_sampling_float(module: Any, name: str, context: Context) -> None:
+        """Its four Linear children are quantized, the sampling operator is not."""
+        context.skip(child_name(name, 'sampling'), 'deformable sampling is no matrix product')

@@ -52,9 +52,7 @@ class CalibrationSet:
             )
         order = np.random.default_rng(seed).permutation(len(self.dataset))
         self.indices = [int(i) for i in order[:num_images]]
-        self.batches = [
-            self.indices[i : i + batch_size] for i in range(0, num_images, batch_size)
-        ]
+        self.batches = [self.indices[i : i + batch_size] for i in range(0, num_images, batch_size)]
         if len(self.batches) < world()[1]:
             raise ValueError(
                 f'{len(self.batches)} calibration batch(es) cannot be dealt to {world()[1]} ranks; '
@@ -76,14 +74,17 @@ class CalibrationSet:
 
     def log(self) -> None:
         """Log which images are used."""
-        names = [os.path.basename(p) if p else str(i) for p, i in zip(self.paths, self.indices)]
+        names = [
+            os.path.basename(p) if p else str(i)
+            for p, i in zip(self.paths, self.indices, strict=True)
+        ]
         print_log(
             f'calibration on {len(self.indices)} training images (test pipeline): '
             + ', '.join(names),
             logger='current',
         )
 
-    def run_pass(self, model: torch.nn.Module, title: str) -> Callable[[], None]:
+    def run_pass(self, model: Any, title: str) -> Callable[[], None]:
         """A function that runs ``model.test_step`` over this rank's batches with a bar."""
 
         def run() -> None:
@@ -110,15 +111,15 @@ def with_pipeline(cfg: Mapping[str, Any], pipeline: list) -> dict[str, Any]:
         cfg: Dataset config, possibly wrapped (``RepeatDataset``, ``ConcatDataset``, ...).
         pipeline: Transforms of the innermost data sets.
     """
-    cfg = copy.deepcopy(dict(cfg))
-    if 'datasets' in cfg:
-        cfg['datasets'] = [with_pipeline(c, pipeline) for c in cfg['datasets']]
-        cfg.pop('pipeline', None)
-        return cfg
-    if 'dataset' in cfg:
-        return with_pipeline(cfg['dataset'], pipeline)
-    cfg['pipeline'] = copy.deepcopy(pipeline)
-    return cfg
+    own = copy.deepcopy(dict(cfg))
+    if 'datasets' in own:
+        own['datasets'] = [with_pipeline(c, pipeline) for c in own['datasets']]
+        own.pop('pipeline', None)
+        return own
+    if 'dataset' in own:
+        return with_pipeline(own['dataset'], pipeline)
+    own['pipeline'] = copy.deepcopy(pipeline)
+    return own
 
 
 def image_path(dataset: Any, index: int) -> str | None:

@@ -26,7 +26,7 @@ _TRAINING_ONLY = ('optim.', 'mimic', 'name', 'calibration.', 'weight.ptq')
 CALIBRATED_NAME = 'gplq_calibrated.pth'
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """The converted network inside a DDP-like or test-time-augmentation wrapper.
 
     Raises:
@@ -73,9 +73,12 @@ def is_quantized_checkpoint(checkpoint: Mapping[str, Any]) -> bool:
 def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Load FP32 weights into a converted model; only quantizer keys may be missing.
 
+    The model's own quantizer state is put into the checkpoint, so that MMEngine,
+    which loads it once more, has nothing to complain of.
+
     Args:
         model: Converted model.
-        checkpoint: Loaded FP32 checkpoint.
+        checkpoint: Loaded FP32 checkpoint; its ``state_dict`` is completed.
 
     Raises:
         ValueError: If a key is missing, left over or of another shape (named).
@@ -93,6 +96,9 @@ def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     unexpected = [k for k in result.unexpected_keys if not k.endswith('num_batches_tracked')]
     if unexpected:
         _refuse(model, 'keys that the model does not have', unexpected)
+    if 'state_dict' in checkpoint:
+        own = model.state_dict()
+        checkpoint['state_dict'].update({k: own[k].cpu() for k in added})
 
 
 def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
@@ -216,6 +222,6 @@ def _refuse(model: nn.Module, what: str, names: Iterable[str]) -> None:
     names = list(names)
     more = f' and {len(names) - 4} more' if len(names) > 4 else ''
     raise ValueError(
-        f'the checkpoint does not fit {type(model).__name__}: {what}: {", ".join(names[:4])}{more}; '
-        'give the FP32 checkpoint of exactly this model with load_from'
+        f'the checkpoint does not fit {type(model).__name__}: {what}: {", ".join(names[:4])}{more};'
+        ' give the FP32 checkpoint of exactly this model with load_from'
     )

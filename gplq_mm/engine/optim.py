@@ -37,7 +37,7 @@ class GPLQOptimWrapperConstructor:
             TypeError: If the model was not built by ``gplq_mm.GPLQ``.
         """
         network = unwrap(model)
-        optim: dict[str, Any] = network.gplq.recipe['optim']  # type: ignore[union-attr, index]
+        optim: dict[str, Any] = network.gplq.recipe['optim']
         wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
         wrapper.setdefault(
             'optimizer',
@@ -63,9 +63,7 @@ class GPLQOptimWrapperConstructor:
         return DefaultOptimWrapperConstructor(wrapper, paramwise)(model)
 
 
-def _two_groups(
-    network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]
-) -> OptimWrapper:
+def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]) -> OptimWrapper:
     """Weights in one group, scales in another: a fast step, and no log line a parameter."""
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     optimizer = {**wrapper.pop('optimizer')}

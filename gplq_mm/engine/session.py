@@ -55,7 +55,7 @@ class GPLQSession:
     def __init__(self, runner: Runner, resumed: bool) -> None:
         self.runner = runner
         self.model = unwrap(runner.model)
-        self.recipe: dict[str, Any] = self.model.gplq.recipe  # type: ignore[union-attr, assignment]
+        self.recipe: dict[str, Any] = self.model.gplq.recipe
         calibration = self.recipe['calibration']
         self.calibration = CalibrationSet(runner.cfg, **calibration)
         self.report = RunReport(runner.work_dir, resume=resumed)
@@ -63,7 +63,7 @@ class GPLQSession:
 
     def prepare(self, source: Mapping[str, Any], evaluate_fp32: bool) -> None:
         """FP32 score, calibration and teacher; skips what a resumed run has done."""
-        coverage = self.model.gplq.coverage.as_dict()  # type: ignore[union-attr]
+        coverage = self.model.gplq.coverage.as_dict()
         self.report.describe(self.recipe, coverage, self.runner.seed)
         float_state = None
         if not is_calibrated(self.model):
@@ -136,12 +136,12 @@ class GPLQSession:
         print_log(f'calibrated {number} quantizers in {meter.seconds:.1f} s', logger='current')
 
 
-def log_active_quantizers(model: nn.Module) -> None:
+def log_active_quantizers(model: Any) -> None:
     """Log how many quantizers a test will use."""
     active = {k: sum(q.is_active for q in quantizers(model, k).values()) for k in _KINDS}
     total = {k: len(quantizers(model, k)) for k in _KINDS}
     counts = ', '.join(f'{active[k]}/{total[k]} {k}' for k in _KINDS)
-    name = model.gplq.recipe['name']  # type: ignore[union-attr, index]
+    name = model.gplq.recipe['name']
     print_log(f'quantizers active: {counts}; recipe {name}', logger='current')
 
 
@@ -150,7 +150,7 @@ _KINDS = ('activation', 'weight')
 
 def remember_source(work_dir: str, path: str) -> dict[str, Any]:
     """Write which FP32 checkpoint a run starts from, so that a resume finds it."""
-    source = {'path': os.path.abspath(path) if os.path.exists(path) else path}
+    source: dict[str, Any] = {'path': os.path.abspath(path) if os.path.exists(path) else path}
     source['sha256'] = file_sha256(source['path'])
     if is_main_process():
         write_json(Path(work_dir) / SOURCE_NAME, source)

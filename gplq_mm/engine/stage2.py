@@ -55,12 +55,12 @@ def run(runner: Runner, ptq: str | None = None, out: str | None = None) -> dict[
         ValueError: If the checkpoint is past stage 1, or ``ptq`` is unknown.
     """
     model = unwrap(runner.model)
-    recipe = copy.deepcopy(model.gplq.recipe)  # type: ignore[union-attr, arg-type]
+    recipe = copy.deepcopy(model.gplq.recipe)
     if ptq is not None:
         recipe['weight']['ptq'] = ptq
     calibration = CalibrationSet(runner.cfg, **recipe['calibration'])
     report = RunReport(runner.work_dir, resume=True)
-    coverage = model.gplq.coverage.as_dict()  # type: ignore[union-attr]
+    coverage = model.gplq.coverage.as_dict()
     report.describe(recipe, coverage, runner.seed)
     report.measure_cost('stage1', model, next(iter(calibration)))
     apply_stage2(runner, recipe, calibration, report)

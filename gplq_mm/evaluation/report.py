@@ -51,11 +51,12 @@ def report_table(report: Mapping[str, Any]) -> str:
     for stage in stages:
         names += [n for n in report[stage]['metrics'] if n not in names]
     rows = [[n, *(_number(report[s]['metrics'].get(n)) for s in stages)] for n in names]
+    memory = [_scaled(report[s].get('peak_memory_bytes'), 2**20) for s in stages]
     rows += [
         ['size (MiB)', *(_scaled(report[s].get('model_bytes'), 2**20) for s in stages)],
         ['BOPs (G)', *(_scaled(report[s].get('bops'), 1e9) for s in stages)],
         ['time (s)', *(_scaled(report[s].get('seconds'), 1) for s in stages)],
-        ['peak memory (MiB)', *(_scaled(report[s].get('peak_memory_bytes'), 2**20) for s in stages)],
+        ['peak memory (MiB)', *memory],
     ]
     return format_table(titles, rows)
 
@@ -72,7 +73,10 @@ def format_table(titles: list[str], rows: list[list[str]]) -> str:
     widths = [max(len(row[i]) for row in [titles, *rows]) for i in range(len(titles))]
 
     def line(row: list[str]) -> str:
-        cells = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        cells = [
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, widths, strict=True))
+        ]
         return '| ' + ' | '.join(cells) + ' |'
 
     rule = '|' + '|'.join('-' * (w + 2) for w in widths) + '|'

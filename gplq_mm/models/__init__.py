@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Floor 5: what configs build. The GPLQ builder, mimicking, necks."""
 
+from . import necks
 from .gplq import GPLQState, build_gplq
 from .mimicking import Mimicking, make_mimicking, resolve_mimic
-from . import necks
 
 __all__ = ['GPLQState', 'Mimicking', 'build_gplq', 'make_mimicking', 'necks', 'resolve_mimic']

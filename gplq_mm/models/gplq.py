@@ -78,7 +78,7 @@ def build_gplq(
     prepare_stage2(network, resolved)
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)
-    network.gplq = GPLQState(resolved, coverage, cfg, is_detector)  # type: ignore[assignment]
+    network.gplq = GPLQState(resolved, coverage, cfg, is_detector)
     _log_coverage(network, coverage, resolved)
     return network
 
@@ -92,12 +92,15 @@ def _float_config(
             "the model's own arguments, or model=_base_.model"
         )
     if model is not None:
-        if float_cfg:
+        # MMEngine's runner puts a config's top-level data_preprocessor beside the model
+        runner_given = {k: v for k, v in float_cfg.items() if k == 'data_preprocessor'}
+        unknown = sorted(set(float_cfg) - set(runner_given))
+        if unknown:
             raise ValueError(
-                f'gplq_mm.GPLQ(model=...) does not take {sorted(float_cfg)}; write _delete_=True, '
+                f'gplq_mm.GPLQ(model=...) does not take {unknown}; write _delete_=True, '
                 'or put them into the float model'
             )
-        return _without_pretrained(model)
+        return _without_pretrained({**runner_given, **model})
     return _without_pretrained({'type': float_type, **float_cfg})
 
 
@@ -118,7 +121,8 @@ def _without_pretrained(cfg: Any) -> Any:
 def _log_coverage(network: nn.Module, coverage: CoverageReport, recipe: Mapping[str, Any]) -> None:
     counts = ', '.join(f'{number} {kind}' for kind, number in coverage.counts.items())
     print_log(
-        f'GPLQ {recipe["name"]}: {type(network).__name__}, scope {recipe["scope"]}: {counts} quantized',
+        f'GPLQ {recipe["name"]}: {type(network).__name__}, scope {recipe["scope"]}: '
+        f'{counts} quantized',
         logger='current',
     )
     for name, reason in coverage.kept_float:

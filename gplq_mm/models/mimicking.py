@@ -56,7 +56,9 @@ def resolve_mimic(mimic: Mapping[str, Any] | None, is_detector: bool) -> dict[st
         allowed = ('auto', 'paper', *MIMIC_TYPES)
         raise ValueError(f'recipe.mimic.type={settings["type"]!r}: write one of {allowed}')
     if is_detector and settings['type'] != 'feature':
-        raise ValueError(f"recipe.mimic.type={settings['type']!r} needs a classifier; write 'feature'")
+        raise ValueError(
+            f"recipe.mimic.type={settings['type']!r} needs a classifier; write 'feature'"
+        )
     return settings
 
 
@@ -68,6 +70,7 @@ class Mimicking(_Base):
     """
 
     mimic: dict[str, Any]
+    head: Any
 
     def attach_teacher(self, teacher: nn.Module) -> None:
         """Give the frozen float model (kept outside the module tree)."""
@@ -77,7 +80,7 @@ class Mimicking(_Base):
         self.__dict__['_mimic_loss'] = [_build_loss(self.mimic)]
 
     @property
-    def teacher(self) -> nn.Module:
+    def teacher(self) -> Any:
         """The float model.
 
         Raises:
@@ -166,7 +169,7 @@ def make_mimicking(model: nn.Module, mimic: dict[str, Any]) -> None:
     model.mimic = mimic  # type: ignore[assignment]
 
 
-def penultimate(model: nn.Module, features: Any) -> Tensor:
+def penultimate(model: Any, features: Any) -> Tensor:
     """Input of a classifier's last layer, ``(N, C)``.
 
     Raises:

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """What all quantized layers with a weight share."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class QuantizedLayer(_Base):
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # a tensor or None; torch's own layers annotate it differently
     input_quantizer: FakeQuantizer
     weight_quantizer: FakeQuantizer
 

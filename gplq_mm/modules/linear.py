@@ -8,7 +8,7 @@ from ..quantizers.functional import positive_scale
 from .layer import QuantizedLayer
 
 
-class QuantLinear(QuantizedLayer, nn.Linear):  # type: ignore[misc]
+class QuantLinear(QuantizedLayer, nn.Linear):
     """``nn.Linear`` with fake-quantized operands; ``(..., in)`` -> ``(..., out)``.
 
     Made from a float layer by the conversion, see ``QuantizedLayer``.

@@ -46,8 +46,9 @@ class InProjection(nn.Linear):
 
     def _view(self) -> Tensor:
         attention = self._attention[0]
-        if attention.in_proj_weight is not None:
-            return attention.in_proj_weight.chunk(3)[self._part]
+        packed: Tensor | None = attention.in_proj_weight
+        if packed is not None:
+            return packed.chunk(3)[self._part]
         return getattr(attention, f'{PARTS[self._part]}_proj_weight')
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -85,7 +85,7 @@ BAD = [
     (dict(rules=[dict(name='*', weight=dict(num_bits=0))]), r'rules\[\d\].weight: num_bits=0'),
     (
         dict(rules=[dict(name='*', weight=dict(nbits=4))]),
-        r"rules\[\d\].weight has no key 'nbits'; the keys are",
+        r"rules\[\d\].weight has no key 'nbits'",
     ),
     (dict(calibration=dict(num_images=0)), r'num_images=0: write a positive integer'),
     (dict(calibration=dict(batch_size=1.5)), r'batch_size=1.5: write a positive integer'),

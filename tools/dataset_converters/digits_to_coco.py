@@ -32,7 +32,7 @@ VAL_SCANS = 0.2  # share of the scans kept for validation
 class DigitsSpec:
     """What is generated. Sizes in pixels, ranges inclusive."""
 
-    num_train: int = 500
+    num_train: int = 1000
     num_val: int = 100
     seed: int = 0
     canvas: int = 160

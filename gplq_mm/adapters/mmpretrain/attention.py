@@ -115,7 +115,7 @@ class QuantAttentionWithRoPE(AttentionWithRoPE):
         return torch.cat((x[:, :, :1, :], rotated), -2)
 
 
-_QUANTIZED = {
+_QUANTIZED: dict[type, Any] = {
     MultiheadAttention: QuantMultiheadAttention,
     BEiTAttention: QuantBEiTAttention,
     AttentionWithRoPE: QuantAttentionWithRoPE,

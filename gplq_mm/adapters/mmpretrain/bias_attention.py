@@ -106,7 +106,7 @@ class QuantHiViTAttention(hivit.Attention):
         return self.proj_drop(self.proj(x))
 
 
-_QUANTIZED = {
+_QUANTIZED: dict[type, Any] = {
     LeAttention: QuantLeAttention,
     levit.Attention: QuantLeViTAttention,
     levit.AttentionSubsample: QuantAttentionSubsample,
