@@ -8,6 +8,7 @@ float (kept for later runs), quantize it with GPLQ, print the comparison, draw t
 import argparse
 import hashlib
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -22,14 +23,14 @@ FLOAT_CONFIG = Path('configs/demo/mask_rcnn_vit_digits.py')
 GPLQ_CONFIG = Path('configs/demo/mask_rcnn_vit_digits_w4a4.py')
 DATA = Path('data/digits')
 NUM_STEPS = 5
-COLUMNS = {'fp32': 'FP32', 'stage1': 'W32A4', 'stage2': 'W4A4'}
+STAGES = {'fp32': 'FP32', 'stage1': 'W32A4', 'stage2': 'W4A4'}
 ROWS = {
-    'box AP': lambda part: f'{100 * part["metrics"]["coco/bbox_mAP"]:.1f}',
-    'mask AP': lambda part: f'{100 * part["metrics"]["coco/segm_mAP"]:.1f}',
-    'size (MB)': lambda part: f'{part["model_bytes"] / 1e6:.2f}',
-    'giga bit operations': lambda part: f'{part["bops"] / 1e9:.1f}',
-    'time (s)': lambda part: f'{part["seconds"]:.0f}',
-    'peak memory (MB)': lambda part: f'{part["peak_memory_bytes"] / 1e6:.0f}',
+    'box AP': lambda stage: f'{100 * stage["metrics"]["coco/bbox_mAP"]:.1f}',
+    'mask AP': lambda stage: f'{100 * stage["metrics"]["coco/segm_mAP"]:.1f}',
+    'size (MiB)': lambda stage: f'{stage["model_bytes"] / 2**20:.2f}',
+    'bit operations (G)': lambda stage: f'{stage["bops"] / 1e9:.1f}',
+    'time (s)': lambda stage: f'{stage["seconds"]:.0f}',
+    'peak memory (MiB)': lambda stage: f'{stage["peak_memory_bytes"] / 2**20:.0f}',
 }
 
 
@@ -39,7 +40,7 @@ def announce(number: int, title: str) -> None:
 
 
 def run(number: int, *command: str | Path) -> None:
-    """Run a Python command from the repository root, its output streaming.
+    """Run a Python command, its output streaming.
 
     Raises:
         SystemExit: If the command fails; the message names the step and the command.
@@ -47,7 +48,7 @@ def run(number: int, *command: str | Path) -> None:
     text = shlex.join(['python', *map(str, command)])
     print(f'      $ {text}', flush=True)
     begin = time.monotonic()
-    code = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=False).returncode
+    code = subprocess.run([sys.executable, *map(str, command)], check=False).returncode
     if code:
         sys.exit(f'demo: step {number}/{NUM_STEPS} failed with exit code {code}: {text}')
     print(f'      done in {time.monotonic() - begin:.0f} s', flush=True)
@@ -95,12 +96,12 @@ def quantize(work_dir: Path, checkpoint: Path) -> dict:
     return json.loads(report.read_text())
 
 
-def format_table(report: dict) -> str:
-    """Return the comparison of the three models, one line a quantity."""
-    lines = [' ' * 20 + ''.join(f'{title:>10}' for title in COLUMNS.values())]
-    for label, show in ROWS.items():
-        lines.append(f'{label:<20}' + ''.join(f'{show(report[key]):>10}' for key in COLUMNS))
-    return '\n'.join(lines)
+def comparison(report: dict) -> str:
+    """Return the table of the three models, one row a quantity."""
+    from gplq_mm.evaluation.report import format_table
+
+    rows = [[name, *(show(report[stage]) for stage in STAGES)] for name, show in ROWS.items()]
+    return format_table(['', *STAGES.values()], rows)
 
 
 def draw(out: Path, float_checkpoint: Path, gplq_dir: Path) -> None:
@@ -118,7 +119,12 @@ def draw(out: Path, float_checkpoint: Path, gplq_dir: Path) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description='GPLQ on handwritten digits, end to end')
-    parser.add_argument('--work-dir', type=Path, default=Path('work_dirs/demo'))
+    parser.add_argument(
+        '--work-dir',
+        type=Path,
+        default=Path('work_dirs/demo'),
+        help='where all results go; seen from the repository root',
+    )
     parser.add_argument('--fresh', action='store_true', help='train the float model again')
     return parser.parse_args(argv)
 
@@ -126,10 +132,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the five steps."""
     args = parse_args(argv)
+    os.chdir(ROOT)
     begin = time.monotonic()
     float_dir, gplq_dir = args.work_dir / 'float', args.work_dir / 'w4a4'
     if args.fresh:
-        shutil.rmtree(args.work_dir, ignore_errors=True)
+        for folder in (float_dir, gplq_dir):
+            shutil.rmtree(folder, ignore_errors=True)
     announce(1, f'Handwritten digits in COCO format, in {DATA}')
     run(1, CONVERTER, '--out', DATA)
     announce(2, 'Float training of a tiny ViT Mask R-CNN from scratch: some minutes')
@@ -137,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     announce(3, 'GPLQ: calibration, stage 1 (activations), stage 2 (weights)')
     report = quantize(gplq_dir, checkpoint)
     announce(4, f'What it cost and what it kept (from {gplq_dir}/gplq_report.json)')
-    print(format_table(report))
+    print(comparison(report))
     announce(5, 'Predictions side by side')
     picture = args.work_dir / 'predictions.png'
     draw(picture, checkpoint, gplq_dir)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DATASETS
+from mmengine.registry import DATASETS, DefaultScope
 
 from ..engine.preflight import ConfigError
 
@@ -78,7 +78,8 @@ def iterations_of_one_epoch(cfg: Config) -> int:
         ConfigError: If the training set cannot be read.
     """
     try:
-        dataset = DATASETS.build(cfg.train_dataloader.dataset)
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            dataset = DATASETS.build(cfg.train_dataloader.dataset)
     except FileNotFoundError as error:
         raise ConfigError(
             f'the config counts iterations, and how many make one epoch the training set tells, '

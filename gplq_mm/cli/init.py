@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.hub import get_config
-from mmengine.registry import MODELS, init_default_scope
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..compat import check_versions, is_installed
@@ -117,14 +117,14 @@ def check_fits(cfg: Config, config: str, checkpoint: str) -> None:
     if is_gplq(cfg) or not cfg.get('model'):
         raise ConfigError(f'{config} has no float model to start from; give the float config')
     check_float_checkpoint(checkpoint, 'give the trained float model with --checkpoint')
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
     if is_url(checkpoint):
         loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
         state = loaded.get('state_dict', loaded)
     else:
         state = check_checkpoint(checkpoint)
     try:
-        model = MODELS.build(cfg.model)
+        with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
+            model = MODELS.build(cfg.model)
     except (KeyError, ImportError) as error:
         raise ConfigError(f'the model of {config} cannot be built: {error}') from error
     problems = key_mismatch(model, state)

@@ -67,7 +67,10 @@ def resolve_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
     if resolved is None and set(overrides) >= _TOP_KEYS:
         full = overrides
     else:
-        full = _merge(_preset(resolved or 'w4a4'), overrides)
+        base = resolved or 'w4a4'
+        full = _merge(_preset(base), overrides)
+        if overrides and 'name' not in overrides:
+            full['name'] = f'{base} (customized)'
     _validate(full)
     return full
 

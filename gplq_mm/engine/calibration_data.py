@@ -85,7 +85,11 @@ class CalibrationSet:
         )
 
     def run_pass(self, model: Any, title: str) -> Callable[[], None]:
-        """A function that runs ``model.test_step`` over this rank's batches with a bar."""
+        """A function that runs the model over this rank's batches, with a bar.
+
+        Where the scope ends at backbone or neck, the heads are not run.
+        """
+        forward = _features_only if _ends_before_heads(model) else _whole_model
 
         def run() -> None:
             was_training = model.training
@@ -93,7 +97,7 @@ class CalibrationSet:
             bar = ProgressBar(len(self)) if is_main_process() else None
             with torch.no_grad():
                 for batch in self:
-                    model.test_step(batch)
+                    forward(model, batch)
                     if bar is not None:
                         bar.update()
             if bar is not None:
@@ -102,6 +106,19 @@ class CalibrationSet:
 
         print_log(f'{title}: {len(self.indices)} images', logger='current')
         return run
+
+
+def _ends_before_heads(model: Any) -> bool:
+    prefixes = {name.split('.')[0] for name in model.gplq.coverage.scope}
+    return prefixes <= {'backbone', 'neck'} and hasattr(model, 'extract_feat')
+
+
+def _features_only(model: Any, batch: Any) -> None:
+    model.extract_feat(model.data_preprocessor(batch, False)['inputs'])
+
+
+def _whole_model(model: Any, batch: Any) -> None:
+    model.test_step(batch)
 
 
 def with_pipeline(cfg: Mapping[str, Any], pipeline: list) -> dict[str, Any]:

@@ -87,8 +87,10 @@ def load_config(path: str | Path) -> Config:
     except FileNotFoundError as error:
         raise ConfigError(f'{path} builds on a config that is not there: {error}') from error
     except ImportError as error:
+        what = str(error).splitlines()[0]
         raise ConfigError(
-            f'{path} needs what cannot be imported: {error}; see python -m gplq_mm doctor'
+            f'{path} needs what cannot be imported: {what}; see python -m gplq_mm doctor, and set '
+            'PYTHONPATH where modules of your own are meant'
         ) from error
 
 

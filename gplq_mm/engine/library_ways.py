@@ -20,26 +20,41 @@ def set_mmpretrain_dataloaders(cfg: Config) -> None:
 
 
 def wrap_for_tta(cfg: Config) -> None:
-    """Put the model into a test-time-augmentation model, as mmdet's and mmpretrain's tools do."""
-    is_detection = cfg.get('default_scope') == 'mmdet'
-    pipeline = cfg.test_dataloader.dataset.pipeline
-    if 'tta_model' not in cfg:
-        nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
-        detection = dict(type='mmdet.DetTTAModel', tta_cfg=nms)
-        classification = dict(type='mmpretrain.AverageClsScoreTTA')
-        cfg.tta_model = ConfigDict(detection if is_detection else classification)
-    if 'tta_pipeline' not in cfg:
-        pack = deepcopy(pipeline[-1])
-        if is_detection:
-            keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
-            pack.meta_keys = (*keys, 'flip', 'flip_direction')
-        flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
-        cfg.tta_pipeline = [
-            *deepcopy(pipeline[:-1]),
-            ConfigDict(type='TestTimeAug', transforms=[flips, [pack]]),
-        ]
+    """Put the model into a test-time-augmentation model, as mmdet's and mmpretrain's tools do.
+
+    Raises:
+        ConfigError: If the model predicts masks, which mmdet's own one cannot merge.
+    """
+    cfg.setdefault('tta_model', _flip_model(cfg))
+    dataset = cfg.test_dataloader.dataset
+    cfg.setdefault('tta_pipeline', _flip_pipeline(cfg, dataset.pipeline))
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
-    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+    dataset.pipeline = cfg.tta_pipeline
+
+
+def _flip_model(cfg: Config) -> ConfigDict:
+    """The library's own model that merges the predictions of an image and its mirror image."""
+    if cfg.get('default_scope') != 'mmdet':
+        return ConfigDict(type='mmpretrain.AverageClsScoreTTA')
+    network = cfg.model.get('model') or cfg.model
+    if 'tta_model' not in cfg and 'mask_head' in (network.get('roi_head') or network):
+        raise ConfigError(
+            '--tta: mmdet merges boxes, not masks; give a tta_model of your own in the config, or '
+            'test without --tta'
+        )
+    nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
+    return ConfigDict(type='DetTTAModel', tta_cfg=nms)  # mmdet registers it at the root
+
+
+def _flip_pipeline(cfg: Config, pipeline: list[ConfigDict]) -> list[ConfigDict]:
+    """The test pipeline, branching into image and mirror image before the last step."""
+    pack = deepcopy(pipeline[-1])
+    if cfg.get('default_scope') == 'mmdet':
+        keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
+        pack.meta_keys = (*keys, 'flip', 'flip_direction')
+    flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
+    branches = ConfigDict(type='TestTimeAug', transforms=[flips, [pack]])
+    return [*deepcopy(pipeline[:-1]), branches]
 
 
 def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: float) -> None:

@@ -10,8 +10,33 @@ import torch
 from mmengine.dataset import worker_init_fn
 from mmengine.dist import get_rank
 
+RandomState = dict[str, Any]
 EPOCH_STRIDE = 1_000_003
 """Distance between the seeds of consecutive epochs; prime, larger than any rank x worker."""
+
+
+def random_state() -> RandomState:
+    """Random state of this process, as tensors and plain values that load safely."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: RandomState = {
+        'python': random.getstate(),
+        'numpy': (name, torch.tensor(keys.astype(np.int64)), position, has_gauss, cached),
+        'torch': torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: RandomState) -> None:
+    """Restore what ``random_state`` gave."""
+    version, internal, gauss = state['python']
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state['numpy']
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state['torch'])
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'])
 
 
 def seed_epoch(dataloader: Any, seed: int, epoch: int) -> None:

@@ -36,6 +36,16 @@ def accumulator_dtype(lhs: FakeQuantizer, rhs: FakeQuantizer, depth: int) -> tor
     return torch.float32 if exact else torch.float64
 
 
+def exact_total(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """A sum of code products as exact integers in ``dtype``, shape unchanged.
+
+    On CUDA, convolutions may run by Winograd or FFT, whose sums are integers only
+    up to rounding; they are rounded back.
+    """
+    total = total.to(dtype)
+    return total.round_() if total.is_cuda else total
+
+
 def use_codes(x: Tensor, *quantizers: FakeQuantizer) -> bool:
     """Whether a layer multiplies integer codes: inference, all operands quantized, no autocast.
 

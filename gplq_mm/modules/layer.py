@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer, PerTensor
-from .exact import accumulator_dtype, use_codes
+from .exact import accumulator_dtype, exact_total, use_codes
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -113,7 +113,8 @@ class QuantizedLayer(_Base):
         codes, input_scale = self.input_quantizer.codes(x)
         weight_codes, weight_scale = self.weight_quantizer.codes(self.folded_weight())
         dtype = accumulator_dtype(self.input_quantizer, self.weight_quantizer, self.product_depth())
-        total = self.product(codes.to(dtype), weight_codes.to(dtype), None).to(codes.dtype)
+        total = self.product(codes.to(dtype), weight_codes.to(dtype), None)
+        total = exact_total(total, codes.dtype)
         out = total * self.output_scale(weight_scale, input_scale)
         if bias is not None:
             out = out + self._over_channels(bias)

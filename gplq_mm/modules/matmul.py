@@ -4,7 +4,7 @@
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer, PerChannel
-from .exact import accumulator_dtype, use_codes
+from .exact import accumulator_dtype, exact_total, use_codes
 
 
 class QuantMatMul(nn.Module):
@@ -46,5 +46,5 @@ class QuantMatMul(nn.Module):
         left, left_scale = self.lhs_quantizer.codes(lhs)
         right, right_scale = self.rhs_quantizer.codes(rhs)
         dtype = accumulator_dtype(self.lhs_quantizer, self.rhs_quantizer, lhs.shape[-1])
-        total = (left.to(dtype) @ right.to(dtype)).to(left.dtype)
+        total = exact_total(left.to(dtype) @ right.to(dtype), left.dtype)
         return (total * (left_scale * right_scale)).to(lhs.dtype)

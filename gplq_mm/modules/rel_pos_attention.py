@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer
-from .exact import accumulator_dtype, use_codes
+from .exact import accumulator_dtype, exact_total, use_codes
 from .float_matmul import FloatMatMul
 from .matmul import QuantMatMul
 
@@ -60,7 +60,7 @@ class SharedQueryMatMul(QuantMatMul):
             return self.contract(lhs, self.rhs_quantizer(rhs))
         codes, rhs_scale = self.rhs_quantizer.codes(rhs)
         dtype = accumulator_dtype(self.lhs_quantizer, self.rhs_quantizer, lhs.shape[-1])
-        total = self.contract(lhs.to(dtype), codes.to(dtype)).to(codes.dtype)
+        total = exact_total(self.contract(lhs.to(dtype), codes.to(dtype)), codes.dtype)
         return (total * (lhs_scale * rhs_scale)).to(rhs.dtype)
 
 

@@ -64,7 +64,7 @@ def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int)
         >>> quantize(x, torch.tensor(0.5), torch.tensor(0.0), -8, 7)
         tensor([-2.,  1.,  7.])
     """
-    return torch.round(x / positive_scale(scale)).add_(zero_point).clamp_(qmin, qmax)
+    return (x / positive_scale(scale)).round_().add_(zero_point).clamp_(qmin, qmax)
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:

@@ -234,8 +234,8 @@ def tensors(output: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, run: Callable[[], Any], weights: bool = True) -> None:
-    """Min-max or whatever the specs say for activations, min-max for weights."""
+def calibrate_activations(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Ranges of the activations, by the observers that the specs name."""
     found = quantizers(model, 'activation')
     for quantizer in found.values():
         quantizer.observer = build_observer(quantizer.spec)
@@ -247,7 +247,12 @@ def calibrate(model: nn.Module, run: Callable[[], Any], weights: bool = True) ->
         qparams = quantizer.observer.calculate_qparams()
         quantizer.observer = None
         quantizer.set_qparams(*qparams)
-    for layer in quantized_layers(model).values() if weights else ():
+
+
+@torch.no_grad()
+def calibrate_weights(model: nn.Module) -> None:
+    """Ranges of the weights, without clipping."""
+    for layer in quantized_layers(model).values():
         rows = weight_rows(layer)
         spec = layer.weight_quantizer.spec
         layer.weight_quantizer.set_qparams(*qparams_from_range(rows.amin(1), rows.amax(1), spec))

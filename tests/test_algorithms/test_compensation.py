@@ -90,7 +90,9 @@ def test_block_target_is_the_float_block_on_the_same_input():
     x, y_z = block_calls(model, data, 1)
     with torch.no_grad(), float_weights(layers, weights):
         y = model.layers[1](x.float().view(24, 9, WIDTH)).view(-1, WIDTH).double()
-    assert results['layers.1'].mse_before == pytest.approx(float((y - y_z).square().mean()), rel=1e-6)
+    assert results['layers.1'].mse_before == pytest.approx(
+        float((y - y_z).square().mean()), rel=1e-6
+    )
     weight, _ = ridge_oracle(x, y - y_z, 0.0)
     torch.testing.assert_close(
         model.layers[1].compensation.weight.double(), weight, rtol=1e-4, atol=1e-6

@@ -47,7 +47,7 @@ def test_report_has_every_stage_under_stock_metric_names(
     assert content['fp32']['bops'] > content['stage1']['bops'] > content['stage2']['bops']
     assert content['fp32']['model_bytes'] > content['stage2']['model_bytes']
     assert content['coverage']['counts']['matmul'] > 0
-    assert content['recipe']['name'] == 'w4a4'
+    assert content['recipe']['name'] == 'w4a4 (customized)'
     assert content['versions']['gplq_mm']
     assert content['seed'] == 3
 

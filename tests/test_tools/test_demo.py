@@ -14,16 +14,18 @@ SPEC.loader.exec_module(demo)
 
 def part(ap):
     metrics = {'coco/bbox_mAP': ap, 'coco/segm_mAP': ap / 2}
-    return dict(metrics=metrics, model_bytes=5e6, bops=2e9, seconds=61.0, peak_memory_bytes=3e8)
+    return dict(
+        metrics=metrics, model_bytes=5 * 2**20, bops=2e9, seconds=61.0, peak_memory_bytes=3e8
+    )
 
 
 def test_table_has_a_column_a_model_and_percent():
-    table = demo.format_table({'fp32': part(0.6), 'stage1': part(0.5), 'stage2': part(0.4)})
-    lines = [line.split() for line in table.splitlines()]
-    assert lines[0] == ['FP32', 'W32A4', 'W4A4']
-    assert lines[1] == ['box', 'AP', '60.0', '50.0', '40.0']
-    assert lines[2] == ['mask', 'AP', '30.0', '25.0', '20.0']
-    assert lines[3] == ['size', '(MB)', '5.00', '5.00', '5.00']
+    table = demo.comparison({'fp32': part(0.6), 'stage1': part(0.5), 'stage2': part(0.4)})
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines()]
+    assert rows[0] == ['', 'FP32', 'W32A4', 'W4A4']
+    assert rows[2] == ['box AP', '60.0', '50.0', '40.0']
+    assert rows[3] == ['mask AP', '30.0', '25.0', '20.0']
+    assert rows[4] == ['size (MiB)', '5.00', '5.00', '5.00']
 
 
 def test_failing_step_stops_with_its_number_code_and_command(capfd):

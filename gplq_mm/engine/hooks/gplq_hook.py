@@ -13,7 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
 from ..preflight import check_float_checkpoint
-from ..seeding import seed_epoch
+from ..seeding import RandomState, random_state, seed_epoch, set_random_state
 from ..session import GPLQSession, log_active_quantizers, recall_source, remember_source
 
 
@@ -36,6 +36,7 @@ class GPLQHook(Hook):
         self.session: GPLQSession | None = None
         self.source: dict[str, Any] = {}
         self.stage = 'calibrated'
+        self.random_state: RandomState | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Check what can be checked before long work.
@@ -59,6 +60,7 @@ class GPLQHook(Hook):
         if self.session is None or is_quantized_checkpoint(checkpoint):
             check_quantized(model, checkpoint)
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
+            self.random_state = checkpoint['gplq'].get('random_state')
         else:
             load_float_(model, checkpoint)
 
@@ -73,6 +75,11 @@ class GPLQHook(Hook):
         assert self.session is not None
         seed_epoch(runner.train_dataloader, runner.seed, runner.epoch)
         self.session.start_epoch()
+
+    def after_fast_forward(self, runner: Runner) -> None:
+        """Restore the random state of the checkpoint that an epoch is resumed from."""
+        if self.random_state is not None:
+            set_random_state(self.random_state)
 
     def after_train_epoch(self, runner: Runner) -> None:
         """Stop the clock."""
@@ -92,6 +99,7 @@ class GPLQHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Let the recipe and the FP32 checkpoint's identity travel along."""
         checkpoint['gplq'] = record(unwrap(runner.model), self.stage, self.source)
+        checkpoint['gplq']['random_state'] = random_state()
 
     def before_test(self, runner: Runner) -> None:
         """Say what is quantized."""

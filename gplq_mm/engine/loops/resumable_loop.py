@@ -1,0 +1,40 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""An epoch-based loop that goes on in the middle of an epoch."""
+
+from mmengine.logging import print_log
+from mmengine.runner import EpochBasedTrainLoop
+
+from ...registry import LOOPS
+
+
+@LOOPS.register_module()
+class ResumableEpochLoop(EpochBasedTrainLoop):
+    """MMEngine's epoch-based loop, exact when resumed between two epochs' ends.
+
+    MMEngine starts the epoch again and counts its iterations twice. This loop
+    draws the batches that were already trained on (the workers' random streams
+    advance with them) and goes on with the next one. Together with ``GPLQHook``,
+    which restores the main process's random state at that point, the resumed run
+    equals the uninterrupted one bit for bit on CPU.
+
+    Use it with iteration checkpoints::
+
+        train_cfg = dict(type='gplq_mm.ResumableEpochLoop', max_epochs=1, val_interval=1)
+        default_hooks = dict(checkpoint=dict(by_epoch=False, interval=2000))
+    """
+
+    def run_epoch(self) -> None:
+        """One epoch, or what is left of it."""
+        done = self._iter - self._epoch * len(self.dataloader)
+        self.runner.call_hook('before_train_epoch')
+        self.runner.model.train()
+        batches = enumerate(self.dataloader)
+        if done > 0:
+            print_log(f'going on after batch {done} of epoch {self._epoch + 1}', logger='current')
+            for _ in range(done):
+                next(batches)
+            self.runner.call_hook('after_fast_forward')
+        for index, batch in batches:
+            self.run_iter(index, batch)
+        self.runner.call_hook('after_train_epoch')
+        self._epoch += 1

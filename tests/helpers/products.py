@@ -1,0 +1,87 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""See every matrix product and convolution that torch executes, from below the modules."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+OPERANDS = {'mm': (0, 1), 'addmm': (1, 2), 'bmm': (0, 1), 'baddbmm': (1, 2), 'convolution': (0, 1)}
+"""ATen operator -> positions of its two operands."""
+FORBIDDEN = ('scaled_dot_product', 'linear', 'matmul', 'einsum', 'mv', 'dot', 'addmv', 'conv')
+"""Products of which the operands are not seen as such: none may be executed."""
+
+
+@dataclass
+class Product:
+    """One executed product: operator, where, its operands."""
+
+    operator: str
+    module: str
+    lhs: Tensor
+    rhs: Tensor
+
+
+@dataclass
+class Recorder:
+    """What was executed while recording."""
+
+    products: list[Product] = field(default_factory=list)
+    forbidden: list[str] = field(default_factory=list)
+    trail: list[str] = field(default_factory=list)
+
+
+class _Mode(TorchDispatchMode):
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        name = func.__name__.split('.')[0].lstrip('_')
+        where = self.recorder.trail[-1] if self.recorder.trail else ''
+        if name in OPERANDS:
+            lhs, rhs = (args[i].detach().clone() for i in OPERANDS[name])
+            self.recorder.products.append(Product(name, where, lhs, rhs))
+        elif name.startswith(FORBIDDEN) or 'attention' in name:
+            self.recorder.forbidden.append(f'{func} in {where}')
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def record_products(model: nn.Module) -> Iterator[Recorder]:
+    """Record the products executed while open, each with the innermost module's name."""
+    recorder = Recorder()
+    handles = []
+    for name, module in model.named_modules():
+        enter = lambda *_, name=name: recorder.trail.append(name)  # noqa: E731
+        leave = lambda *_: recorder.trail.pop() and None  # noqa: E731
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        with _Mode(recorder):
+            yield recorder
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def is_allowed(product: Product, allowed: dict[str, str]) -> bool:
+    """Whether a product lies in a module that an allow-list names."""
+    return any(fnmatchcase(product.module, pattern) for pattern in allowed)
+
+
+def is_integer(x: Tensor, num_bits: int) -> bool:
+    """Whether all values are integers that fit ``num_bits`` bits."""
+    return bool((x == x.round()).all()) and float(x.max() - x.min()) < 2**num_bits
+
+
+def is_on_grid(x: Tensor, num_bits: int, axis: int | None = None) -> bool:
+    """Whether there are at most ``2 ** num_bits`` values: in all, or at each index of an axis."""
+    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
+    return all(len(torch.unique(row)) <= 2**num_bits for row in rows)

@@ -1,0 +1,171 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+
+from gplq_mm.__main__ import main
+from tests.helpers.tiny_projects import TinyProject, make_project
+
+pytest.importorskip('mmdet')
+pytest.importorskip('mmpretrain')
+
+
+def save_random(project: TinyProject) -> None:
+    """A checkpoint `float.pth` of the project's model, untrained."""
+    cfg = Config.fromfile(project.config)
+    with DefaultScope.overwrite_default_scope(project.library):
+        model = MODELS.build(cfg.model)
+    torch.save(dict(state_dict=model.state_dict()), project.root / 'float.pth')
+
+
+@pytest.fixture(scope='module')
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
+    project = make_project(tmp_path_factory.mktemp('classifier'), 'vit_classifier')
+    save_random(project)
+    return project
+
+
+@pytest.fixture(autouse=True)
+def here(classifier: TinyProject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(classifier.root)
+
+
+def init(*words: str) -> int:
+    return main(['init', *words])
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one line in which `init` refuses."""
+    with pytest.raises(SystemExit) as caught:
+        init(*words)
+    assert caught.value.code
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith('error: ')
+    return lines[-1]
+
+
+def test_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make_project(tmp_path / 'p', 'mask_rcnn_swin')
+    save_random(project)
+    monkeypatch.chdir(project.root)
+    out = tmp_path / 'elsewhere' / 'deep' / 'gplq.py'
+    assert init(str(project.config), '--checkpoint', 'float.pth', '-o', str(out)) == 0
+    cfg, theirs = Config.fromfile(out), Config.fromfile(project.config)
+    assert len(out.read_text().splitlines()) <= 15
+    assert 'import' not in out.read_text()
+    assert (cfg.model.type, cfg.model.float_type) == ('gplq_mm.GPLQ', 'MaskRCNN')
+    assert cfg.model.recipe == 'w4a4'
+    assert cfg.model.backbone == theirs.model.backbone
+    assert cfg.train_dataloader == theirs.train_dataloader
+    assert cfg.load_from == 'float.pth'
+    assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('EpochBasedTrainLoop', 1)
+    assert cfg.optim_wrapper == dict(constructor='gplq_mm.GPLQOptimWrapperConstructor')
+    assert cfg.custom_hooks == [dict(type='gplq_mm.GPLQHook')]
+
+
+def test_own_hooks_and_work_dir(classifier: TinyProject, tmp_path: Path) -> None:
+    config = classifier.config.with_name('ema.py')
+    config.write_text(
+        "_base_ = './vit_classifier.py'\ncustom_hooks = [dict(type='EMAHook', momentum=0.1)]\n"
+        "work_dir = 'runs/float'\n"
+    )
+    out = tmp_path / 'out.py'
+    words = (str(config), '--checkpoint', 'float.pth', '--recipe', 'w3a3', '-o', str(out))
+    assert init(*words) == 0
+    cfg = Config.fromfile(out)
+    ema = dict(type='EMAHook', momentum=0.1)
+    assert cfg.custom_hooks == [ema, dict(type='gplq_mm.GPLQHook')]
+    assert cfg.work_dir == 'work_dirs/out'
+    assert cfg.model.recipe == 'w3a3'
+
+
+def test_iteration_based_loop(classifier: TinyProject, tmp_path: Path) -> None:
+    config = classifier.config.with_name('iters.py')
+    loop = "dict(_delete_=True, type='IterBasedTrainLoop', max_iters=99, val_interval=9)"
+    config.write_text(f"_base_ = './vit_classifier.py'\ntrain_cfg = {loop}\n")
+    out = tmp_path / 'out.py'
+    assert init(str(config), '--checkpoint', 'float.pth', '-o', str(out)) == 0
+    cfg = Config.fromfile(out)
+    assert cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=10, val_interval=10)
+    (scheduler,) = cfg.param_scheduler
+    assert (scheduler.T_max, scheduler.by_epoch) == (10, False)
+
+
+def test_config_of_the_import_style(classifier: TinyProject, tmp_path: Path) -> None:
+    config = classifier.config.with_name('lazy.py')
+    config.write_text(
+        'from mmengine.config import read_base\nfrom mmpretrain.models import ImageClassifier\n'
+        'with read_base():\n    from .vit_classifier import *\nmodel.update(type=ImageClassifier)\n'
+    )
+    out = tmp_path / 'out.py'
+    assert init(str(config), '--checkpoint', 'float.pth', '-o', str(out)) == 0
+    cfg = Config.fromfile(out)
+    assert cfg.model.float_type == 'mmpretrain.models.ImageClassifier'
+    assert cfg.model.backbone.arch.num_layers == 2
+
+
+def test_config_inside_a_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = 'mmpretrain::deit/deit-tiny_4xb256_in1k.py'
+    words = (config, '--checkpoint', 'float.pth', '-o', str(tmp_path / 'out.py'))
+    assert f'does not fit the model of {config}' in refusal(capsys, *words)
+
+
+def test_checkpoint_of_another_architecture(
+    classifier: TinyProject, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load('float.pth', weights_only=True)['state_dict']
+    state['head.layers.head.bias'] = torch.zeros(7)
+    state['extra'] = state.pop('backbone.ln1.bias')
+    torch.save(dict(state_dict=state), tmp_path / 'other.pth')
+    out = tmp_path / 'out.py'
+    words = (str(classifier.config), '--checkpoint', str(tmp_path / 'other.pth'), '-o', str(out))
+    error = refusal(capsys, *words)
+    assert '1 missing: backbone.ln1.bias; 1 unexpected: extra' in error
+    assert '1 of another shape: head.layers.head.bias' in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ('config', 'checkpoint', 'out', 'more', 'says'),
+    [
+        ('configs/nope.py', 'float.pth', 'o.py', '', 'no config at'),
+        ('configs/vit_classifier.py', 'nope.pth', 'o.py', '', '--checkpoint'),
+        ('configs/vit_classifier.py', 'float.pth', 'o.yaml', '', 'o.yaml.py'),
+        ('configs/vit_classifier.py', 'float.pth', 'o.py', '--recipe w4', 'w4a4'),
+        ('configs/vit_classifier.py', 'float.pth', 'there.py', '', '--force'),
+        (
+            'configs/vit_classifier.py',
+            'float.pth',
+            'configs/vit_classifier.py',
+            '--force',
+            'the float config itself',
+        ),
+        ('gplq.py', 'float.pth', 'o.py', '', 'no float model'),
+    ],
+)
+def test_a_mistake_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+    config: str,
+    checkpoint: str,
+    out: str,
+    more: str,
+    says: str,
+) -> None:
+    Path('there.py').write_text('mine = 1\n')
+    Path('gplq.py').write_text("model = dict(type='gplq_mm.GPLQ')\n")
+    before = {path: path.read_text() for path in Path().rglob('*.py')}
+    words = (config, '--checkpoint', checkpoint, '-o', out, *more.split())
+    assert says in refusal(capsys, *words)
+    assert {path: path.read_text() for path in Path().rglob('*.py')} == before
+
+
+def test_force_overwrites(classifier: TinyProject, tmp_path: Path) -> None:
+    out = tmp_path / 'out.py'
+    out.write_text('mine = 1\n')
+    config = os.path.relpath(classifier.config)
+    assert init(config, '--checkpoint', 'float.pth', '-o', str(out), '--force') == 0
+    assert 'mine' not in Config.fromfile(out)

@@ -1,0 +1,51 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+from pathlib import Path
+
+import pytest
+from mmengine.config import Config
+
+from gplq_mm.engine.preflight import ConfigError
+from tests.helpers.tools import load_tool
+
+pytest.importorskip('mmcv')
+ptq = load_tool('ptq')
+GPLQ = Config(dict(model=dict(type='gplq_mm.GPLQ'), work_dir='w'))
+
+
+@pytest.mark.parametrize(
+    ('words', 'algorithms', 'files'),
+    [
+        ('', [None], ['w/gplq_final.pth']),
+        ('--ptq mse', ['mse'], ['w/gplq_final.pth']),
+        ('--ptq mse --out o.pth', ['mse'], ['o.pth']),
+        (
+            '--ptq mse minmax',
+            ['mse', 'minmax'],
+            ['w/gplq_final_mse.pth', 'w/gplq_final_minmax.pth'],
+        ),
+    ],
+)
+def test_one_final_checkpoint_an_algorithm(
+    words: str, algorithms: list[str | None], files: list[str]
+) -> None:
+    args = ptq.parse_args(['c.py', 'x.pth', *words.split()])
+    assert args.ptq == algorithms
+    assert [ptq.final_name(args, GPLQ, name) for name in args.ptq] == files
+
+
+def test_a_float_config_is_refused() -> None:
+    args = ptq.parse_args(['c.py', 'x.pth'])
+    with pytest.raises(ConfigError, match=r'c\.py has no model of type gplq_mm\.GPLQ'):
+        ptq.check(Config(dict(model=dict(type='MaskRCNN'))), args)
+
+
+def test_one_out_file_for_two_algorithms_is_refused() -> None:
+    args = ptq.parse_args(['c.py', 'x.pth', '--ptq', 'mse', 'minmax', '--out', 'o.pth'])
+    with pytest.raises(ConfigError, match='--out names one file'):
+        ptq.check(GPLQ, args)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    args = ptq.parse_args(['c.py', str(tmp_path / 'x.pth')])
+    with pytest.raises(ConfigError, match=str(tmp_path / 'x.pth')):
+        ptq.check(GPLQ, args)
