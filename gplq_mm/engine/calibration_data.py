@@ -134,7 +134,8 @@ def with_pipeline(cfg: Mapping[str, Any], pipeline: list) -> dict[str, Any]:
         own.pop('pipeline', None)
         return own
     if 'dataset' in own:
-        return with_pipeline(own['dataset'], pipeline)
+        inner = with_pipeline(own['dataset'], pipeline)
+        return {**own, 'dataset': inner} if _is_subset(own) else inner
     own['pipeline'] = copy.deepcopy(pipeline)
     return own
 
@@ -144,6 +145,12 @@ def image_path(dataset: Any, index: int) -> str | None:
     info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
     path = info.get('img_path')
     return os.path.realpath(path) if path else None
+
+
+def _is_subset(wrapper: Mapping[str, Any]) -> bool:
+    """Whether a wrapper leaves images out for good (the others only repeat or mix them)."""
+    kind = wrapper.get('type')
+    return str(getattr(kind, '__name__', kind)).rpartition('.')[2] == 'KFoldDataset'
 
 
 def _innermost(cfg: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -167,7 +174,12 @@ def _require_disjoint(paths: list[str | None], cfg: Config) -> None:
         dataloader = cfg.get(name)
         if not dataloader:
             continue
-        dataset = DATASETS.build(copy.deepcopy(dataloader['dataset']))
+        try:
+            dataset = DATASETS.build(copy.deepcopy(dataloader['dataset']))
+        except FileNotFoundError as error:
+            # training needs no test set; images that are not there cannot be shared
+            print_log(f'{name} is not compared with the calibration images: {error}', 'current')
+            continue
         shared = {image_path(dataset, i) for i in range(len(dataset))} & known
         if shared:
             raise ValueError(

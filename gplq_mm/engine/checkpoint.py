@@ -81,7 +81,8 @@ def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         checkpoint: Loaded FP32 checkpoint; its ``state_dict`` is completed.
 
     Raises:
-        ValueError: If a key is missing, left over or of another shape (named).
+        ValueError: If a key is missing, left over or of another shape, or a weight is NaN
+            or infinite (named).
     """
     state = _state_dict(checkpoint)
     try:
@@ -96,6 +97,9 @@ def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     unexpected = [k for k in result.unexpected_keys if not k.endswith('num_batches_tracked')]
     if unexpected:
         _refuse(model, 'keys that the model does not have', unexpected)
+    broken = [n for n, p in model.named_parameters() if n not in added and not p.isfinite().all()]
+    if broken:
+        _refuse(model, 'NaN or infinity in', broken)
     if 'state_dict' in checkpoint:
         own = model.state_dict()
         checkpoint['state_dict'].update({k: own[k].cpu() for k in added})
@@ -109,8 +113,8 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         checkpoint: Loaded checkpoint.
 
     Raises:
-        ValueError: If it was not written by a GPLQ run, is uncalibrated, or was
-            made with another recipe (the difference is named).
+        ValueError: If it was not written by a GPLQ run, is uncalibrated, was made with
+            another recipe or for another model (the difference is named).
     """
     if not is_quantized_checkpoint(checkpoint):
         raise ValueError(
@@ -126,9 +130,7 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             + '; '.join(differences)
         )
     state = _state_dict(checkpoint)
-    missing = sorted(set(model.state_dict()) - set(state))
-    if missing:
-        _refuse(model, 'missing keys', missing)
+    _require_same_keys(model, state)
     uncalibrated = [
         name
         for name in quantizers(model, 'activation')
@@ -218,10 +220,33 @@ def _recipe(model: nn.Module) -> dict[str, Any]:
     return model.gplq.recipe  # type: ignore[union-attr, return-value]
 
 
-def _refuse(model: nn.Module, what: str, names: Iterable[str]) -> None:
+def _require_same_keys(model: nn.Module, state: Mapping[str, Any]) -> None:
+    own = model.state_dict()
+    remedy = 'use the config that the checkpoint was made with'
+    shared = [k for k in own if k in state]
+    shapes = [
+        f'{k} {tuple(state[k].shape)}, model {tuple(own[k].shape)}'
+        for k in shared
+        if state[k].shape != own[k].shape
+    ]
+    for what, names in (
+        ('missing keys', sorted(set(own) - set(state))),
+        ('keys that the model does not have', sorted(set(state) - set(own))),
+        ('other shapes', shapes),
+    ):
+        if names:
+            _refuse(model, what, names, remedy)
+
+
+def _refuse(
+    model: nn.Module,
+    what: str,
+    names: Iterable[str],
+    remedy: str = 'give the FP32 checkpoint of exactly this model with load_from',
+) -> None:
     names = list(names)
     more = f' and {len(names) - 4} more' if len(names) > 4 else ''
     raise ValueError(
         f'the checkpoint does not fit {type(model).__name__}: {what}: {", ".join(names[:4])}{more};'
-        ' give the FP32 checkpoint of exactly this model with load_from'
+        f' {remedy}'
     )

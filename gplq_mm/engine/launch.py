@@ -15,6 +15,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from ..compat import check_versions
 from ..quantizers import UncalibratedError
 from ..utils.config import apply_cfg_options
+from .cpu_launch import prepare_cpu_launch
 from .library_ways import set_mmpretrain_dataloaders
 from .preflight import ConfigError
 
@@ -146,6 +147,7 @@ def latest_checkpoint(work_dir: str | Path) -> Path | None:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config names, MMEngine's own by default."""
+    prepare_cpu_launch(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 

@@ -48,6 +48,7 @@ class GPLQOptimWrapperConstructor:
                 'betas': tuple(optim['betas']),
             },
         )
+        wrapper['optimizer'] = {'lr': optim['lr'], **wrapper['optimizer']}
         if not self.paramwise_cfg:
             return _two_groups(network, wrapper, optim)
         keys = dict(self.paramwise_cfg.get('custom_keys') or {})

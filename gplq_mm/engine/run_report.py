@@ -44,9 +44,9 @@ class RunReport:
         )
         self.write()
 
-    def has(self, stage: str) -> bool:
-        """Whether a stage's metrics are known."""
-        return bool(self.data.get(stage, {}).get('metrics'))
+    def stage1_iterations(self) -> int | None:
+        """Iterations after which stage 1 was scored; None if it was not."""
+        return self.data.get('stage1', {}).get('iterations')
 
     def update(self, stage: str, **values: Any) -> None:
         """Set values of one stage (``fp32``, ``stage1``, ``stage2``)."""

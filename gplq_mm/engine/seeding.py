@@ -17,7 +17,8 @@ EPOCH_STRIDE = 1_000_003
 
 def random_state() -> RandomState:
     """Random state of this process, as tensors and plain values that load safely."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached = numpy_state
     state: RandomState = {
         'python': random.getstate(),
         'numpy': (name, torch.tensor(keys.astype(np.int64)), position, has_gauss, cached),
@@ -29,14 +30,14 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Restore what ``random_state`` gave."""
+    """Restore what ``random_state`` gave; a resume on a GPU has moved its tensors there."""
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state['numpy']
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state['torch'])
+    np.random.set_state((name, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state['torch'].cpu())
     if 'cuda' in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state['cuda'])
+        torch.cuda.set_rng_state(state['cuda'].cpu())
 
 
 def seed_epoch(dataloader: Any, seed: int, epoch: int) -> None:

@@ -91,7 +91,7 @@ class GPLQSession:
     def record_stage1(self, metrics: Mapping[str, float]) -> None:
         """Keep the validation metrics of stage 1 under their own names."""
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        self.report.update('stage1', metrics=numbers)
+        self.report.update('stage1', metrics=numbers, iterations=self.runner.iter)
 
     def finish(self, source: Mapping[str, Any]) -> None:
         """Stage-1 checkpoint, stage 2, final score, final checkpoint, table."""
@@ -101,8 +101,9 @@ class GPLQSession:
         stage1['gplq'] = record(self.model, 'stage1', source)
         save_snapshot(stage1, os.path.join(self.runner.work_dir, STAGE1_NAME))
         self.model.load_state_dict(stage1['state_dict'])
-        if loop is not None and not self.report.has('stage1'):
-            self.report.update('stage1', metrics=evaluate(self.runner, loop, 'stage 1'))
+        # a run killed during its last validation has the metrics of an earlier epoch
+        if loop is not None and self.report.stage1_iterations() != self.runner.iter:
+            self.record_stage1(evaluate(self.runner, loop, 'stage 1'))
         self.report.measure_cost('stage1', self.model, next(iter(self.calibration)))
         apply_stage2(self.runner, self.recipe, self.calibration, self.report)
         final = snapshot(self.runner, dataset, through_hooks=False)

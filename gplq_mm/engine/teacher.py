@@ -14,7 +14,7 @@ from ..models import Mimicking
 from ..registry import MODELS
 from ..utils.checkpoint_io import read_checkpoint
 from .calibration_data import CalibrationSet
-from .checkpoint import file_sha256
+from .checkpoint import file_sha256, load_float_
 
 
 def attach_teacher(
@@ -33,14 +33,14 @@ def attach_teacher(
         calibration: Images on which a PCA basis is fitted.
 
     Raises:
-        ValueError: If the FP32 checkpoint changed since the run began.
+        ValueError: If the FP32 checkpoint changed since the run began, or does not fit.
     """
     if not isinstance(model, Mimicking):
         return
     device = next(model.parameters()).device
     teacher = MODELS.build(copy.deepcopy(model.gplq.float_cfg))  # type: ignore[union-attr]
     state = float_state if float_state is not None else _read_float(source)
-    teacher.load_state_dict(state, strict=True)
+    load_float_(teacher, {'state_dict': dict(state)})
     model.attach_teacher(teacher.to(device))
     print_log(f'mimicking: {model.mimic} against {source["path"]}', logger='current')
     if model.mimic['type'] == 'pca':

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..algorithms.compensation import compensated_blocks
 from ..modules import QuantConvTranspose2d, QuantizedLayer, QuantMatMul
 from ..quantizers import FakeQuantizer
 
@@ -19,16 +20,17 @@ def model_bytes(model: nn.Module) -> int:
 
     A weight whose quantizer is active takes ``num_bits`` a value and a float32
     scale an output channel; an activation scale takes 4 bytes and its zero point 1;
-    everything else takes its own dtype.
+    a compensation that was not fitted takes none; everything else its own dtype.
     """
     packed = _packed_weight_bytes(model)
-    skip = {id(w) for w in _packed_weights(model)}
     quantizers = {id(t) for q in _quantizers(model) for t in q.state_dict(keep_vars=True).values()}
+    quantizers |= {id(t) for t in _unfitted_branches(model)}
     rest = sum(
         t.numel() * t.element_size()
         for t in [*model.parameters(), *model.buffers()]
-        if id(t) not in skip and id(t) not in quantizers
+        if id(t) not in quantizers
     )
+    rest -= sum(w.numel() * w.element_size() for w in _packed_weights(model))
     activation = sum(q.scale.numel() * 5 for q in _quantizers(model) if _is_active(q, 'activation'))
     return rest + packed + activation
 
@@ -91,6 +93,11 @@ def _bits(quantizer: FakeQuantizer) -> int:
 
 def _quantizers(model: nn.Module) -> list[FakeQuantizer]:
     return [m for m in model.modules() if isinstance(m, FakeQuantizer)]
+
+
+def _unfitted_branches(model: nn.Module) -> list[Tensor]:
+    branches = [b.compensation for b in compensated_blocks(model).values()]
+    return [t for b in branches if not b.is_fitted for t in b.buffers()]
 
 
 def _is_active(quantizer: FakeQuantizer, kind: str) -> bool:

@@ -109,13 +109,19 @@ def _without_pretrained(cfg: Any) -> Any:
     if isinstance(cfg, Mapping):
         kept = {}
         for key, value in cfg.items():
-            is_fetch = isinstance(value, Mapping) and value.get('type') == 'Pretrained'
-            if not (key == 'init_cfg' and is_fetch) and key != 'pretrained':
+            if key == 'init_cfg' and isinstance(value, list | tuple):
+                value = [item for item in value if not _is_fetch(item)]
+            if not (key == 'init_cfg' and _is_fetch(value)) and key != 'pretrained':
                 kept[key] = _without_pretrained(value)
         return kept
     if isinstance(cfg, list | tuple):
         return type(cfg)(_without_pretrained(item) for item in cfg)
     return copy.deepcopy(cfg)
+
+
+def _is_fetch(init_cfg: Any) -> bool:
+    kind = init_cfg.get('type') if isinstance(init_cfg, Mapping) else None
+    return getattr(kind, '__name__', kind) in ('Pretrained', 'PretrainedInit')
 
 
 def _log_coverage(network: nn.Module, coverage: CoverageReport, recipe: Mapping[str, Any]) -> None:

@@ -101,7 +101,12 @@ class Mimicking(_Base):
         return features
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Any]:
-        """The model's own losses plus ``loss_mimic``."""
+        """The model's own losses plus ``loss_mimic``.
+
+        Raises:
+            TypeError: If the model's own ``loss()`` never calls ``extract_feat()``.
+            RuntimeError: If no teacher was attached.
+        """
         self.__dict__['_recording'] = True
         try:
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
@@ -110,7 +115,12 @@ class Mimicking(_Base):
         losses = {k: _scaled(k, v, self.mimic['task_weight']) for k, v in losses.items()}
         with torch.no_grad():
             reference = self.teacher.extract_feat(inputs)
-        student = self.__dict__.pop('_features')
+        student = self.__dict__.pop('_features', None)
+        if student is None:
+            raise TypeError(
+                f'{type(self).__name__}.loss() does not call extract_feat(), which mimicking '
+                'needs; write recipe=dict(mimic=None)'
+            )
         losses['loss_mimic'] = self.mimic['loss_weight'] * self._mimic_term(student, reference)
         return losses
 
@@ -156,7 +166,8 @@ def make_mimicking(model: nn.Module, mimic: dict[str, Any]) -> None:
     """Extend the class of ``model`` with ``Mimicking``, in place.
 
     Raises:
-        TypeError: If the model has no ``extract_feat`` and ``loss``.
+        TypeError: If the model has no ``extract_feat`` or ``loss``, or no head that
+            gives what the type compares.
     """
     for method in ('extract_feat', 'loss'):
         if not hasattr(model, method):
@@ -164,6 +175,13 @@ def make_mimicking(model: nn.Module, mimic: dict[str, Any]) -> None:
                 f'{type(model).__name__} has no {method}(), which mimicking needs; '
                 'write recipe=dict(mimic=None)'
             )
+    if mimic['type'] == 'pca':
+        _require_pre_logits(model)
+    if mimic['type'] == 'logits' and getattr(model, 'head', None) is None:
+        raise TypeError(
+            f'{type(model).__name__} has no head whose logits could be compared; '
+            'write recipe=dict(mimic=None)'
+        )
     cls = type(model)
     swap_class(model, type(cls.__name__, (Mimicking, cls), {'__module__': cls.__module__}))
     model.mimic = mimic  # type: ignore[assignment]
@@ -175,14 +193,18 @@ def penultimate(model: Any, features: Any) -> Tensor:
     Raises:
         TypeError: If the head has no ``pre_logits``.
     """
+    _require_pre_logits(model)
+    feature = model.head.pre_logits(features)
+    return feature[0] if isinstance(feature, tuple | list) else feature
+
+
+def _require_pre_logits(model: Any) -> None:
     head = getattr(model, 'head', None)
     if head is None or not hasattr(head, 'pre_logits'):
         raise TypeError(
             f'{type(head).__name__} has no pre_logits(), so it has no penultimate feature; '
             "write recipe=dict(mimic=dict(type='logits'))"
         )
-    feature = head.pre_logits(features)
-    return feature[0] if isinstance(feature, tuple | list) else feature
 
 
 def _build_loss(mimic: dict[str, Any]) -> nn.Module | None:

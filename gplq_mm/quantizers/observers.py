@@ -273,5 +273,6 @@ class MSEObserver(HistogramObserver):
             self.hi,
             lambda a, b: qparams_from_range(a, b, self.spec),
             self.spec.quant_range,
+            symmetric=self.spec.symmetric,
         )
         return qparams_from_range(lo, hi, self.spec)

@@ -13,8 +13,10 @@ from torch import Tensor
 from .functional import dequantize, quantize
 
 QParams = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-_ROW_BUDGET = 1 << 22
-"""Elements evaluated at once, so that memory stays small for wide tensors."""
+_ROW_BUDGET = 1 << 19
+"""Elements evaluated at once: memory stays small, and the operands stay in the cache."""
+_JOINT = ((1, 1),)
+_EACH_END = ((1, 1), (0, 1), (1, 0), (0, 1), (1, 0))
 
 
 def quantization_error(
@@ -55,11 +57,13 @@ def search_range(
     qparams: QParams,
     quant_range: tuple[int, int],
     steps: int = 80,
+    symmetric: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Shrink ``[lo, hi]`` where that lowers the squared error.
 
-    Both ends shrink together first, then each alone, twice, so asymmetric tails
-    are found with ``5 * steps`` evaluations.
+    Both ends shrink together first. An asymmetric range then shrinks at each end
+    alone, twice, so that uneven tails are found (``5 * steps`` evaluations); a
+    symmetric one has a single scale to find.
 
     Args:
         values: ``(scales, elements)``.
@@ -69,6 +73,7 @@ def search_range(
         qparams: Maps a range to ``(scale, zero_point)``.
         quant_range: ``(qmin, qmax)``.
         steps: Candidates a search.
+        symmetric: Whether the grid is symmetric.
 
     Returns:
         The best ``(lo, hi)``, each ``(scales,)``; never worse than the one given.
@@ -84,13 +89,14 @@ def search_range(
                 qparams,
                 quant_range,
                 steps,
+                symmetric,
             )
             for i in range(0, len(values), rows)
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
     lo, hi = lo.clone(), hi.clone()
     best = quantization_error(values, weight, *qparams(lo, hi), quant_range)
-    for move_lo, move_hi in ((1, 1), (0, 1), (1, 0), (0, 1), (1, 0)):
+    for move_lo, move_hi in _JOINT if symmetric else _EACH_END:
         start_lo, start_hi = lo.clone(), hi.clone()
         for step in range(1, steps):
             factor = 1 - step / steps

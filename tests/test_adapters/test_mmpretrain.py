@@ -20,7 +20,8 @@ from mmpretrain.models.utils import (
 
 from gplq_mm.conversion import convert_
 from tests.helpers.identity import assert_identity, assert_only_quantizer_keys
-from tests.helpers.mm_models import CLASSIFIERS, classifier, vit_sam as tiny_vit_sam
+from tests.helpers.mm_models import CLASSIFIERS, classifier
+from tests.helpers.mm_models import vit_sam as tiny_vit_sam
 
 TOKENS = (2, 9, 16)
 MASK = torch.where(torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5, 0, -100)

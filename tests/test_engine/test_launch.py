@@ -53,7 +53,7 @@ def test_read_config_applies_arguments_and_moves_the_data_root(folder: Path) -> 
     [
         (None, 'no config at'),
         ("_base_ = './gone.py'", r'builds on a config that is not there: .*gone\.py'),
-        ("_base_ = 'no_such_lib::a/a.py'", 'python -m gplq_mm doctor'),
+        ("_base_ = 'mmocr::a/a.py'", 'python -m gplq_mm doctor'),
         ("custom_imports = dict(imports=['no_such_module'])", 'python -m gplq_mm doctor'),
     ],
 )

@@ -35,5 +35,6 @@ class MSEPTQ(RangePTQ):
             lambda a, b: qparams_from_range(a, b, spec),
             spec.quant_range,
             self.steps,
+            spec.symmetric,
         )
         return qparams_from_range(lo, hi, spec)

@@ -54,9 +54,12 @@ class GPLQHook(Hook):
         """Refuse weights that do not fit.
 
         Raises:
-            ValueError: See ``load_float_`` and ``check_quantized``.
+            ValueError: See ``load_float_`` and ``check_quantized``; or if a training
+                resumes from what is no training state, or begins with quantized weights.
         """
         model = unwrap(runner.model)
+        if self.session is not None:
+            _require_right_kind(checkpoint, runner._resume)
         if self.session is None or is_quantized_checkpoint(checkpoint):
             check_quantized(model, checkpoint)
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
@@ -121,3 +124,17 @@ class GPLQHook(Hook):
         if not runner._resume:
             check_float_checkpoint(os.fspath(runner._load_from))
             self.source = remember_source(runner.work_dir, runner._load_from)
+
+
+def _require_right_kind(checkpoint: Mapping[str, Any], resume: bool) -> None:
+    quantized = is_quantized_checkpoint(checkpoint)
+    if not resume and quantized:
+        raise ValueError(
+            'the checkpoint is quantized already, GPLQ starts from a float model; give its FP32 '
+            'checkpoint with load_from, or go on with --resume'
+        )
+    if resume and not (quantized and 'epoch' in checkpoint.get('meta', {})):
+        raise ValueError(
+            'the checkpoint holds no state of a GPLQ training to resume from; resume from '
+            'epoch_*.pth, iter_*.pth or gplq_calibrated.pth'
+        )

@@ -1,0 +1,84 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import pytest
+import torch
+from torch import nn
+
+from gplq_mm.conversion import (
+    attach_rel_pos_matmuls,
+    convert_,
+    register_handler,
+    set_quantization,
+)
+from gplq_mm.conversion.handlers import HANDLERS
+from gplq_mm.modules import QuantMatMul, swap_class
+from gplq_mm.modules.float_matmul import FloatMatMul
+from gplq_mm.modules.rel_pos_attention import (
+    FloatRelPosMatMul,
+    QuantRelPosMatMul,
+    RelPosAttention,
+    SharedQueryMatMul,
+)
+
+
+class Attention(nn.Module):
+    num_heads, scale, use_rel_pos = 2, 0.5, True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.rel_pos_h = nn.Parameter(torch.randn(5, 4))
+        self.rel_pos_w = nn.Parameter(torch.randn(5, 4))
+
+
+class QuantAttention(RelPosAttention, Attention):
+    pass
+
+
+@pytest.fixture(autouse=True)
+def handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('gplq_mm.conversion.handlers.HANDLERS', dict(HANDLERS))
+
+    @register_handler(Attention)
+    def convert(module: Attention, name: str, context: object) -> None:
+        swap_class(module, QuantAttention)
+        attach_rel_pos_matmuls(module, name, context)
+
+
+def converted(*rules: dict) -> tuple[QuantAttention, list[str]]:
+    torch.manual_seed(0)
+    module = Attention()
+    off = [dict(rule, enabled=False) for rule in rules]
+    report = convert_(module, dict(base='w4a4', scope='all', rules=off))
+    return module, [name for name, _ in report.kept_float]
+
+
+def test_all_products_are_attached() -> None:
+    module, kept = converted()
+    assert kept == []
+    assert type(module.qk_matmul) is SharedQueryMatMul
+    assert type(module.pv_matmul) is QuantMatMul
+    for matmul in (module.rel_h_matmul, module.rel_w_matmul):
+        assert isinstance(matmul, QuantRelPosMatMul)
+        assert matmul.lhs_quantizer is module.qk_matmul.lhs_quantizer
+        assert 'lhs_quantizer' not in dict(matmul.named_children())  # one owner, one key
+
+
+@pytest.mark.parametrize(
+    ('rule', 'names'),
+    [
+        (dict(role='key'), ['qk_matmul', 'rel_h_matmul', 'rel_w_matmul']),
+        (dict(role='rel_pos'), ['rel_h_matmul', 'rel_w_matmul']),
+        (dict(role='value'), ['pv_matmul']),
+    ],
+)
+def test_rules_leave_products_float(rule: dict, names: list[str]) -> None:
+    module, kept = converted(rule)
+    assert sorted(kept) == names
+    for name in names:
+        assert isinstance(getattr(module, name), FloatMatMul)
+        assert isinstance(getattr(module, name), FloatRelPosMatMul) == name.startswith('rel')
+    reference, _ = converted()
+    x = torch.randn(2, 3, 3, 8)
+    for m in (module, reference):
+        set_quantization(m, False)
+    assert torch.equal(module(x), reference(x))
