@@ -44,11 +44,11 @@ def infer(config, checkpoint):
 """
 CLASSIFICATION_APIS = """
 import json, sys
-from mmpretrain import ImageClassificationInferencer, get_model, inference_model
+from mmpretrain import ImageClassificationInferencer, get_model
 
 def predict(config, checkpoint):
     model = get_model(config, pretrained=checkpoint)
-    found = inference_model(model, image)
+    (found,) = ImageClassificationInferencer(model)(image)
     return dict(types=[t.__name__ for t in type(model).__mro__],
                 labels=[int(found['pred_label'])], scores=[float(found['pred_score'])])
 

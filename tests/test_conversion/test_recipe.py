@@ -107,7 +107,8 @@ def test_other_types_are_refused(recipe):
 
 
 def test_difference_names_dotted_keys_and_both_values():
-    a, b = resolve_recipe('w4a4'), resolve_recipe(dict(activation=dict(num_bits=3)))
+    a = resolve_recipe('w4a4')
+    b = resolve_recipe(dict(name='w4a4', activation=dict(num_bits=3)))
     assert recipe_difference(a, b) == ['activation.num_bits: 4 != 3']
     b['rules'].append({'name': 'x'})
     found = recipe_difference(a, b)

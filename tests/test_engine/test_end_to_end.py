@@ -127,7 +127,8 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_is_the_uninterrupted_run(
     middle = config.with_name('gplq_middle.py')
     middle.write_text(
         f"_base_ = './{config.name}'\n"
-        "train_cfg = dict(type='gplq_mm.ResumableEpochLoop', max_epochs=1, val_interval=1)\n"
+        "loop = dict(type='gplq_mm.ResumableEpochLoop', max_epochs=1, val_interval=1)\n"
+        'train_cfg = dict(_delete_=True, **loop)\n'
         'train_dataloader = dict(batch_size=2)\n'
         "checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=1)\n"
         'default_hooks = dict(checkpoint=checkpoint)\n'

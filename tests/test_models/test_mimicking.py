@@ -1,0 +1,229 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Mimicking: its terms against independent formulas, and a teacher that is not part of the model."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip('mmpretrain')
+
+from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.structures import DataSample
+
+from gplq_mm.conversion import set_quantization
+from gplq_mm.models import make_mimicking, resolve_mimic
+from tests.helpers.mm_models import calibrate_activations
+
+from .test_gplq import BACKBONE, CLASSIFIER, HEAD
+
+LABELS = [0, 2, 1]
+
+
+@pytest.fixture(autouse=True)
+def scope() -> Iterator[None]:
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        yield
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(3, 3, 16, 16)
+
+
+def samples() -> list[DataSample]:
+    return [DataSample().set_gt_label(label) for label in LABELS]
+
+
+def make_student(images: Tensor, mimic: dict[str, Any]) -> Any:
+    """A calibrated student whose teacher has the same float weights."""
+    teacher = MODELS.build(copy.deepcopy(CLASSIFIER))
+    recipe = dict(base='w3a3', mimic=mimic)
+    student = MODELS.build(dict(type='gplq_mm.GPLQ', model=CLASSIFIER, recipe=recipe))
+    with torch.no_grad():
+        teacher.head.layers.head.weight.normal_(std=0.5)
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    student.eval()
+    calibrate_activations(student, lambda: student(images))
+    student.attach_teacher(teacher)
+    return student.train()
+
+
+def test_types_follow_the_model_and_the_paper() -> None:
+    assert resolve_mimic(None, True) is None
+    assert resolve_mimic(dict(type=None), True) is None
+    assert resolve_mimic(dict(type='paper'), True) is None
+    chosen = {
+        (name, is_detector): resolve_mimic(dict(type=name), is_detector)
+        for name, is_detector in (('auto', True), ('auto', False), ('paper', False))
+    }
+    assert [c and c['type'] for c in chosen.values()] == ['feature', 'logits', 'pca']
+    assert [c and c['task_weight'] for c in chosen.values()] == [1.0, 0.0, 1.0]
+    kept = resolve_mimic(dict(type='auto', task_weight=0.5), False)
+    assert kept is not None
+    assert kept['task_weight'] == 0.5
+
+
+@pytest.mark.parametrize(
+    ('mimic', 'is_detector', 'message'),
+    [
+        (dict(type='feature', weigth=1.0), True, "no key 'weigth'"),
+        (dict(type='features'), True, "'features'.*'feature'"),
+        (dict(type='logits'), True, "needs a classifier; write 'feature'"),
+        (dict(type='pca'), True, "needs a classifier; write 'feature'"),
+    ],
+)
+def test_settings_that_do_not_fit(mimic: dict[str, Any], is_detector: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_mimic(mimic, is_detector)
+
+
+def test_the_teacher_is_no_part_of_the_model(images: Tensor) -> None:
+    student = make_student(images, dict(type='feature'))
+    teacher = student.teacher
+    inside = {id(p) for p in teacher.parameters()}
+    assert not inside & {id(p) for p in student.parameters()}
+    assert teacher not in set(student.modules())
+    assert not [k for k in student.state_dict() if 'teacher' in k or 'mimic' in k]
+    assert not [n for n, _ in student.named_modules() if 'teacher' in n]
+    student.train()
+    assert not any(m.training for m in teacher.modules())
+    losses = student.loss(images, samples())
+    sum(v for k, v in losses.items() if 'loss' in k).backward()
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert student.backbone.layers[0].ffn.layers[1].weight.grad.abs().sum() > 0
+
+
+def test_feature_loss_is_the_relative_squared_error(images: Tensor) -> None:
+    student = make_student(images, dict(type='feature', loss_weight=2.5))
+    found = student.loss(images, samples())['loss_mimic'].item()
+    ours = student.extract_feat(images)[-1].detach().numpy().astype(np.float64)
+    theirs = student.teacher.extract_feat(images)[-1].numpy().astype(np.float64)
+    expected = 2.5 * ((ours - theirs) ** 2).sum() / (theirs**2).sum()
+    assert expected > 1e-3
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(1, keepdims=True)
+    return x - np.log(np.exp(x).sum(1, keepdims=True))
+
+
+def test_logits_loss_is_the_softened_divergence(images: Tensor) -> None:
+    t = 2.0
+    student = make_student(images, dict(type='logits', temperature=t))
+    found = student.loss(images, samples())['loss_mimic'].item()
+    ours = student(images, mode='tensor')
+    logits = [m.head(m.extract_feat(images)).detach().double() for m in (student, student.teacher)]
+    assert len(ours) == 1
+    p, q = (log_softmax(x.numpy() / t) for x in logits)
+    expected = t * t * (np.exp(q) * (q - p)).sum() / len(images)
+    assert expected > 1e-4
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+def test_pca_loss_is_the_projected_squared_error(images: Tensor) -> None:
+    student = make_student(images, dict(type='pca', explained_variance=1.0))
+    many = torch.randn(40, 3, 16, 16)
+    student.fit_pca(lambda add: [add(part) for part in many.split(8)], lambda tensor: None)
+    found = student.loss(images, samples())['loss_mimic'].item()
+    features = [m.extract_feat(images)[-1].detach().double() for m in (student, student.teacher)]
+    # 16 channels give at most 16 of the 32 components: the projection keeps the length
+    expected = (features[0] - features[1]).square().sum(1).mean().item()
+    assert expected > 1e-4
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_pca_sums_over_ranks(images: Tensor) -> None:
+    student = make_student(images, dict(type='pca'))
+    seen: list[tuple[int, ...]] = []
+    many = torch.randn(40, 3, 16, 16)
+    student.fit_pca(lambda add: add(many), lambda tensor: seen.append(tuple(tensor.shape)))
+    assert seen == [(), (16,), (16, 16)]
+
+
+@pytest.mark.parametrize('kind', ['feature', 'logits', 'pca'])
+def test_the_term_is_zero_while_quantizers_are_off(images: Tensor, kind: str) -> None:
+    student = make_student(images, dict(type=kind))
+    if kind == 'pca':
+        many = torch.randn(40, 3, 16, 16)
+        student.fit_pca(lambda add: add(many), lambda tensor: None)
+    assert student.loss(images, samples())['loss_mimic'] > 0
+    set_quantization(student, False)
+    assert student.loss(images, samples())['loss_mimic'].abs() < 1e-6
+
+
+def test_task_weight_scales_the_models_own_losses_only(images: Tensor) -> None:
+    student = make_student(images, dict(type='feature', task_weight=0.25))
+    weighted = student.loss(images, samples())
+    student.mimic['task_weight'] = 1.0
+    plain = student.loss(images, samples())
+    assert weighted['loss'].item() == pytest.approx(0.25 * plain['loss'].item())
+    assert weighted['loss_mimic'].item() == plain['loss_mimic'].item()
+
+
+def test_a_missing_teacher_is_explained(images: Tensor) -> None:
+    student = make_student(images, dict(type='feature'))
+    del student.__dict__['_teacher']
+    with pytest.raises(RuntimeError, match=r"custom_hooks=\[dict\(type='gplq_mm\.GPLQHook'\)\]"):
+        student.loss(images, samples())
+    assert not student.__dict__['_recording']
+
+
+def test_prediction_needs_no_teacher_and_keeps_no_features(images: Tensor) -> None:
+    student = make_student(images, dict(type='feature'))
+    student.eval()
+    student.extract_feat(images)
+    assert '_features' not in student.__dict__
+    student.train().loss(images, samples())
+    assert '_features' not in student.__dict__
+
+
+class NoFeatures(nn.Module):
+    """Has a loss, nothing else."""
+
+    def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Tensor]:
+        return {'loss': inputs.sum()}
+
+
+class IgnoresFeatures(NoFeatures):
+    """Its loss looks at the image only."""
+
+    def extract_feat(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
+def test_models_that_cannot_mimic_are_refused_when_they_are_built() -> None:
+    with pytest.raises(TypeError, match=r'no extract_feat\(\).*mimic=None'):
+        make_mimicking(NoFeatures(), dict(type='feature'))
+    with pytest.raises(TypeError, match=r'no head.*mimic=None'):
+        make_mimicking(IgnoresFeatures(), dict(type='logits'))
+    with pytest.raises(TypeError, match=r"NoneType has no pre_logits\(\).*type='logits'"):
+        make_mimicking(IgnoresFeatures(), dict(type='pca'))
+    head = dict(type='ArcFaceClsHead', num_classes=3, in_channels=16)
+    model = dict(type='ImageClassifier', backbone=BACKBONE, head=head)
+    with pytest.raises(TypeError, match=r'ArcFaceClsHead has no pre_logits\(\)'):
+        recipe = dict(base='w4a4', mimic=dict(type='pca'))
+        MODELS.build(dict(type='gplq_mm.GPLQ', model=model, recipe=recipe))
+
+
+def test_a_loss_that_uses_no_features_is_explained() -> None:
+    model: Any = IgnoresFeatures()
+    make_mimicking(model, resolve_mimic(dict(type='feature'), True) or {})
+    model.attach_teacher(IgnoresFeatures())
+    with pytest.raises(TypeError, match=r'loss\(\) does not call extract_feat\(\)'):
+        model.loss(torch.ones(1), [])
+
+
+def test_a_headless_classifier_has_no_logits_to_compare() -> None:
+    backbone_only = dict(type='ImageClassifier', backbone=BACKBONE)
+    with pytest.raises(TypeError, match='no head'):
+        MODELS.build(dict(type='gplq_mm.GPLQ', model=backbone_only, recipe='w4a4'))
+    recipe = dict(base='w4a4', mimic=None)
+    model = MODELS.build(dict(type='gplq_mm.GPLQ', model=backbone_only, recipe=recipe))
+    assert not hasattr(model, 'mimic')
+    assert HEAD['type'] not in str(model)
