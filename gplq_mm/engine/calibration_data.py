@@ -170,10 +170,12 @@ def _collate_function(dataloader: Mapping[str, Any]) -> Callable[[list], Any]:
 
 def _require_disjoint(paths: list[str | None], cfg: Config) -> None:
     known = {p for p in paths if p}
+    compared: list[Any] = []
     for name in ('val_dataloader', 'test_dataloader'):
         dataloader = cfg.get(name)
-        if not dataloader:
+        if not dataloader or dataloader['dataset'] in compared:
             continue
+        compared.append(dataloader['dataset'])
         try:
             dataset = DATASETS.build(copy.deepcopy(dataloader['dataset']))
         except FileNotFoundError as error:

@@ -14,12 +14,15 @@ from mmengine.logging import print_log
 from .. import __version__
 from ..evaluation import (
     REPORT_NAME,
+    MacCount,
     bit_operations,
+    count_macs,
     model_bytes,
     read_json,
     report_table,
     write_json,
 )
+from ..evaluation.cost import FLOAT_BITS
 
 
 class RunReport:
@@ -33,6 +36,7 @@ class RunReport:
     def __init__(self, work_dir: str, resume: bool) -> None:
         self.path = Path(work_dir) / REPORT_NAME
         self.data: dict[str, Any] = read_json(self.path) if resume else {}
+        self.macs: MacCount | None = None
 
     def describe(self, recipe: Mapping[str, Any], coverage: Mapping[str, Any], seed: int) -> None:
         """State recipe, coverage, versions and seed."""
@@ -53,14 +57,20 @@ class RunReport:
         self.data.setdefault(stage, {'metrics': {}}).update(values)
         self.write()
 
-    def measure_cost(self, stage: str, model: Any, batch: Any) -> None:
-        """Set a stage's BOPs of one forward pass and its bytes; FP32's BOPs as well."""
+    def count_macs(self, model: Any, batch: Any) -> None:
+        """Count one forward pass of the stage-1 model; all stages' BOPs rest on it."""
         was_training = model.training
         model.eval()
-        cost = bit_operations(model, lambda: model.test_step(batch))
+        self.macs = count_macs(model, lambda: model.test_step(batch))
         model.train(was_training)
-        self.update('fp32', bops=cost['float_bops'])
-        self.update(stage, bops=cost['bops'], model_bytes=model_bytes(model))
+        self.update('fp32', bops=self.macs.total * FLOAT_BITS**2)
+        self.update_cost('stage1', model)
+
+    def update_cost(self, stage: str, model: Any, side_macs: int = 0) -> None:
+        """Set a stage's BOPs, float side branches included, and its bytes."""
+        assert self.macs is not None
+        bops = bit_operations(model, self.macs) + side_macs * FLOAT_BITS**2
+        self.update(stage, bops=bops, model_bytes=model_bytes(model))
 
     def write(self) -> None:
         """Write the file (main process only)."""

@@ -104,7 +104,7 @@ class GPLQSession:
         # a run killed during its last validation has the metrics of an earlier epoch
         if loop is not None and self.report.stage1_iterations() != self.runner.iter:
             self.record_stage1(evaluate(self.runner, loop, 'stage 1'))
-        self.report.measure_cost('stage1', self.model, next(iter(self.calibration)))
+        self.report.count_macs(self.model, next(iter(self.calibration)))
         apply_stage2(self.runner, self.recipe, self.calibration, self.report)
         final = snapshot(self.runner, dataset, through_hooks=False)
         final['gplq'] = record(self.model, 'stage2', source)

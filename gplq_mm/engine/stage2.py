@@ -27,7 +27,8 @@ def apply_stage2(
         runner: Runner whose model holds stage-1 weights and calibrated activations.
         recipe: Resolved recipe.
         calibration: Images for algorithms that need data.
-        report: Gets cost, weight errors and metrics under ``stage2``.
+        report: Has counted the stage-1 model's operations; gets cost, weight errors
+            and metrics under ``stage2``.
     """
     model = unwrap(runner.model)
     with StageMeter() as meter:
@@ -35,7 +36,7 @@ def apply_stage2(
         result = run_stage2(model, recipe, run_pass, progress=_log_progress)
     report.update('stage2', **result.as_dict())
     report.update('stage2', seconds=meter.seconds, peak_memory_bytes=meter.peak_memory_bytes)
-    report.measure_cost('stage2', model, next(iter(calibration)))
+    report.update_cost('stage2', model, result.side_flops // 2)
     if runner.val_loop is not None:
         report.update('stage2', metrics=evaluate(runner, runner.val_loop, 'stage 2'))
 
@@ -62,7 +63,7 @@ def run(runner: Runner, ptq: str | None = None, out: str | None = None) -> dict[
     report = RunReport(runner.work_dir, resume=True)
     coverage = model.gplq.coverage.as_dict()
     report.describe(recipe, coverage, runner.seed)
-    report.measure_cost('stage1', model, next(iter(calibration)))
+    report.count_macs(model, next(iter(calibration)))
     apply_stage2(runner, recipe, calibration, report)
     dataset = runner.val_loop.dataloader.dataset if runner.val_loop else calibration.dataset
     final = snapshot(runner, dataset, through_hooks=False)

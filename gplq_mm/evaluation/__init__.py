@@ -1,12 +1,14 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Floor 5: what a quantized model costs and how it is reported."""
 
-from .cost import bit_operations, model_bytes
+from .cost import MacCount, bit_operations, count_macs, model_bytes
 from .report import REPORT_NAME, format_table, read_json, report_table, write_json
 
 __all__ = [
     'REPORT_NAME',
+    'MacCount',
     'bit_operations',
+    'count_macs',
     'format_table',
     'model_bytes',
     'read_json',

@@ -2,6 +2,7 @@
 """Size and arithmetic of a (partly) quantized model, counted, not estimated."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,23 +36,33 @@ def model_bytes(model: nn.Module) -> int:
     return rest + packed + activation
 
 
-def bit_operations(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
-    """Multiply-accumulates and bit operations of one forward pass.
+@dataclass(frozen=True)
+class MacCount:
+    """Multiply-accumulates of one forward pass.
 
-    ``BOPs = MACs * bits of one operand * bits of the other``, 32 bits where an
-    operand is float (arXiv 2005.07093, section 4).
+    Attributes:
+        total: Of the whole model.
+        layers: Of each quantized layer or matmul, by name.
+    """
+
+    total: int
+    layers: dict[str, int]
+
+
+def count_macs(model: nn.Module, run: Callable[[], Any]) -> MacCount:
+    """Count the multiply-accumulates of one forward pass.
+
+    A detector's heads work on as many proposals as its scores give, so compare
+    stages by one count, not by one pass each.
 
     Args:
-        model: Converted model.
+        model: Converted model, activation quantizers on.
         run: Runs the model once (say, on one image).
-
-    Returns:
-        ``macs``, ``quantized_macs``, ``bops`` and ``float_bops`` (all operands float).
     """
-    counted: list[tuple[int, int]] = []
+    layers: dict[str, int] = {}
     handles = [
-        m.register_forward_hook(_counter(counted))
-        for m in model.modules()
+        m.register_forward_hook(_counter(n, layers))
+        for n, m in model.named_modules()
         if isinstance(m, QuantizedLayer | QuantMatMul)
     ]
     try:
@@ -60,31 +71,43 @@ def bit_operations(model: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
     finally:
         for handle in handles:
             handle.remove()
-    macs = flops.get_total_flops() // 2
-    inside = sum(m for m, _ in counted)
-    float_part = max(macs - inside, 0) * FLOAT_BITS * FLOAT_BITS
-    return {
-        'macs': macs,
-        'quantized_macs': inside,
-        'bops': float_part + sum(m * b for m, b in counted),
-        'float_bops': macs * FLOAT_BITS * FLOAT_BITS,
-    }
+    return MacCount(flops.get_total_flops() // 2, layers)
 
 
-def _counter(counted: list[tuple[int, int]]) -> Callable[..., None]:
+def bit_operations(model: nn.Module, count: MacCount) -> int:
+    """Bit operations of a counted pass at the model's present bits.
+
+    ``BOPs = MACs * bits of one operand * bits of the other``, 32 bits where an
+    operand is float (arXiv 2005.07093, section 4).
+
+    Args:
+        model: Converted model; its active quantizers decide.
+        count: What ``count_macs`` found.
+    """
+    inside = sum(
+        macs * _operand_bits(model.get_submodule(name)) for name, macs in count.layers.items()
+    )
+    outside = max(count.total - sum(count.layers.values()), 0)
+    return inside + outside * FLOAT_BITS * FLOAT_BITS
+
+
+def _counter(name: str, layers: dict[str, int]) -> Callable[..., None]:
     def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, QuantMatMul):
             macs = output.numel() * inputs[0].shape[-1]
-            bits = _bits(module.lhs_quantizer) * _bits(module.rhs_quantizer)
+        elif isinstance(module, QuantConvTranspose2d):
+            macs = inputs[0].numel() * module.weight[0].numel()
         else:
-            if isinstance(module, QuantConvTranspose2d):
-                macs = inputs[0].numel() * module.weight[0].numel()
-            else:
-                macs = output.numel() * module.product_depth()
-            bits = _bits(module.input_quantizer) * _bits(module.weight_quantizer)
-        counted.append((macs, bits))
+            macs = output.numel() * module.product_depth()
+        layers[name] = layers.get(name, 0) + macs
 
     return hook
+
+
+def _operand_bits(module: Any) -> int:
+    if isinstance(module, QuantMatMul):
+        return _bits(module.lhs_quantizer) * _bits(module.rhs_quantizer)
+    return _bits(module.input_quantizer) * _bits(module.weight_quantizer)
 
 
 def _bits(quantizer: FakeQuantizer) -> int:

@@ -17,13 +17,20 @@ from gplq_mm.utils.config import override_data_root
 
 from .tiny_projects import TinyProject
 
-RECIPE = {'base': 'w4a4', 'calibration': {'num_images': 4}}
+RECIPE = {
+    'base': 'w4a4',
+    'calibration': {'num_images': 4},
+    'activation': {'observer': 'minmax'},
+    'weight': {'ptq': 'minmax'},
+}
 
 
 def float_config(project: TinyProject) -> Config:
     """The project's float config, its data named by absolute paths."""
     cfg = Config.fromfile(project.config)
     override_data_root(cfg, project.root / cfg.data_root)
+    for name in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        cfg[name].dataset.serialize_data = False  # MMEngine's garbage collection takes long
     return cfg
 
 

@@ -11,7 +11,7 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 
 from gplq_mm.conversion import convert_
-from gplq_mm.evaluation.cost import bit_operations, model_bytes
+from gplq_mm.evaluation.cost import bit_operations, count_macs, model_bytes
 from tests.helpers.mm_models import (
     CLASSIFIERS,
     calibrate_activations,
@@ -29,9 +29,9 @@ def test_all_macs_are_quantized(name: str) -> None:
     convert_(model, dict(base='w4a4', scope='all', rules=[dict(name='*', num_bits=4)]))
     calibrate_activations(model, lambda: model(x))
     calibrate_weights(model)
-    cost = bit_operations(model, lambda: model(x))
-    assert cost['macs'] == cost['quantized_macs'] > 0
-    assert cost['bops'] == 16 * cost['macs']
+    count = count_macs(model, lambda: model(x))
+    assert count.total == sum(count.layers.values()) > 0
+    assert bit_operations(model, count) == 16 * count.total
 
 
 def test_bytes_of_a_packed_input_projection() -> None:

@@ -111,8 +111,6 @@ def test_no_backbone_weights_are_fetched(init_cfg: Any) -> None:
     model.init_weights()
     kept = model.gplq.float_cfg['backbone'].get('init_cfg')
     assert kept == ([init_cfg[0]] if isinstance(init_cfg, list) else None)
-    if kept:
-        assert 0.3 < model.backbone.layers[0].ffn.layers[1].weight.std() < 0.7
 
 
 def test_the_runners_data_preprocessor_reaches_the_nested_model() -> None:

@@ -1,0 +1,131 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The optimizer: weights and scales in groups of their own."""
+
+import copy
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import MMLogger
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from gplq_mm.conversion import convert_, resolve_recipe
+from gplq_mm.engine import GPLQOptimWrapperConstructor
+from tests.helpers.models import Detector
+
+OPTIM = dict(lr=1e-3, scale_lr=5e-3, weight_decay=0.02, scale_weight_decay=0.01, betas=[0.8, 0.9])
+CONSTRUCTOR = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor')
+
+
+@pytest.fixture
+def model() -> Any:
+    model: Any = Detector()
+    recipe = resolve_recipe(dict(base='w4a4', scope='all', rules=[], optim=OPTIM))
+    convert_(model, recipe)
+    model.gplq = SimpleNamespace(recipe=recipe)
+    return model
+
+
+def build(model: Any, **options: Any) -> OptimWrapper:
+    return build_optim_wrapper(model, ConfigDict(copy.deepcopy({**CONSTRUCTOR, **options})))
+
+
+def names(model: nn.Module, group: dict[str, Any]) -> set[str]:
+    wanted = {id(p) for p in group['params']}
+    return {n for n, p in model.named_parameters() if id(p) in wanted}
+
+
+def test_the_recipe_gives_two_groups(model: Any) -> None:
+    wrapper = build(model)
+    assert type(wrapper) is OptimWrapper
+    assert isinstance(wrapper.optimizer, torch.optim.AdamW)
+    weights, scales = wrapper.optimizer.param_groups
+    everything = {n for n, _ in model.named_parameters()}
+    assert names(model, scales) == {n for n in everything if n.endswith('_quantizer.scale')}
+    assert names(model, weights) == everything - names(model, scales)
+    assert (weights['lr'], weights['weight_decay']) == (1e-3, 0.02)
+    assert (scales['lr'], scales['weight_decay']) == (pytest.approx(5e-3), 0.01)
+    assert weights['betas'] == scales['betas'] == (0.8, 0.9)
+
+
+def test_the_configs_optimizer_wins_and_the_scales_keep_their_ratio(model: Any) -> None:
+    optimizer = dict(type='SGD', lr=0.1, momentum=0.9)
+    wrapper = build(model, optimizer=optimizer, clip_grad=dict(max_norm=1.0), accumulative_counts=2)
+    assert isinstance(wrapper.optimizer, torch.optim.SGD)
+    weights, scales = wrapper.optimizer.param_groups
+    assert (weights['lr'], scales['lr']) == (0.1, pytest.approx(0.5))
+    assert weights['momentum'] == 0.9
+    assert wrapper.clip_grad_kwargs == dict(max_norm=1.0)
+
+
+def test_an_optimizer_without_a_learning_rate_takes_the_recipes(model: Any) -> None:
+    for options in (dict(), dict(paramwise_cfg=dict(bias_decay_mult=0.0))):
+        wrapper = build(model, optimizer=dict(type='Adam'), **options)
+        assert {g['lr'] for g in wrapper.optimizer.param_groups} >= {1e-3, pytest.approx(5e-3)}
+
+
+def test_paramwise_settings_join_those_of_the_scales(model: Any) -> None:
+    custom = dict(custom_keys={'backbone.attn': dict(lr_mult=0.1)}, bias_decay_mult=0.0)
+    groups = build(model, paramwise_cfg=custom).optimizer.param_groups
+    of = {n: g for g in groups for n in names(model, g)}
+    scale = of['backbone.attn.qkv.input_quantizer.scale']
+    assert scale['lr'] == pytest.approx(5e-3)
+    assert scale['weight_decay'] == pytest.approx(0.01)
+    assert of['backbone.attn.qkv.weight']['lr'] == pytest.approx(1e-4)
+    assert of['neck.weight']['lr'] == 1e-3
+    assert of['neck.bias']['weight_decay'] == 0.0
+
+
+def test_paramwise_scales_without_any_decay(model: Any) -> None:
+    optimizer = dict(type='SGD', lr=0.1)
+    groups = build(model, optimizer=optimizer, paramwise_cfg=dict(bias_lr_mult=2.0))
+    of = {n: g for g in groups.optimizer.param_groups for n in names(model, g)}
+    assert of['neck.input_quantizer.scale']['lr'] == pytest.approx(0.5)
+    assert of['neck.bias']['lr'] == pytest.approx(0.2)
+
+
+def test_a_users_own_key_for_the_scales_wins(model: Any) -> None:
+    custom = dict(custom_keys={'_quantizer.scale': dict(lr_mult=3.0)})
+    groups = build(model, paramwise_cfg=custom).optimizer.param_groups
+    of = {n: g for g in groups for n in names(model, g)}
+    assert of['neck.input_quantizer.scale']['lr'] == pytest.approx(3e-3)
+
+
+def test_frozen_parameters_are_left_out(model: Any) -> None:
+    model.backbone.requires_grad_(False)
+    groups = build(model).optimizer.param_groups
+    assert not [n for g in groups for n in names(model, g) if n.startswith('backbone')]
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith('scale'))
+    (only,) = build(model).optimizer.param_groups
+    assert only['lr'] == pytest.approx(5e-3)
+
+
+def test_amp_wraps_the_same_groups(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = 'mmengine.optim.optimizer.amp_optimizer_wrapper'
+    monkeypatch.setattr(f'{module}.is_cuda_available', lambda: True)
+    wrapper = build(model, type='AmpOptimWrapper', dtype='bfloat16')
+    assert isinstance(wrapper, AmpOptimWrapper)
+    lrs = [g['lr'] for g in wrapper.optimizer.param_groups]
+    assert lrs == [1e-3, pytest.approx(5e-3)]
+
+
+def test_auto_scale_lr_scales_both_groups(model: Any) -> None:
+    wrapper = build(model)
+    loader = SimpleNamespace(batch_size=4)
+    logger = MMLogger.get_current_instance()
+    runner: Any = SimpleNamespace(
+        _world_size=1, world_size=1, train_dataloader=loader, logger=logger, param_schedulers=[]
+    )
+    Runner.scale_lr(runner, wrapper, dict(base_batch_size=16, enable=True))
+    lrs = [g['lr'] for g in wrapper.optimizer.param_groups]
+    assert lrs == [pytest.approx(2.5e-4), pytest.approx(1.25e-3)]
+
+
+def test_a_float_model_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"Detector was not built by type='gplq_mm\.GPLQ'"):
+        GPLQOptimWrapperConstructor({})(Detector())

@@ -1,0 +1,130 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Bytes and bit operations against counts by hand."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gplq_mm.conversion import convert_, quantizers
+from gplq_mm.evaluation import bit_operations, model_bytes
+from gplq_mm.modules import QuantMatMul
+from gplq_mm.quantizers import FakeQuantizer, PerTensor, QuantSpec
+from tests.helpers.mm_models import calibrate_weights
+
+BATCH = 2
+# (B, 4, 8, 8) -conv 3x3 stride 2, groups 2-> (B, 6, 4, 4) -deconv 2x2 stride 2-> (B, 5, 8, 8)
+# -linear over channels-> (B, 64, 7), product with its transpose (B, 64, 64), float linear
+CONV_MACS = BATCH * 6 * 4 * 4 * (2 * 9)
+DECONV_MACS = BATCH * 6 * 4 * 4 * (5 * 4)
+LINEAR_MACS = BATCH * 64 * 5 * 7
+MATMUL_MACS = BATCH * 64 * 64 * 7
+FLOAT_MACS = BATCH * 64 * 64 * 3
+QUANTIZED_MACS = CONV_MACS + DECONV_MACS + LINEAR_MACS + MATMUL_MACS
+WEIGHTS = {'conv': 6 * 2 * 9, 'deconv': 6 * 5 * 4, 'linear': 7 * 5}
+OUTPUTS = {'conv': 6, 'deconv': 5, 'linear': 7}
+BIASES = 6 + 5 + 7
+FLOAT_NUMBERS = 64 * 3 + 3
+MASK_BYTES = 11
+
+
+class Net(nn.Module):
+    """One layer of each kind, a matrix product, a float layer and an integer buffer."""
+
+    matmul: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 6, 3, 2, 1, groups=2)
+        self.deconv = nn.ConvTranspose2d(6, 5, 2, 2)
+        self.linear = nn.Linear(5, 7)
+        self.head = nn.Linear(64, 3)
+        self.register_buffer('mask', torch.zeros(MASK_BYTES, dtype=torch.uint8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.deconv(self.conv(x)).flatten(2).transpose(1, 2)
+        x = self.linear(x)
+        product = self.matmul or torch.matmul
+        return self.head(product(x, x.transpose(1, 2)))
+
+
+@pytest.fixture
+def net() -> Net:
+    net = Net()
+    rules = [dict(name='deconv', num_bits=8), dict(name='head', enabled=False)]
+    recipe: dict[str, Any] = dict(base='w4a4', rules=rules, weight=dict(num_bits=3))
+    convert_(net, {**recipe, 'scope': ['conv', 'deconv', 'linear', 'head']})
+    specs = [QuantSpec(num_bits=b, granularity=PerTensor()) for b in (5, 6)]
+    net.matmul = QuantMatMul(*(FakeQuantizer(spec) for spec in specs))
+    return net.eval()
+
+
+def run(net: Net) -> dict[str, int]:
+    return bit_operations(net, lambda: net(torch.randn(BATCH, 4, 8, 8)))
+
+
+def switch(net: Net, enabled: bool) -> None:
+    for quantizer in quantizers(net).values():
+        quantizer.enabled = enabled
+
+
+def calibrate(net: Net) -> None:
+    for quantizer in quantizers(net, 'activation').values():
+        quantizer.set_qparams(torch.tensor(0.1), torch.tensor(0.0))
+
+
+def float_bytes() -> int:
+    return 4 * (sum(WEIGHTS.values()) + BIASES + FLOAT_NUMBERS) + MASK_BYTES
+
+
+def test_before_calibration_everything_is_float(net: Net) -> None:
+    assert model_bytes(net) == float_bytes()
+    switch(net, False)
+    cost = run(net)
+    assert cost['macs'] == QUANTIZED_MACS + FLOAT_MACS
+    assert cost['quantized_macs'] == QUANTIZED_MACS
+    assert cost['bops'] == cost['float_bops'] == 1024 * cost['macs']
+
+
+def test_after_stage_1_activations_are_quantized(net: Net) -> None:
+    calibrate(net)
+    cost = run(net)
+    layers = 4 * CONV_MACS + 8 * DECONV_MACS + 4 * LINEAR_MACS
+    assert cost['bops'] == 32 * layers + 30 * MATMUL_MACS + 1024 * FLOAT_MACS
+    assert cost['float_bops'] == 1024 * (QUANTIZED_MACS + FLOAT_MACS)
+    assert model_bytes(net) == float_bytes() + 5 * 5  # five scales and zero points
+
+
+def test_after_stage_2_weights_are_packed(net: Net) -> None:
+    calibrate(net)
+    calibrate_weights(net)
+    cost = run(net)
+    layers = 4 * 3 * CONV_MACS + 8 * 8 * DECONV_MACS + 4 * 3 * LINEAR_MACS
+    assert cost['bops'] == layers + 30 * MATMUL_MACS + 1024 * FLOAT_MACS
+    bits = {'conv': 3, 'deconv': 8, 'linear': 3}
+    packed = sum(-(-WEIGHTS[n] * bits[n] // 8) + 4 * OUTPUTS[n] for n in bits)
+    rest = 4 * (BIASES + FLOAT_NUMBERS) + MASK_BYTES
+    assert model_bytes(net) == packed + rest + 25
+
+
+def test_counting_leaves_no_hooks(net: Net) -> None:
+    switch(net, False)
+    run(net)
+    assert not any(m._forward_hooks for m in net.modules())
+    with pytest.raises(KeyError):
+        bit_operations(net, lambda: {}['x'])
+    assert not any(m._forward_hooks for m in net.modules())
+
+
+def test_a_compensation_counts_once_it_is_fitted() -> None:
+    from gplq_mm.algorithms.compensation import attach_compensation, compensated_blocks
+    from tests.helpers.mm_models import classifier
+
+    model = classifier('vit')
+    before = model_bytes(model)
+    attach_compensation(model)
+    assert model_bytes(model) == before
+    block = next(iter(compensated_blocks(model).values()))
+    block.compensation.set_values(torch.eye(16), torch.zeros(16))
+    assert model_bytes(model) == before + 4 * (16 * 16 + 16) + 1

@@ -1,0 +1,65 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The report's file and table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gplq_mm.evaluation import format_table, read_json, report_table, write_json
+from gplq_mm.evaluation.report import bits_label
+
+RECIPE = dict(activation=dict(num_bits=4), weight=dict(num_bits=3, qat=False))
+
+
+def test_json_round_trip_and_absent_file(tmp_path: Path) -> None:
+    path = tmp_path / 'report.json'
+    assert read_json(path) == {}
+    write_json(path, {'a': {'b': 1.5}})
+    assert read_json(path) == {'a': {'b': 1.5}}
+    assert [p.name for p in tmp_path.iterdir()] == ['report.json']
+
+
+def test_a_failed_write_leaves_the_old_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / 'report.json'
+    write_json(path, {'a': 1})
+    with pytest.raises(TypeError):
+        write_json(path, {'a': object()})
+    monkeypatch.setattr('os.replace', lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_json(path, {'a': 2})
+    assert json.loads(path.read_text()) == {'a': 1}
+
+
+def test_titles_say_what_is_quantized() -> None:
+    qat = dict(activation=dict(num_bits=4), weight=dict(num_bits=3, qat=True))
+    assert bits_label(RECIPE, 'stage1') == 'W32A4'
+    assert bits_label(qat, 'stage1') == 'W3A4'
+    assert bits_label(qat, 'stage2') == 'W3A4'
+
+
+def test_table_has_a_column_a_stage_and_a_row_a_metric() -> None:
+    stage1 = {'metrics': {'bbox_mAP': 0.25, 'extra': 1e-5}, 'bops': 2.5e9, 'seconds': 3600.0}
+    report = {
+        'recipe': RECIPE,
+        'fp32': {'metrics': {'bbox_mAP': 0.5}, 'model_bytes': 3 * 2**20},
+        'stage1': stage1,
+    }
+    lines = report_table(report).splitlines()
+    cells = [[c.strip() for c in line.strip('|').split('|')] for line in lines]
+    assert cells[0] == ['', 'FP32', 'W32A4']
+    assert cells[2:] == [
+        ['bbox_mAP', '0.5', '0.25'],
+        ['extra', '-', '1e-05'],
+        ['size (MiB)', '3.00', '-'],
+        ['BOPs (G)', '-', '2.50'],
+        ['time (s)', '-', '3,600.00'],
+        ['peak memory (MiB)', '-', '-'],
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_a_table_of_titles_only() -> None:
+    assert format_table(['', 'a'], []) == '|  | a |\n|--|---|'
