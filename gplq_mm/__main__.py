@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(args.run(args))
     except (FileNotFoundError, ValueError) as error:
-        parser.exit(1, f'error: {error}\n')
+        parser.exit(2, f'error: {error}\n')
 
 
 if __name__ == '__main__':

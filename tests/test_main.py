@@ -43,7 +43,7 @@ def test_mistake_of_the_user_is_one_line(doctor, capsys, error: Exception) -> No
     doctor(run)
     with pytest.raises(SystemExit) as stop:
         main(['doctor'])
-    assert stop.value.code == 1
+    assert stop.value.code == 2
     assert capsys.readouterr().err == f'error: {error}\n'
 
 

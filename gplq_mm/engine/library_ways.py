@@ -4,6 +4,7 @@
 from copy import deepcopy
 from typing import Any
 
+import torch
 from mmengine.config import Config, ConfigDict
 
 from .preflight import ConfigError
@@ -14,7 +15,7 @@ def set_mmpretrain_dataloaders(cfg: Config) -> None:
     for split in ('train', 'val', 'test'):
         dataloader = cfg.get(f'{split}_dataloader')
         if dataloader:
-            dataloader.setdefault('pin_memory', True)
+            dataloader.setdefault('pin_memory', torch.cuda.is_available())
             dataloader.setdefault('persistent_workers', dataloader.get('num_workers', 0) > 0)
             dataloader.setdefault('collate_fn', ConfigDict(type='default_collate'))
 

@@ -52,14 +52,11 @@ class GPLQOptimWrapperConstructor:
         if not self.paramwise_cfg:
             return _two_groups(network, wrapper, optim)
         keys = dict(self.paramwise_cfg.get('custom_keys') or {})
-        decay = wrapper['optimizer'].get('weight_decay') or 0.0
-        keys.setdefault(
-            SCALE_KEY,
-            {
-                'lr_mult': optim['scale_lr'] / optim['lr'],
-                'decay_mult': optim['scale_weight_decay'] / decay if decay else 0.0,
-            },
-        )
+        scale = {'lr_mult': optim['scale_lr'] / optim['lr']}
+        decay = wrapper['optimizer'].get('weight_decay')
+        if decay is not None:  # MMEngine refuses a factor on a decay that is not given
+            scale['decay_mult'] = optim['scale_weight_decay'] / decay if decay else 0.0
+        keys.setdefault(SCALE_KEY, scale)
         paramwise = {**self.paramwise_cfg, 'custom_keys': keys}
         return DefaultOptimWrapperConstructor(wrapper, paramwise)(model)
 

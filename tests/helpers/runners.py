@@ -40,6 +40,8 @@ def build_float(cfg: Config, seed: int = 0) -> torch.nn.Module:
         torch.manual_seed(seed)
         model = MODELS.build(cfg.model)
         model.init_weights()
+        for head in model.head.parameters():  # zeros would leave nothing to learn
+            torch.nn.init.normal_(head, std=0.3)
     return model
 
 

@@ -136,9 +136,7 @@ def test_training_needs_no_test_set(cfg: Config) -> None:
     assert len(draw(cfg).indices) == 6
 
 
-def test_batches_are_dealt_to_ranks_in_turn(
-    cfg: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_are_dealt_to_ranks_in_turn(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [s.img_path for batch in draw(cfg, batch_size=2) for s in batch['data_samples']]
     shares = []
     for rank in range(2):

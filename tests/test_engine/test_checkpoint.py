@@ -217,9 +217,7 @@ def fake_runner(work_dir: Path, content: str, fail: bool = False) -> Any:
         if fail:
             raise KeyboardInterrupt
 
-    return SimpleNamespace(
-        work_dir=str(work_dir), epoch=2, iter=7, save_checkpoint=save_checkpoint
-    )
+    return SimpleNamespace(work_dir=str(work_dir), epoch=2, iter=7, save_checkpoint=save_checkpoint)
 
 
 def test_a_kill_while_a_training_state_is_written_leaves_the_old_one(tmp_path: Path) -> None:

@@ -59,13 +59,15 @@ def test_cost_of_a_stage_and_of_fp32(tmp_path: Path) -> None:
     convert_(model, RECIPE)
     set_quantization(model, False)
     report = RunReport(str(tmp_path), resume=False)
-    report.measure_cost('stage1', model, image())
+    report.count_macs(model, image())
     assert model.training
     content = written(tmp_path)
     assert content['fp32']['bops'] == content['stage1']['bops'] > 0
     numbers = sum(p.numel() for n, p in model.named_parameters() if 'quantizer' not in n)
     assert content['stage1']['model_bytes'] == 4 * numbers
     assert 'model_bytes' not in content['fp32']
+    report.update_cost('stage2', model, side_macs=10)
+    assert written(tmp_path)['stage2']['bops'] == content['stage1']['bops'] + 10 * 1024
 
 
 def test_versions_of_what_is_installed() -> None:

@@ -31,9 +31,7 @@ class Random(Dataset):
 
 def loader(workers: int, persistent: bool = False) -> DataLoader:
     # mmengine leaves the order to its sampler; here it is the identity
-    return DataLoader(
-        Random(), num_workers=workers, persistent_workers=persistent, collate_fn=list
-    )
+    return DataLoader(Random(), num_workers=workers, persistent_workers=persistent, collate_fn=list)
 
 
 def epoch(dataloader: DataLoader, seed: int, number: int) -> list[Draw]:

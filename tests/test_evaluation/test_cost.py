@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gplq_mm.conversion import convert_, quantizers
-from gplq_mm.evaluation import bit_operations, model_bytes
+from gplq_mm.evaluation import MacCount, bit_operations, count_macs, model_bytes
 from gplq_mm.modules import QuantMatMul
 from gplq_mm.quantizers import FakeQuantizer, PerTensor, QuantSpec
 from tests.helpers.mm_models import calibrate_weights
@@ -32,8 +32,6 @@ MASK_BYTES = 11
 class Net(nn.Module):
     """One layer of each kind, a matrix product, a float layer and an integer buffer."""
 
-    matmul: Any = None
-
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, 6, 3, 2, 1, groups=2)
@@ -45,8 +43,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.deconv(self.conv(x)).flatten(2).transpose(1, 2)
         x = self.linear(x)
-        product = self.matmul or torch.matmul
-        return self.head(product(x, x.transpose(1, 2)))
+        return self.head(self.matmul(x, x.transpose(1, 2)))
 
 
 @pytest.fixture
@@ -60,8 +57,8 @@ def net() -> Net:
     return net.eval()
 
 
-def run(net: Net) -> dict[str, int]:
-    return bit_operations(net, lambda: net(torch.randn(BATCH, 4, 8, 8)))
+def count(net: Net) -> MacCount:
+    return count_macs(net, lambda: net(torch.randn(BATCH, 4, 8, 8)))
 
 
 def switch(net: Net, enabled: bool) -> None:
@@ -81,27 +78,27 @@ def float_bytes() -> int:
 def test_before_calibration_everything_is_float(net: Net) -> None:
     assert model_bytes(net) == float_bytes()
     switch(net, False)
-    cost = run(net)
-    assert cost['macs'] == QUANTIZED_MACS + FLOAT_MACS
-    assert cost['quantized_macs'] == QUANTIZED_MACS
-    assert cost['bops'] == cost['float_bops'] == 1024 * cost['macs']
+    found = count(net)
+    assert found.total == QUANTIZED_MACS + FLOAT_MACS
+    macs = dict(conv=CONV_MACS, deconv=DECONV_MACS, linear=LINEAR_MACS, matmul=MATMUL_MACS)
+    assert found.layers == macs
+    assert bit_operations(net, found) == 1024 * found.total
 
 
 def test_after_stage_1_activations_are_quantized(net: Net) -> None:
     calibrate(net)
-    cost = run(net)
     layers = 4 * CONV_MACS + 8 * DECONV_MACS + 4 * LINEAR_MACS
-    assert cost['bops'] == 32 * layers + 30 * MATMUL_MACS + 1024 * FLOAT_MACS
-    assert cost['float_bops'] == 1024 * (QUANTIZED_MACS + FLOAT_MACS)
+    expected = 32 * layers + 30 * MATMUL_MACS + 1024 * FLOAT_MACS
+    assert bit_operations(net, count(net)) == expected
     assert model_bytes(net) == float_bytes() + 5 * 5  # five scales and zero points
 
 
 def test_after_stage_2_weights_are_packed(net: Net) -> None:
     calibrate(net)
     calibrate_weights(net)
-    cost = run(net)
     layers = 4 * 3 * CONV_MACS + 8 * 8 * DECONV_MACS + 4 * 3 * LINEAR_MACS
-    assert cost['bops'] == layers + 30 * MATMUL_MACS + 1024 * FLOAT_MACS
+    expected = layers + 30 * MATMUL_MACS + 1024 * FLOAT_MACS
+    assert bit_operations(net, count(net)) == expected
     bits = {'conv': 3, 'deconv': 8, 'linear': 3}
     packed = sum(-(-WEIGHTS[n] * bits[n] // 8) + 4 * OUTPUTS[n] for n in bits)
     rest = 4 * (BIASES + FLOAT_NUMBERS) + MASK_BYTES
@@ -110,10 +107,10 @@ def test_after_stage_2_weights_are_packed(net: Net) -> None:
 
 def test_counting_leaves_no_hooks(net: Net) -> None:
     switch(net, False)
-    run(net)
+    count(net)
     assert not any(m._forward_hooks for m in net.modules())
     with pytest.raises(KeyError):
-        bit_operations(net, lambda: {}['x'])
+        count_macs(net, lambda: {}['x'])
     assert not any(m._forward_hooks for m in net.modules())
 
 
@@ -122,6 +119,7 @@ def test_a_compensation_counts_once_it_is_fitted() -> None:
     from tests.helpers.mm_models import classifier
 
     model = classifier('vit')
+    convert_(model, dict(scope='all'))
     before = model_bytes(model)
     attach_compensation(model)
     assert model_bytes(model) == before

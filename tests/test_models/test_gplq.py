@@ -71,7 +71,9 @@ def test_class_keys_and_weights_of_the_float_model_stay() -> None:
     assert set(float_state) <= set(state)
     assert all(torch.equal(state[k], v) for k, v in float_state.items())
     assert all('_quantizer.' in k for k in quantization_keys(model))
-    names = {n for n, _ in model.named_parameters()} - {n for n, _ in float_model.named_parameters()}
+    names = {n for n, _ in model.named_parameters()} - {
+        n for n, _ in float_model.named_parameters()
+    }
     assert all(n.endswith('_quantizer.scale') for n in names)
 
 

@@ -1,4 +1,4 @@
-# 36 training images of 64 px: discs and boxes with masks; tiny_projects.make_shapes_coco writes them.
+# 36 training images of 64 px: discs and boxes with masks (tiny_projects.make_shapes_coco).
 data_root = 'data/shapes/'
 metainfo = dict(classes=('disc', 'box'))
 load = [

@@ -1,0 +1,71 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Stage 2 alone repeats what the whole run did."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mmengine.runner import Runner
+
+from gplq_mm.engine import stage2
+from gplq_mm.utils.checkpoint_io import read_checkpoint
+from tests.helpers.gplq_runs import assert_same_weights, report, weights
+from tests.helpers.runners import gplq_config, make_runner
+
+from .conftest import FinishedRun
+
+
+def loaded(finished: FinishedRun, work_dir: Path, name: str) -> Runner:
+    """As tools/ptq.py prepares it."""
+    runner = make_runner(gplq_config(finished.project, finished.work_dir / name, work_dir))
+    runner.call_hook('before_run')
+    runner.load_checkpoint(str(finished.work_dir / name))
+    return runner
+
+
+@pytest.fixture
+def runner(finished: FinishedRun, tmp_path: Path) -> Runner:
+    return loaded(finished, tmp_path, 'gplq_stage1.pth')
+
+
+def test_stage_2_alone_gives_the_runs_checkpoint_and_metrics(
+    finished: FinishedRun, runner: Runner, tmp_path: Path
+) -> None:
+    metrics = stage2.run(runner)
+    assert metrics == report(finished.work_dir)['stage2']['metrics']
+    assert_same_weights(tmp_path / 'gplq_final.pth', finished.work_dir / 'gplq_final.pth')
+    ours, theirs = (read_checkpoint(d / 'gplq_final.pth') for d in (tmp_path, finished.work_dir))
+    assert ours['gplq'] == theirs['gplq']
+    assert ours['meta']['dataset_meta'] == theirs['meta']['dataset_meta']
+    content = report(tmp_path)
+    for key in ('bops', 'model_bytes'):
+        assert content['stage2'][key] == report(finished.work_dir)['stage2'][key]
+
+
+def test_another_algorithm_is_recorded_and_changes_weights(
+    finished: FinishedRun, runner: Runner, tmp_path: Path
+) -> None:
+    out = tmp_path / 'sub' / 'mine.pth'
+    stage2.run(runner, ptq='percentile', out=str(out))
+    told = read_checkpoint(out)['gplq']
+    assert (told['stage'], told['recipe']['weight']['ptq']) == ('stage2', 'percentile')
+    assert runner.model.gplq.recipe['weight']['ptq'] == 'minmax'
+    assert json.loads((tmp_path / 'gplq_report.json').read_text())['recipe'] == told['recipe']
+    ours, theirs = weights(out), weights(finished.work_dir / 'gplq_final.pth')
+    assert any(not ours[k].equal(theirs[k]) for k in ours)
+    assert not (tmp_path / 'gplq_final.pth').exists()
+
+
+def test_an_unknown_algorithm_is_refused(runner: Runner) -> None:
+    with pytest.raises(ValueError, match='gptqq'):
+        stage2.run(runner, ptq='gptqq')
+
+
+def test_weights_are_quantized_once_only(finished: FinishedRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='already quantized; load the stage-1 checkpoint'):
+        stage2.run(loaded(finished, tmp_path, 'gplq_final.pth'))
+
+
+def test_a_float_checkpoint_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='holds no GPLQ state'):
+        loaded(finished, tmp_path, '../fp32.pth')
