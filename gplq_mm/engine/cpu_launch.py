@@ -10,7 +10,7 @@ def prepare_cpu_launch(cfg: Config) -> None:
     """Let ``--launcher pytorch`` work on CPU; does nothing otherwise.
 
     MMEngine calls ``torch.cuda.set_device`` unless a process group is there already,
-    and gives DDP device ids, which it refuses for a model on the CPU.
+    and gives DDP device ids, which DDP refuses for a model on the CPU.
 
     Args:
         cfg: Config with its ``launcher``; gets a ``model_wrapper_cfg`` if it has none.
@@ -22,6 +22,7 @@ def prepare_cpu_launch(cfg: Config) -> None:
     if not cfg.get('model_wrapper_cfg'):
         cfg.model_wrapper_cfg = ConfigDict(
             type='MMDistributedDataParallel',
+            device_ids=None,
             broadcast_buffers=False,
             find_unused_parameters=cfg.get('find_unused_parameters', False),
         )

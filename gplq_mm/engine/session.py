@@ -62,14 +62,14 @@ class GPLQSession:
         self.meter: StageMeter | None = None
 
     def prepare(self, source: Mapping[str, Any], evaluate_fp32: bool) -> None:
-        """FP32 score, calibration and teacher; skips what a resumed run has done."""
+        """Calibration, FP32 score and teacher; skips what a resumed run has done."""
         coverage = self.model.gplq.coverage.as_dict()
         self.report.describe(self.recipe, coverage, self.runner.seed)
         float_state = None
         if not is_calibrated(self.model):
             float_state = float_state_of(self.model, quantization_keys(self.model))
+            self._calibrate()  # first: it is short, and finds what is wrong with the model
             self._score_fp32(evaluate_fp32)
-            self._calibrate()
             save_resumable(self.runner, CALIBRATED_NAME)
         attach_teacher(self.model, source, float_state, self.calibration)
 

@@ -45,7 +45,7 @@ def test_the_draw_depends_on_the_seed_only(cfg: Config) -> None:
     assert first.indices != other.indices
     assert len(set(first.indices)) == 6
     assert [len(b) for b in first.batches] == [4, 2]
-    assert sum(first.batches, []) == first.indices
+    assert [i for batch in first.batches for i in batch] == first.indices
     assert draw(cfg, num_images=9).indices[:6] == first.indices
 
 

@@ -20,7 +20,7 @@ from tests.helpers.gplq_runs import report, weights, write_gplq_config
 from tests.helpers.tiny_projects import TinyProject, make_project, our_tool, run_ok
 from tests.helpers.tools import load_tool
 
-TORCHRUN = ('-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29531')
+TORCHRUN = ('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2')
 
 
 @pytest.fixture(scope='module')
@@ -134,6 +134,7 @@ def test_a_cpu_launch_asks_for_no_device(
     assert started == ['gloo']
     assert cfg.model_wrapper_cfg.find_unused_parameters
     assert not cfg.model_wrapper_cfg.broadcast_buffers
+    assert cfg.model_wrapper_cfg.device_ids is None
     own = Config(dict(launcher='pytorch', model_wrapper_cfg=dict(type='Mine')))
     prepare_cpu_launch(own)
     assert own.model_wrapper_cfg == dict(type='Mine')

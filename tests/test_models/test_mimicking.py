@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Mimicking: its terms against independent formulas, and a teacher that is not part of the model."""
+"""Mimicking: its terms against independent formulas; the teacher is no part of the model."""
 
 import copy
 from collections.abc import Iterator

@@ -21,7 +21,7 @@ from ..session import GPLQSession, log_active_quantizers, recall_source, remembe
 class GPLQHook(Hook):
     """Run GPLQ around the ordinary training loop.
 
-    Before training: FP32 score, calibration. Training is stage 1. After it:
+    Before training: calibration, FP32 score. Training is stage 1. After it:
     stage 2, final score, report, ``gplq_final.pth``. Metrics keep their own names;
     stock validation, ``save_best`` and checkpoints go on as ever.
 
@@ -68,7 +68,7 @@ class GPLQHook(Hook):
             load_float_(model, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
-        """FP32 score, calibration, teacher."""
+        """Calibration, FP32 score, teacher."""
         assert self.session is not None
         self.session.prepare(self.source, self.evaluate_fp32)
         self.stage = 'stage1'
