@@ -20,6 +20,7 @@ from ..evaluation import (
     model_bytes,
     read_json,
     report_table,
+    scope_line,
     write_json,
 )
 from ..evaluation.cost import FLOAT_BITS
@@ -80,7 +81,8 @@ class RunReport:
 
     def log_table(self) -> None:
         """Log the closing table."""
-        print_log(f'GPLQ report ({self.path}):\n{report_table(self.data)}', logger='current')
+        text = f'{scope_line(self.data)}\n{report_table(self.data)}'
+        print_log(f'GPLQ report ({self.path}):\n{text}', logger='current')
 
 
 def versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 """Floor 5: what a quantized model costs and how it is reported."""
 
 from .cost import MacCount, bit_operations, count_macs, model_bytes
-from .report import REPORT_NAME, format_table, read_json, report_table, write_json
+from .report import REPORT_NAME, format_table, read_json, report_table, scope_line, write_json
 
 __all__ = [
     'REPORT_NAME',
@@ -13,5 +13,6 @@ __all__ = [
     'model_bytes',
     'read_json',
     'report_table',
+    'scope_line',
     'write_json',
 ]

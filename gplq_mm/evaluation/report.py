@@ -39,6 +39,22 @@ def bits_label(recipe: Mapping[str, Any], stage: str) -> str:
     return f'W{weight}A{activation}'
 
 
+def scope_line(report: Mapping[str, Any]) -> str:
+    """One line that says what a report's figures are about.
+
+    Examples:
+        >>> coverage = dict(counts=dict(linear=2), kept_float=[dict(name='x', reason='y')])
+        >>> scope_line(dict(recipe=dict(name='w4a4', scope='backbone'), coverage=coverage))
+        'recipe w4a4, scope backbone: 2 linear quantized, 1 left float'
+    """
+    recipe, coverage = report['recipe'], report['coverage']
+    counts = ', '.join(f'{number} {kind}' for kind, number in coverage['counts'].items())
+    left = len(coverage['kept_float'])
+    return (
+        f'recipe {recipe["name"]}, scope {recipe["scope"]}: {counts} quantized, {left} left float'
+    )
+
+
 def report_table(report: Mapping[str, Any]) -> str:
     """The report as a table, one column a stage: metrics, size, BOPs, time, memory.
 
