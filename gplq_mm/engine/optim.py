@@ -52,7 +52,8 @@ class GPLQOptimWrapperConstructor:
         if not self.paramwise_cfg:
             return _two_groups(network, wrapper, optim)
         keys = dict(self.paramwise_cfg.get('custom_keys') or {})
-        scale = {'lr_mult': optim['scale_lr'] / optim['lr']}
+        lr = wrapper['optimizer']['lr']
+        scale = {'lr_mult': _scale_lr(lr, optim) / lr if lr else 1.0}
         decay = wrapper['optimizer'].get('weight_decay')
         if decay is not None:  # MMEngine refuses a factor on a decay that is not given
             scale['decay_mult'] = optim['scale_weight_decay'] / decay if decay else 0.0
@@ -65,14 +66,18 @@ def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, An
     """Weights in one group, scales in another: a fast step, and no log line a parameter."""
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     optimizer = {**wrapper.pop('optimizer')}
-    ratio = optim['scale_lr'] / optim['lr']
     optimizer['params'] = [
         {'params': [p for n, p in named if SCALE_KEY not in n]},
         {
             'params': [p for n, p in named if SCALE_KEY in n],
-            'lr': optimizer['lr'] * ratio,
+            'lr': _scale_lr(optimizer['lr'], optim),
             'weight_decay': optim['scale_weight_decay'],
         },
     ]
     optimizer['params'] = [g for g in optimizer['params'] if g['params']]
     return OPTIM_WRAPPERS.build({**wrapper, 'optimizer': OPTIMIZERS.build(optimizer)})
+
+
+def _scale_lr(lr: float, optim: dict[str, Any]) -> float:
+    """LR of the scales: the recipe's, moved with the weights' where the config gives another."""
+    return optim['scale_lr'] * (lr / optim['lr'] if optim['lr'] else 1.0)

@@ -10,7 +10,6 @@ from typing import Any
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
-from torch import nn
 
 from ..algorithms.calibration import (
     calibrate_activations,
@@ -18,7 +17,7 @@ from ..algorithms.calibration import (
     is_calibrated,
 )
 from ..conversion import quantizers, set_quantization
-from ..evaluation import write_json
+from ..evaluation import model_bytes, write_json
 from .calibration_data import CalibrationSet
 from .checkpoint import (
     CALIBRATED_NAME,
@@ -112,13 +111,12 @@ class GPLQSession:
         self.report.log_table()
 
     def _score_fp32(self, wanted: bool) -> None:
-        size = {'model_bytes': _float_bytes(self.model)}
-        self.report.update('fp32', **size)
-        if not wanted or self.runner.val_loop is None:
-            return
         set_quantization(self.model, False)
+        self.report.update('fp32', model_bytes=model_bytes(self.model))
+        metrics: dict[str, float] = {}
         with StageMeter() as meter:
-            metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
+            if wanted and self.runner.val_loop is not None:
+                metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
         set_quantization(self.model, True)
         self.report.update(
             'fp32',
@@ -163,9 +161,3 @@ def recall_source(work_dir: str) -> dict[str, Any]:
     """What ``remember_source`` wrote, or an empty dict."""
     path = Path(work_dir) / SOURCE_NAME
     return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _float_bytes(model: nn.Module) -> int:
-    added = quantization_keys(model)
-    state = model.state_dict()
-    return sum(v.numel() * v.element_size() for k, v in state.items() if k not in added)

@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..algorithms.stage2 import run_stage2
+from ..conversion import quantizers
 from .calibration_data import CalibrationSet
 from .checkpoint import FINAL_NAME, record, save_snapshot, snapshot, unwrap
 from .evaluate import evaluate
@@ -56,6 +57,7 @@ def run(runner: Runner, ptq: str | None = None, out: str | None = None) -> dict[
         ValueError: If the checkpoint is past stage 1, or ``ptq`` is unknown.
     """
     model = unwrap(runner.model)
+    _require_stage1(model)
     recipe = copy.deepcopy(model.gplq.recipe)
     if ptq is not None:
         recipe['weight']['ptq'] = ptq
@@ -71,6 +73,15 @@ def run(runner: Runner, ptq: str | None = None, out: str | None = None) -> dict[
     save_snapshot(final, out or os.path.join(runner.work_dir, FINAL_NAME))
     report.log_table()
     return report.data['stage2']['metrics']
+
+
+def _require_stage1(model: Any) -> None:
+    done = [n for n, q in quantizers(model, 'weight').items() if q.is_calibrated]
+    if done and not model.gplq.recipe['weight']['qat']:
+        raise ValueError(
+            f'{done[0]}: the weights are already quantized; load the stage-1 checkpoint, '
+            'gplq_stage1.pth'
+        )
 
 
 def _source(runner: Runner) -> Mapping[str, Any]:

@@ -62,7 +62,9 @@ def test_an_unknown_algorithm_is_refused(runner: Runner) -> None:
 
 
 def test_weights_are_quantized_once_only(finished: FinishedRun, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='already quantized; load the stage-1 checkpoint'):
+    with pytest.raises(
+        ValueError, match='weights are already quantized; load the stage-1 checkpoint'
+    ):
         stage2.run(loaded(finished, tmp_path, 'gplq_final.pth'))
 
 
