@@ -37,7 +37,8 @@ def predict(
         One drawing ``(H, W, 3)`` uint8 RGB an image.
     """
     model = init_detector(config, checkpoint, device=device)
-    visualizer = VISUALIZERS.build(model.cfg.visualizer)
+    settings = {**model.cfg.visualizer, 'vis_backends': [], 'name': checkpoint}
+    visualizer = VISUALIZERS.build(settings)
     visualizer.dataset_meta = model.dataset_meta
     drawings = []
     for image in images:

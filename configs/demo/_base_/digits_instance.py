@@ -22,4 +22,4 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='CocoMetric', metric=['bbox', 'segm'],
                      ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
-val_cfg, test_cfg = dict(type='ValLoop'), dict(type='TestLoop')
+val_cfg, test_cfg, randomness = dict(type='ValLoop'), dict(type='TestLoop'), dict(seed=0)
