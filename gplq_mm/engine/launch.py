@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mmengine.config import Config, DictAction
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 
 from ..compat import check_versions
 from ..quantizers import UncalibratedError
@@ -18,6 +18,7 @@ from ..utils.config import apply_cfg_options
 from .cpu_launch import prepare_cpu_launch
 from .library_ways import set_mmpretrain_dataloaders
 from .preflight import ConfigError
+from .resume import resumable_checkpoint
 
 USER_ERROR = 2
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -133,7 +134,7 @@ def latest_checkpoint(work_dir: str | Path) -> Path | None:
     Raises:
         ConfigError: If the folder names one that is gone.
     """
-    named = find_latest_checkpoint(str(work_dir))
+    named = resumable_checkpoint(work_dir)
     if not named:
         return None
     for path in (Path(named), Path(work_dir, Path(named).name)):

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 import pytest
 import torch
+from mmengine.registry import init_default_scope
 from torch import nn
 
 pytest.importorskip('mmdet')
@@ -98,6 +99,7 @@ def test_predictors_of_a_users_own_head() -> None:
     class MyHead(FCOSHead):
         pass
 
+    init_default_scope('mmdet')
     model = nn.ModuleDict(
         {'bbox_head': MyHead(2, 16, feat_channels=8, stacked_convs=1, norm_cfg=None)}
     )

@@ -7,12 +7,13 @@ from typing import Any
 
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import Runner
 from mmengine.runner.base_loop import BaseLoop
 
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
 from ..preflight import check_float_checkpoint
+from ..resume import resumable_checkpoint
 from ..seeding import RandomState, random_state, seed_epoch, set_random_state
 from ..session import GPLQSession, log_active_quantizers, recall_source, remember_source
 
@@ -110,7 +111,9 @@ class GPLQHook(Hook):
 
     def _choose_weights(self, runner: Runner) -> None:
         if runner._resume and runner._load_from is None:
-            if find_latest_checkpoint(runner.work_dir) is not None:
+            latest = resumable_checkpoint(runner.work_dir)
+            if latest is not None:
+                runner._load_from = latest
                 return
             self.source = recall_source(runner.work_dir)
             if self.source:
