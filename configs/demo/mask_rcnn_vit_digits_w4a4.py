@@ -1,7 +1,10 @@
 # GPLQ W4A4 of the digits detector. `load_from` is what training the float config leaves.
-_base_ = ['./mask_rcnn_vit_digits.py', '../gplq/_base_/stage1_detection.py']
+_base_ = './mask_rcnn_vit_digits.py'
 load_from = 'work_dirs/demo/float/epoch_6.pth'
 model = dict(type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4')
+custom_hooks = [dict(type='gplq_mm.GPLQHook')]
 train_cfg = dict(max_epochs=1, val_interval=1)
 optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')
-param_scheduler = _base_.stage1_scheduler
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
+    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=True, convert_to_iter_based=True)]

@@ -25,7 +25,6 @@ from gplq_mm.algorithms.calibration import calibrate_activations
 from gplq_mm.engine import GPLQOptimWrapperConstructor
 from gplq_mm.engine.calibration_data import CalibrationSet
 from gplq_mm.engine.checkpoint import load_float_, quantization_keys
-from gplq_mm.engine.resources import StageMeter
 from gplq_mm.engine.teacher import attach_teacher, float_state_of
 from gplq_mm.evaluation import format_table, write_json
 from gplq_mm.utils.checkpoint_io import read_checkpoint
@@ -101,17 +100,16 @@ def main() -> None:
             taken = train_step(model, batch, optimizers[key])
             if step >= args.warmup:
                 seconds[key].append(taken)
-    rows = [result(key, seconds, engines, optimizers, batches[0], cfg) for key in engines]
+    rows = [result(key, seconds, batches[0], cfg) for key in engines]
     cells = [
         [
             r['engine'] + (' + teacher' if r['teacher'] else ''),
             f'{r["step_seconds"]:.3f}',
             f'{r["step_ratio"]:.2f}',
-            f'{r["peak_memory_bytes"] / 2**20:,.0f}',
         ]
         for r in rows
     ]
-    print(format_table(['engine', 'step (s)', 'ratio', 'peak memory (MiB)'], cells))
+    print(format_table(['engine', 'step (s)', 'ratio'], cells))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, {'rows': rows})
@@ -127,15 +125,11 @@ def stage1_optimizer(model: nn.Module, reference: nn.Module) -> Any:
 def result(
     key: tuple[str, bool],
     seconds: dict[tuple[str, bool], list[float]],
-    engines: dict[tuple[str, bool], nn.Module],
-    optimizers: dict[tuple[str, bool], Any],
     batch: Any,
     cfg: Config,
 ) -> dict[str, Any]:
-    """One row: median step time, median ratio of the pairs, peak memory of one more step."""
+    """One row: median step time, median ratio of the pairs."""
     ratios = [a / b for a, b in zip(seconds[key], seconds['float', False], strict=True)]
-    with StageMeter() as meter:
-        train_step(engines[key], batch, optimizers[key])
     return {
         'model': Path(cfg.filename).stem,
         'engine': key[0],
@@ -145,7 +139,6 @@ def result(
         'threads': torch.get_num_threads(),
         'step_seconds': statistics.median(seconds[key]),
         'step_ratio': statistics.median(ratios),
-        'peak_memory_bytes': meter.peak_memory_bytes,
     }
 
 
