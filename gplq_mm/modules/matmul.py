@@ -4,10 +4,11 @@
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer, PerChannel
+from .engine import EngineUser
 from .exact import accumulator_dtype, exact_total, use_codes
 
 
-class QuantMatMul(nn.Module):
+class QuantMatMul(EngineUser, nn.Module):
     """``lhs @ rhs`` with both operands fake-quantized.
 
     A scale must not vary along the summed dimension, or it could not be taken out

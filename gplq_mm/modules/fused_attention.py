@@ -1,0 +1,136 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Attention that saves the packed codes of q, k and v only.
+
+Logits, probabilities and their codes are computed again, exactly, in the backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantizers import FakeQuantizer
+from ..quantizers.first_order import first_order_only
+from ..quantizers.packed_codes import Grid, packed_backward, quantize_packed, ratio_backward, unpack_values
+
+Logits = Callable[..., Tensor]
+_SAVED = (0, 1, 3)
+"""Positions of q, k and v among the quantizers."""
+
+
+def packed_attention(
+    quantizers: Sequence[FakeQuantizer],
+    logits: Logits,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extras: Sequence[Tensor] = (),
+) -> Tensor:
+    """``quantize(softmax(logits(quantize(q), quantize(k)))) @ quantize(v)``.
+
+    Args:
+        quantizers: Active quantizers of q, k (transposed), the probabilities and v.
+        logits: ``logits(q, k, *extras)``. It may use no other tensor of the graph than its
+            arguments, and is called again in the backward pass.
+        q: Scaled queries, ``(B, heads, N, D)``.
+        k: Transposed keys, ``(B, heads, D, M)``.
+        v: Values, ``(B, heads, M, D')``.
+        extras: Further arguments of ``logits``; saved as they are, they get gradients.
+
+    Returns:
+        ``(B, heads, N, D')``.
+    """
+    probabilities = q.new_empty(()).expand(*q.shape[:-1], k.shape[-1])
+    scales, grids = [], []
+    for quantizer, x in zip(quantizers, (q, k, probabilities, v), strict=True):
+        scale, zero_point = quantizer.qparams(x)
+        scales.append(scale)
+        grids.append(quantizer.grid(zero_point))
+    return _PackedAttention.apply(q, k, v, *scales, logits, grids, *extras)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        scales, (logits, grids), extras = rest[:4], rest[4:6], rest[6:]
+        values, packed = [], []
+        for x, index in zip((q, k, v), _SAVED, strict=True):
+            on_grid, codes = quantize_packed(x.float(), scales[index], grids[index])
+            values.append(on_grid.to(x.dtype))
+            packed += codes
+        ctx.logits, ctx.grids, ctx.dtypes = logits, grids, (q.dtype, k.dtype, v.dtype)
+        ctx.autocast = _autocast_state(q)
+        ctx.save_for_backward(*scales, *packed, *extras)
+        ctx.num_packed = len(packed)
+        weights = logits(values[0], values[1], *extras).softmax(dim=-1)
+        codes = _codes(weights, scales[2], grids[2])[1]
+        return codes.mul_(scales[2]).to(weights.dtype) @ values[2]
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = list(ctx.saved_tensors)
+        scales, packed = saved[:4], saved[4 : 4 + ctx.num_packed]
+        extras, each = saved[4 + ctx.num_packed :], ctx.num_packed // 3
+        codes = {i: packed[n * each : (n + 1) * each] for n, i in enumerate(_SAVED)}
+        wanted = ctx.needs_input_grad[9:]
+        with torch.autocast(**ctx.autocast):
+            q, k, v = (
+                unpack_values(codes[i], scales[i], ctx.grids[i]).to(dtype)
+                for i, dtype in zip(_SAVED, ctx.dtypes, strict=True)
+            )
+            logits, back = _logits_with_graph(ctx.logits, q, k, extras, wanted)
+            weights = logits.softmax(dim=-1)
+            ratio, steps = _codes(weights, scales[2], ctx.grids[2])
+            grad_v = (steps * scales[2]).to(weights.dtype).transpose(-2, -1) @ grad
+            grad_weights, grad_scale = ratio_backward(
+                ratio,
+                steps,
+                grad @ v.transpose(-2, -1),
+                ctx.grids[2],
+                scales[2].shape if ctx.needs_input_grad[5] else None,
+            )
+            del ratio, steps
+            grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, logits.dtype)
+            del grad_weights, weights, logits
+            grad_q, grad_k, *grad_extras = back(grad_logits)
+        grads: list[Tensor | None] = []
+        grad_scales = {2: grad_scale}
+        for i, grad_x, dtype in zip(_SAVED, (grad_q, grad_k, grad_v), ctx.dtypes, strict=True):
+            shape = scales[i].shape if ctx.needs_input_grad[3 + i] else None
+            grad_x, grad_scales[i] = packed_backward(codes[i], grad_x, ctx.grids[i], shape)
+            grads.append(grad_x.to(dtype))
+        return (*grads, *(grad_scales[i] for i in range(4)), None, None, *grad_extras)
+
+
+def _autocast_state(x: Tensor) -> dict[str, Any]:
+    kind = x.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
+
+
+def _codes(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """``(x / scale, centred codes)``."""
+    ratio = x.float() / scale
+    codes = torch.round(ratio)
+    if not isinstance(grid.zero_point, float) or grid.zero_point:
+        codes.add_(grid.zero_point)
+    return ratio, codes.clamp_(grid.qmin, grid.qmax).sub_(grid.zero_point)
+
+
+def _logits_with_graph(
+    logits: Logits, q: Tensor, k: Tensor, extras: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]]]:
+    """Logits, and the function from their gradient to those of q, k and the extras."""
+    inputs = [q.requires_grad_(), k.requires_grad_()]
+    inputs += [x.detach().requires_grad_(want) for x, want in zip(extras, wanted, strict=True)]
+    with torch.enable_grad():
+        out = logits(*inputs)
+
+    def back(grad: Tensor) -> list[Tensor | None]:
+        targets = [x for x in inputs if x.requires_grad]
+        found = iter(torch.autograd.grad(out, targets, grad.to(out.dtype)))
+        return [next(found) if x.requires_grad else None for x in inputs]
+
+    return out.detach(), back
