@@ -14,6 +14,7 @@ from torch import nn
 from ..adapters import load_adapters
 from ..algorithms.stage2 import prepare_stage2
 from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
+from ..modules import Engine, set_engine
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
 from .mimicking import make_mimicking, resolve_mimic
@@ -28,12 +29,14 @@ class GPLQState:
         coverage: What is quantized and what stays float.
         float_cfg: Config that builds the float model (the teacher).
         is_detector: Whether the default scope is a backbone inside a detector.
+        engine: What training steps are computed with.
     """
 
     recipe: dict[str, Any]
     coverage: CoverageReport
     float_cfg: ConfigDict
     is_detector: bool
+    engine: Engine
 
 
 @MODELS.register_module(name='GPLQ')
@@ -42,6 +45,7 @@ def build_gplq(
     float_type: str | None = None,
     recipe: str | Mapping[str, Any] = 'w4a4',
     strict: bool = False,
+    engine: str | Mapping[str, Any] = 'fused',
     **float_cfg: Any,
 ) -> nn.Module:
     """Build a float model, attach quantizers and return it: same class, same keys.
@@ -58,6 +62,8 @@ def build_gplq(
             arguments stand beside it.
         recipe: Preset name or recipe.
         strict: Raise if an unknown layer in the scope stays float.
+        engine: ``'fused'`` or ``'reference'``, or a dict with ``type`` and options, see
+            ``gplq_mm.modules.Engine``. It changes how training computes, not what.
         **float_cfg: Arguments of the float model (first form).
 
     Returns:
@@ -77,9 +83,10 @@ def build_gplq(
     mimic = resolve_mimic(resolved['mimic'], is_detector)
     coverage = convert_(network, resolved, strict=strict)
     prepare_stage2(network, resolved)
+    chosen = set_engine(network, engine)
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)
-    network.gplq = GPLQState(resolved, coverage, cfg, is_detector)
+    network.gplq = GPLQState(resolved, coverage, cfg, is_detector, chosen)
     _log_coverage(network, coverage, resolved)
     return network
 
@@ -132,5 +139,6 @@ def _log_coverage(network: nn.Module, coverage: CoverageReport, recipe: Mapping[
         f'{counts} quantized',
         logger='current',
     )
+    print_log(f'GPLQ: {network.gplq.engine.description}', logger='current')
     for name, reason in coverage.kept_float:
         print_log(f'GPLQ: {name} stays float: {reason}', logger='current')

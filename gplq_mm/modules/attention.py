@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer
 from .engine import packs
@@ -50,17 +50,18 @@ def quant_scaled_dot_product_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     extras = () if attn_mask is None else (attn_mask,)
     return quantized_attention(
-        qk_matmul, pv_matmul, query * factor, key, value, masked, extras, dropout_p
+        qk_matmul, pv_matmul, query * factor, key, value, added, extras, dropout_p
     )
 
 
-def masked(logits: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits plus a float mask, or minus infinity where a bool mask is False."""
-    if mask is None:
-        return logits
-    if mask.dtype == torch.bool:
-        return logits.masked_fill(~mask, float('-inf'))
-    return logits + mask
+def added(logits: Tensor, *terms: Tensor) -> Tensor:
+    """Logits plus float biases and masks; minus infinity where a bool mask is False."""
+    for term in terms:
+        if term.dtype == torch.bool:
+            logits = logits.masked_fill(~term, float('-inf'))
+        else:
+            logits = logits + term
+    return logits
 
 
 def quantized_attention(
@@ -71,7 +72,7 @@ def quantized_attention(
     v: Tensor,
     adjust: Callable[..., Tensor],
     extras: Sequence[Tensor] = (),
-    dropout_p: float = 0.0,
+    dropout: float | nn.Module = 0.0,
 ) -> Tensor:
     """``softmax(adjust(q k^T, *extras)) v`` with the two products as modules.
 
@@ -87,20 +88,34 @@ def quantized_attention(
         adjust: What comes between product and softmax. It may use no tensor of the graph
             but its arguments.
         extras: Its further arguments (bias, mask, factor).
-        dropout_p: Probability of dropping an attention weight, 0 outside training.
+        dropout: Of the attention weights: a probability, 0 outside training, or a module.
 
     Returns:
         ``(B, heads, N, D')``.
     """
     keys = k.transpose(-2, -1)
-    if dropout_p == 0 and can_pack_attention(qk_matmul, pv_matmul):
+    if not _drops(dropout) and can_pack_attention(qk_matmul, pv_matmul):
 
         def logits(q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
             return adjust(q @ k, *extras)
 
-        return packed_attention(attention_quantizers(qk_matmul, pv_matmul), logits, q, keys, v, extras)
+        quantizers = attention_quantizers(qk_matmul, pv_matmul)
+        return packed_attention(quantizers, logits, q, keys, v, extras)
     weights = adjust(qk_matmul(q, keys), *extras).softmax(dim=-1)
-    return pv_matmul(F.dropout(weights, dropout_p, training=dropout_p > 0), v)
+    if isinstance(dropout, nn.Module):
+        weights = dropout(weights)
+    elif dropout > 0:
+        weights = F.dropout(weights, dropout)
+    return pv_matmul(weights, v)
+
+
+def _drops(dropout: float | nn.Module) -> bool:
+    """Whether attention weights are dropped now; an unknown module may do anything."""
+    if isinstance(dropout, nn.Dropout):
+        return dropout.training and dropout.p > 0
+    if isinstance(dropout, nn.Module):
+        return not isinstance(dropout, nn.Identity)
+    return dropout > 0
 
 
 def can_pack_attention(qk_matmul: Any, pv_matmul: Any) -> bool:

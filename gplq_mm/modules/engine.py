@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import FakeQuantizer
+from ..quantizers import FakeQuantizer, cpu_kernels
 
 ENGINES = ('fused', 'reference')
 FFN_MODES = ('layers', 'recompute')
@@ -37,6 +37,13 @@ class Engine:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f'engine.{name}={value!r}: write one of {allowed}')
+
+    @property
+    def description(self) -> str:
+        """One line that says which path is active."""
+        if not self.is_fused:
+            return 'engine reference: saves what autograd saves'
+        return f'engine fused: saves packed codes; on a CPU {cpu_kernels.load()[1]}; ffn={self.ffn}'
 
     @property
     def is_fused(self) -> bool:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from ..quantizers import FakeQuantizer
 from ..quantizers.first_order import first_order_only
-from ..quantizers.packed_codes import Grid, packed_backward, quantize_packed, ratio_backward, unpack_values
+from ..quantizers.packed_codes import (
+    packed_backward,
+    quantize_packed,
+    quantize_values,
+    softmax_backward,
+    unpack_values,
+)
 
 Logits = Callable[..., Tensor]
 _SAVED = (0, 1, 3)
@@ -64,8 +70,8 @@ class _PackedAttention(torch.autograd.Function):
         ctx.save_for_backward(*scales, *packed, *extras)
         ctx.num_packed = len(packed)
         weights = logits(values[0], values[1], *extras).softmax(dim=-1)
-        codes = _codes(weights, scales[2], grids[2])[1]
-        return codes.mul_(scales[2]).to(weights.dtype) @ values[2]
+        on_grid = quantize_values(weights.float(), scales[2], grids[2])
+        return on_grid.to(weights.dtype) @ values[2]
 
     @staticmethod
     @first_order_only
@@ -82,24 +88,25 @@ class _PackedAttention(torch.autograd.Function):
             )
             logits, back = _logits_with_graph(ctx.logits, q, k, extras, wanted)
             weights = logits.softmax(dim=-1)
-            ratio, steps = _codes(weights, scales[2], ctx.grids[2])
-            grad_v = (steps * scales[2]).to(weights.dtype).transpose(-2, -1) @ grad
-            grad_weights, grad_scale = ratio_backward(
-                ratio,
-                steps,
+            on_grid = quantize_values(weights.float(), scales[2], ctx.grids[2])
+            grad = grad.contiguous()
+            grad_v = on_grid.to(weights.dtype).transpose(-2, -1) @ grad
+            del on_grid
+            grad_logits, grad_scale = softmax_backward(
+                weights.float(),
                 grad @ v.transpose(-2, -1),
+                scales[2],
                 ctx.grids[2],
-                scales[2].shape if ctx.needs_input_grad[5] else None,
+                ctx.needs_input_grad[5],
             )
-            del ratio, steps
-            grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, logits.dtype)
-            del grad_weights, weights, logits
+            del weights, logits
             grad_q, grad_k, *grad_extras = back(grad_logits)
         grads: list[Tensor | None] = []
         grad_scales = {2: grad_scale}
         for i, grad_x, dtype in zip(_SAVED, (grad_q, grad_k, grad_v), ctx.dtypes, strict=True):
-            shape = scales[i].shape if ctx.needs_input_grad[3 + i] else None
-            grad_x, grad_scales[i] = packed_backward(codes[i], grad_x, ctx.grids[i], shape)
+            grad_x, grad_scales[i] = packed_backward(
+                codes[i], grad_x, scales[i], ctx.grids[i], ctx.needs_input_grad[3 + i]
+            )
             grads.append(grad_x.to(dtype))
         return (*grads, *(grad_scales[i] for i in range(4)), None, None, *grad_extras)
 
@@ -108,15 +115,6 @@ def _autocast_state(x: Tensor) -> dict[str, Any]:
     kind = x.device.type
     enabled = torch.is_autocast_enabled(kind)
     return dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
-
-
-def _codes(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """``(x / scale, centred codes)``."""
-    ratio = x.float() / scale
-    codes = torch.round(ratio)
-    if not isinstance(grid.zero_point, float) or grid.zero_point:
-        codes.add_(grid.zero_point)
-    return ratio, codes.clamp_(grid.qmin, grid.qmax).sub_(grid.zero_point)
 
 
 def _logits_with_graph(

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..quantizers import FakeQuantizer
 from ..quantizers.first_order import first_order_only
-from ..quantizers.packed_codes import Grid, packed_backward, quantize_packed, unpack_values
+from ..quantizers.grid import Grid
+from ..quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Gradients = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
@@ -93,8 +94,9 @@ class _PackedProduct(torch.autograd.Function):
             )
             del values
             if grad_values is not None:
-                shape = scale.shape if of_scale else None
-                grad_x, grad_scale = packed_backward(packed, grad_values, ctx.grid, shape)
+                grad_x, grad_scale = packed_backward(
+                    packed, grad_values, scale, ctx.grid, of_scale
+                )
                 grad_x = grad_x.to(x_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .grid import Grid
 from .learned_scale import (
     centered_codes_ste,
     fake_quantize_ste,
@@ -14,7 +15,6 @@ from .learned_scale import (
     scale_gradient,
 )
 from .observers import Observer
-from .packed_codes import Grid
 from .spec import PerTensor, QuantizerKind, QuantSpec, broadcast_shape
 
 
