@@ -19,6 +19,7 @@ from ..quantizers.packed_codes import (
     softmax_backward,
     unpack_values,
 )
+from .autocast import autocast_state
 
 Logits = Callable[..., Tensor]
 _SAVED = (0, 1, 3)
@@ -66,7 +67,8 @@ class _PackedAttention(torch.autograd.Function):
             values.append(on_grid.to(x.dtype))
             packed += codes
         ctx.logits, ctx.grids, ctx.dtypes = logits, grids, (q.dtype, k.dtype, v.dtype)
-        ctx.autocast = _autocast_state(q)
+        ctx.autocast = autocast_state(q)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*scales, *packed, *extras)
         ctx.num_packed = len(packed)
         weights = logits(values[0], values[1], *extras).softmax(dim=-1)
@@ -109,12 +111,6 @@ class _PackedAttention(torch.autograd.Function):
             )
             grads.append(grad_x.to(dtype))
         return (*grads, *(grad_scales[i] for i in range(4)), None, None, *grad_extras)
-
-
-def _autocast_state(x: Tensor) -> dict[str, Any]:
-    kind = x.device.type
-    enabled = torch.is_autocast_enabled(kind)
-    return dict(device_type=kind, dtype=torch.get_autocast_dtype(kind), enabled=enabled)
 
 
 def _logits_with_graph(

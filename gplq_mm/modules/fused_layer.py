@@ -71,6 +71,7 @@ class _PackedProduct(torch.autograd.Function):
     ) -> Tensor:
         values, packed = quantize_packed(x.float(), scale, grid)
         ctx.grid, ctx.operation, ctx.dtypes = grid, operation, (x.dtype, autocast)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale, weight, *packed)
         with torch.autocast(x.device.type, enabled=False):
             dtype = autocast or x.dtype

@@ -30,12 +30,17 @@ class _Refuse(torch.autograd.Function):
 def first_order_only(backward: Backward) -> Backward:
     """Function decorator for ``autograd.Function.backward``: one derivative only.
 
+    The function must call ``ctx.set_materialize_grads(False)``: a gradient that does not
+    arrive is passed on as none, as torch's own operators do.
+
     The decorated pass runs without a graph. If one is asked for (``create_graph=True``)
     and used, a ``RuntimeError`` tells what to do instead.
     """
 
     @wraps(backward)
     def wrapper(ctx: Any, *grads: Tensor) -> Any:
+        if grads[0] is None:
+            return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             found = backward(ctx, *grads)
         if not torch.is_grad_enabled():

@@ -46,6 +46,7 @@ class _CenteredCodes(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
     ) -> Tensor:
         ratio = x / scale
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, _inside(ratio, zero_point, qmin, qmax))
         return ratio.round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
 
@@ -68,6 +69,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
     ) -> Tensor:
         ctx.bounds = (qmin, qmax)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, zero_point)
         return quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point).mul_(scale)
 
