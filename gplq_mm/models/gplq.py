@@ -86,8 +86,10 @@ def build_gplq(
     chosen = set_engine(network, engine)
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)
-    network.gplq = GPLQState(resolved, coverage, cfg, is_detector, chosen)
+    state = GPLQState(resolved, coverage, cfg, is_detector, chosen)
+    network.gplq = state
     _log_coverage(network, coverage, resolved)
+    print_log(f'GPLQ: {chosen.description}', logger='current')
     return network
 
 
@@ -139,6 +141,5 @@ def _log_coverage(network: nn.Module, coverage: CoverageReport, recipe: Mapping[
         f'{counts} quantized',
         logger='current',
     )
-    print_log(f'GPLQ: {network.gplq.engine.description}', logger='current')
     for name, reason in coverage.kept_float:
         print_log(f'GPLQ: {name} stays float: {reason}', logger='current')

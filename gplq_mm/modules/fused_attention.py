@@ -61,16 +61,17 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         scales, (logits, grids), extras = rest[:4], rest[4:6], rest[6:]
-        values, packed = [], []
+        values, packed, ends = [], [], [4]
         for x, index in zip((q, k, v), _SAVED, strict=True):
             on_grid, codes = quantize_packed(x.float(), scales[index], grids[index])
             values.append(on_grid.to(x.dtype))
             packed += codes
+            ends.append(4 + len(packed))
         ctx.logits, ctx.grids, ctx.dtypes = logits, grids, (q.dtype, k.dtype, v.dtype)
         ctx.autocast = autocast_state(q)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*scales, *packed, *extras)
-        ctx.num_packed = len(packed)
+        ctx.ends = ends
         weights = logits(values[0], values[1], *extras).softmax(dim=-1)
         on_grid = quantize_values(weights.float(), scales[2], grids[2])
         return on_grid.to(weights.dtype) @ values[2]
@@ -78,10 +79,9 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = list(ctx.saved_tensors)
-        scales, packed = saved[:4], saved[4 : 4 + ctx.num_packed]
-        extras, each = saved[4 + ctx.num_packed :], ctx.num_packed // 3
-        codes = {i: packed[n * each : (n + 1) * each] for n, i in enumerate(_SAVED)}
+        saved = ctx.saved_tensors
+        scales, extras = saved[:4], saved[ctx.ends[-1] :]
+        codes = {i: saved[ctx.ends[n] : ctx.ends[n + 1]] for n, i in enumerate(_SAVED)}
         wanted = ctx.needs_input_grad[9:]
         with torch.autocast(**ctx.autocast):
             q, k, v = (
@@ -103,8 +103,7 @@ class _PackedAttention(torch.autograd.Function):
             )
             del weights, logits
             grad_q, grad_k, *grad_extras = back(grad_logits)
-        grads: list[Tensor | None] = []
-        grad_scales = {2: grad_scale}
+        grads, grad_scales = [], {2: grad_scale}
         for i, grad_x, dtype in zip(_SAVED, (grad_q, grad_k, grad_v), ctx.dtypes, strict=True):
             grad_x, grad_scales[i] = packed_backward(
                 codes[i], grad_x, scales[i], ctx.grids[i], ctx.needs_input_grad[3 + i]
@@ -115,14 +114,14 @@ class _PackedAttention(torch.autograd.Function):
 
 def _logits_with_graph(
     logits: Logits, q: Tensor, k: Tensor, extras: Sequence[Tensor], wanted: Sequence[bool]
-) -> tuple[Tensor, Callable[[Tensor], list[Tensor | None]]]:
+) -> tuple[Tensor, Callable[[Tensor], list[Any]]]:
     """Logits, and the function from their gradient to those of q, k and the extras."""
     inputs = [q.requires_grad_(), k.requires_grad_()]
     inputs += [x.detach().requires_grad_(want) for x, want in zip(extras, wanted, strict=True)]
     with torch.enable_grad():
         out = logits(*inputs)
 
-    def back(grad: Tensor) -> list[Tensor | None]:
+    def back(grad: Tensor) -> list[Any]:
         targets = [x for x in inputs if x.requires_grad]
         found = iter(torch.autograd.grad(out, targets, grad.to(out.dtype)))
         return [next(found) if x.requires_grad else None for x in inputs]

@@ -95,9 +95,7 @@ class _PackedProduct(torch.autograd.Function):
             )
             del values
             if grad_values is not None:
-                grad_x, grad_scale = packed_backward(
-                    packed, grad_values, scale, ctx.grid, of_scale
-                )
+                grad_x, grad_scale = packed_backward(packed, grad_values, scale, ctx.grid, of_scale)
                 grad_x = grad_x.to(x_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)

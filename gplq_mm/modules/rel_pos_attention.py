@@ -107,9 +107,7 @@ class QuantRelPosMatMul(_RelPosContract, SharedQueryMatMul):
         return self._query[0]
 
 
-def _with_positions(
-    logits: Tensor, rel_h: Tensor, rel_w: Tensor, size: tuple[int, int]
-) -> Tensor:
+def _with_positions(logits: Tensor, rel_h: Tensor, rel_w: Tensor, size: tuple[int, int]) -> Tensor:
     """``(B, heads, N, N)`` plus the row and column terms, ``(B, heads, H, W, H or W)``."""
     logits = logits.unflatten(3, size).unflatten(2, size)  # (B, heads, H, W, H, W)
     return (logits + rel_h[..., None] + rel_w[..., None, :]).flatten(4).flatten(2, 3)

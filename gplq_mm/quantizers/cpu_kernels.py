@@ -147,7 +147,7 @@ class _Layout:
 
 def _around(x: Tensor, axis: int) -> tuple[int, int, int]:
     """Elements before, along and behind an axis, in the order of memory."""
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d))
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
     at = order.index(axis)
     before, behind = (math.prod(x.shape[d] for d in part) for part in (order[:at], order[at + 1 :]))
     return before, x.shape[axis], behind

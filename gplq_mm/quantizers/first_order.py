@@ -38,7 +38,7 @@ def first_order_only(backward: Backward) -> Backward:
     """
 
     @wraps(backward)
-    def wrapper(ctx: Any, *grads: Tensor) -> Any:
+    def wrapper(ctx: Any, *grads: Any) -> Any:
         if grads[0] is None:
             return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():

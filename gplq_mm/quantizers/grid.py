@@ -32,6 +32,6 @@ class Grid(NamedTuple):
         return -8 if self.is_narrow else -128
 
     @property
-    def bounds(self) -> tuple[float, float]:
-        """Exclusive bounds of ``x / scale``; the zero point must be a number."""
+    def bounds(self) -> tuple[float | Tensor, float | Tensor]:
+        """Exclusive bounds of ``x / scale``."""
         return self.qmin - self.zero_point, self.qmax - self.zero_point

@@ -33,7 +33,8 @@ static inline float field_of(float ratio, float z, Range r) {
 
 #define PACK_ONE(x, s, z, value, store)                                                          \
     {                                                                                            \
-        const float ratio = (x) / (s), centred = centred_code(ratio, z, r);                      \
+        const float ratio = (x) / (s);                                                           \
+        const float centred = centred_code(ratio, z, r) + (ratio - ratio); /* inf: NaN */        \
         const float field = field_of(ratio, z, r), code = centred + (z) + r.offset;              \
         value = centred * (s);                                                                   \
         store                                                                                    \

@@ -93,6 +93,7 @@ def _pack(
     residual.mul_(FIELD_LEVELS).round_().clamp_(1 - _MIDDLE, FIELD_LEVELS - _MIDDLE).add_(_MIDDLE)
     _inside_only(residual, values, grid, residual)
     rounded.add_(grid.zero_point).clamp_(grid.qmin, grid.qmax)
+    rounded.add_(values.sub_(values))  # NaN where the ratio is infinite
     torch.sub(rounded, grid.zero_point, out=values)
     if grid.is_narrow:
         residual.add_(rounded, alpha=16)

@@ -14,6 +14,7 @@ from tests.helpers.identity import assert_identity, assert_only_quantizer_keys
 from tests.helpers.mm_models import CLASSIFIERS, classifier
 from tests.helpers.mm_models import vit_sam as tiny_vit_sam
 
+
 @pytest.mark.parametrize('recipe', ['w4a4', 'gplq_w4a4_paper'])
 @pytest.mark.parametrize('case', CASES)
 def test_attention_off_is_float(case: str, recipe: str) -> None:
