@@ -26,7 +26,7 @@ IMAGENET = sorted(path.stem for path in FOLDER.glob('*_in1k_*.py'))
 SETS = {'cub': 200, 'cars': 196, 'flowers102': 102, 'pets': 37, 'aircraft': 100, 'food101': 101}
 FINE_GRAINED = [f'swin-t_{name}_w4a4' for name in SETS] + ['swin-l_cub_w4a4']
 PAPER = ['swin-t', 'swin-s', 'swin-b', 'swin-l', 'deit-s-distilled', 'deit-b-distilled']
-NO_PUBLIC_CLASSIFIER = ['vit-s', 'dinov2-s', 'dinov2-b']
+NOT_OF_THE_ZOO = ['vit-s', 'deit3-s', 'deit3-b', 'dinov2-s', 'dinov2-b']
 _BLOCK = dict(embed_dims=16, num_layers=2, num_heads=2, feedforward_channels=32)
 _SWIN = dict(embed_dims=8, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8])
 _SHRUNKEN: dict[str, dict[str, Any]] = {
@@ -112,7 +112,7 @@ def test_bits_are_those_of_the_name(name):
 @pytest.mark.parametrize('name', IMAGENET + FINE_GRAINED)
 def test_checkpoint_is_the_zoos_for_this_config(name):
     cfg = load(name)
-    if name.split('_in1k')[0] in NO_PUBLIC_CLASSIFIER:
+    if name.split('_in1k')[0] in NOT_OF_THE_ZOO:
         assert cfg.load_from.startswith('checkpoints/')
     elif name in FINE_GRAINED and name != 'swin-l_cub_w4a4':
         assert cfg.load_from is None

@@ -1,12 +1,12 @@
-# DeiT III-B, ImageNet-1k. Float (OpenMMLab zoo): 83.80 top-1.
+# DeiT III-B, ImageNet-1k. Float (its paper): 83.8 top-1. `load_from` is what
+# `python tools/model_converters/timm_to_mmpretrain.py` makes of its public checkpoint,
+# https://dl.fbaipublicfiles.com/deit/deit_3_base_224_1k.pth, with --config THIS_CONFIG.
 _base_ = [
-    'mmpretrain::deit3/deit3-base-p16_64xb64_in1k.py',
+    './_base_/deit3-b_imagenet.py',
     './_base_/stage1_classification.py',
 ]
 data_root = 'data/imagenet'
-load_from = (
-    'https://download.openmmlab.com/mmclassification/v0/deit3/'
-    'deit3-base-p16_3rdparty_in1k_20221008-60b8c8bf.pth')
+load_from = 'checkpoints/deit_3_base_224_1k.pth'
 model = dict(
     type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None,
     backbone=dict(drop_path_rate=0.0))

@@ -54,7 +54,7 @@ def train_linear_probe(
             f'{num_classes}; write the number of classes of the data set'
         )
     generator = torch.Generator().manual_seed(seed)
-    head = nn.Linear(features.shape[1], num_classes)
+    head = nn.utils.skip_init(nn.Linear, features.shape[1], num_classes)
     nn.init.normal_(head.weight, std=0.01, generator=generator)
     nn.init.zeros_(head.bias)
     head.to(features.device)

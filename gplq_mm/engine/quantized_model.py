@@ -50,7 +50,11 @@ class QuantizedSource:
         if not is_quantized_checkpoint(self.checkpoint):
             raise ValueError(f'{path} holds no GPLQ state: it is a float checkpoint; {_GIVE_FINAL}')
         cfg, self.scope = self._config()
-        self.float_cfg = ConfigDict(_float_config(model or cfg, path))
+        if not (model or cfg):
+            raise ValueError(
+                f'{path} does not hold the config of its model; give it as model=dict(...)'
+            )
+        self.float_cfg = ConfigDict(float_model_config(model or cfg))
         _merge(self.float_cfg, edit or {})
 
     def quantized(self) -> nn.Module:
@@ -113,20 +117,21 @@ class QuantizedSource:
         return cfg, values.get('default_scope', 'mmpretrain')
 
 
-def _float_config(cfg: Mapping[str, Any], path: str) -> dict[str, Any]:
-    """The float model's config inside any form of a GPLQ config."""
-    if not cfg:
-        raise ValueError(
-            f'{path} does not hold the config of its model; give it as model=dict(...)'
-        )
+def float_model_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """The float model's config inside any form of a GPLQ config; a float one stays as it is.
+
+    Examples:
+        >>> float_model_config(dict(type='gplq_mm.GPLQ', float_type='A', recipe='w4a4', head=None))
+        {'type': 'A', 'head': None}
+    """
     own = {k: v for k, v in cfg.items() if k not in ('recipe', 'strict')}
     if own.get('type') not in ('gplq_mm.GPLQ', 'GPLQ'):
         return own
     if 'model' in own:
         beside = {k: v for k, v in own.items() if k == 'data_preprocessor'}
         return {**beside, **own['model']}
-    float_type = own.pop('float_type')
-    return {**own, 'type': float_type}
+    own['type'] = own.pop('float_type')
+    return own
 
 
 def _merge(cfg: dict[str, Any], edit: Mapping[str, Any]) -> None:

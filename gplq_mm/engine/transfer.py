@@ -53,8 +53,8 @@ class TransferResult:
             (f'seed {seed}', self.fp32[i], self.quantized[i]) for i, seed in enumerate(self.seeds)
         ]
         if len(rows) > 1:
-            means = [sum(values) / len(rows) for values in (self.fp32, self.quantized)]
-            rows.append(('mean', *means))
+            fp32, quantized = (sum(v) / len(rows) for v in (self.fp32, self.quantized))
+            rows.append(('mean', fp32, quantized))
         lines = [f'{"":8} {"FP32 probe":>12} {"quantized":>12} {"difference":>12}']
         lines += [f'{name:8} {a:12.2f} {b:12.2f} {b - a:+12.2f}' for name, a, b in rows]
         return '\n'.join([f'linear probe, top-1 in percent ({self.protocol})', *lines])
