@@ -3,6 +3,7 @@
 
 import copy
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -195,6 +196,7 @@ def _validate(recipe: dict[str, Any]) -> None:
             _check_keys(f'{where}.{kind}', rule.get(kind) or {}, _KEYS[kind] or set())
             _check_settings(f'{where}.{kind}', rule.get(kind) or {})
     _check_calibration(recipe['calibration'])
+    _check_optim(recipe['optim'])
 
 
 def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
@@ -218,8 +220,30 @@ def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
 def _check_calibration(calibration: Mapping[str, Any]) -> None:
     for key in ('num_images', 'batch_size'):
         value = calibration[key]
-        if not isinstance(value, int) or value < 1:
+        if not _is_int(value) or value < 1:
             raise ValueError(
                 f'recipe.calibration.{key}={value!r}: write a positive integer; an empty '
                 'calibration set cannot set a range'
             )
+    if not _is_int(calibration['seed']) or calibration['seed'] < 0:
+        raise ValueError(
+            f'recipe.calibration.seed={calibration["seed"]!r}: write an integer from 0'
+        )
+
+
+def _check_optim(optim: Mapping[str, Any]) -> None:
+    for key, value in optim.items():
+        numbers = value if key == 'betas' and isinstance(value, list) else [value]
+        if len(numbers) != (2 if key == 'betas' else 1) or not all(map(_is_rate, numbers)):
+            raise ValueError(
+                f'recipe.optim.{key}={value!r}: write '
+                + ('two numbers' if key == 'betas' else 'a number from 0')
+            )
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

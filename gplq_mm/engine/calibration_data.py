@@ -2,6 +2,7 @@
 """Calibration images: training images through the test pipeline."""
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -59,7 +60,7 @@ class CalibrationSet:
                 'ask for more images or a smaller batch_size'
             )
         self.paths = [image_path(self.dataset, i) for i in self.indices]
-        _require_disjoint(self.paths, cfg)
+        _require_disjoint([image_identity(self.dataset, i) for i in self.indices], cfg)
 
     def __iter__(self) -> Iterator[Any]:
         """This rank's collated batches, in a fixed order."""
@@ -147,6 +148,15 @@ def image_path(dataset: Any, index: int) -> str | None:
     return os.path.realpath(path) if path else None
 
 
+def image_identity(dataset: Any, index: int) -> str | None:
+    """What tells an image from others: its real path, or a hash of pixels held in memory."""
+    info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+    pixels = info.get('img')
+    if isinstance(pixels, np.ndarray) and not info.get('img_path'):
+        return f'SHA-1 {hashlib.sha1(pixels.tobytes()).hexdigest()}'
+    return image_path(dataset, index)
+
+
 def _is_subset(wrapper: Mapping[str, Any]) -> bool:
     """Whether a wrapper leaves images out for good (the others only repeat or mix them)."""
     kind = wrapper.get('type')
@@ -168,8 +178,8 @@ def _collate_function(dataloader: Mapping[str, Any]) -> Callable[[list], Any]:
     return lambda samples: function(samples, **cfg)
 
 
-def _require_disjoint(paths: list[str | None], cfg: Config) -> None:
-    known = {p for p in paths if p}
+def _require_disjoint(images: list[str | None], cfg: Config) -> None:
+    known = {image for image in images if image}
     compared: list[Any] = []
     for name in ('val_dataloader', 'test_dataloader'):
         dataloader = cfg.get(name)
@@ -182,10 +192,10 @@ def _require_disjoint(paths: list[str | None], cfg: Config) -> None:
             # training needs no test set; images that are not there cannot be shared
             print_log(f'{name} is not compared with the calibration images: {error}', 'current')
             continue
-        shared = {image_path(dataset, i) for i in range(len(dataset))} & known
+        shared = {image_identity(dataset, i) for i in range(len(dataset))} & known
         if shared:
             raise ValueError(
-                f'{len(shared)} of {len(paths)} calibration images are also in {name}, for '
+                f'{len(shared)} of {len(images)} calibration images are also in {name}, for '
                 f'example {sorted(map(str, shared))[0]}; calibrate on training images only '
                 '(check train_dataloader.dataset)'
             )

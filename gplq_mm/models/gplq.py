@@ -36,6 +36,12 @@ class GPLQState:
     is_detector: bool
 
 
+_NESTED = (
+    "GPLQ: with model=... mmdet's init_detector does not find cfg.model.backbone; call it with "
+    'cfg_options={}, or write the flat form: float_type=... in place of _delete_ and model'
+)
+
+
 @MODELS.register_module(name='GPLQ')
 def build_gplq(
     model: Mapping[str, Any] | None = None,
@@ -81,6 +87,8 @@ def build_gplq(
         make_mimicking(network, mimic)
     network.gplq = GPLQState(resolved, coverage, cfg, is_detector)
     _log_coverage(network, coverage, resolved)
+    if model is not None and is_detector:
+        print_log(_NESTED, logger='current')
     return network
 
 

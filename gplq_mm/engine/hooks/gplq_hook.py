@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """GPLQHook: *when* calibration, stage 1, stage 2 and the report happen."""
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
+from ..optim import shared_lr_warning
 from ..preflight import check_float_checkpoint
 from ..resume import resumable_checkpoint
 from ..seeding import RandomState, random_state, seed_epoch, set_random_state
@@ -49,6 +51,9 @@ class GPLQHook(Hook):
         if not isinstance(runner._train_loop, BaseLoop):
             return
         self._choose_weights(runner)
+        warning = shared_lr_warning(runner.optim_wrapper, unwrap(runner.model))
+        if warning:
+            print_log(warning, logger='current', level=logging.WARNING)
         self.session = GPLQSession(runner, resumed=runner._resume)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
