@@ -14,7 +14,6 @@ share one stage 1. Variants of a recipe:
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
