@@ -9,6 +9,7 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
+from .amp import on_this_device
 from .checkpoint import unwrap
 
 SCALE_KEY = '_quantizer.scale'
@@ -38,7 +39,7 @@ class GPLQOptimWrapperConstructor:
         """
         network = unwrap(model)
         optim: dict[str, Any] = network.gplq.recipe['optim']
-        wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
+        wrapper = on_this_device({'type': 'OptimWrapper', **self.optim_wrapper_cfg})
         wrapper.setdefault(
             'optimizer',
             {
