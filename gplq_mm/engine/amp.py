@@ -35,7 +35,7 @@ class CpuAmpOptimWrapper(OptimWrapper):
         super().__init__(**kwargs)
         if dtype not in (None, 'bfloat16', torch.bfloat16):
             raise ValueError(
-                f"optim_wrapper.dtype={dtype!r}: mixed precision on a CPU is bfloat16; write "
+                f'optim_wrapper.dtype={dtype!r}: mixed precision on a CPU is bfloat16; write '
                 "optim_wrapper=dict(type='AmpOptimWrapper', dtype='bfloat16')"
             )
         self.cast_dtype = torch.bfloat16

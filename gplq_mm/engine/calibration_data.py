@@ -24,10 +24,12 @@ class CalibrationSet:
     Args:
         cfg: The run's config; uses ``train_dataloader`` and the pipeline and collate
             function of ``val_dataloader`` (or ``test_dataloader``).
-        num_images: Images to draw.
+        num_images: Images to draw; None for ``most``, or all where there are fewer.
         seed: Seed of the draw.
         batch_size: Images a forward pass. Batches, not images, are dealt to the
             ranks, so N ranks see just the batches that one would.
+        most: Images drawn where ``num_images`` is None.
+        setting: What the user may write to change ``num_images``, for the message.
 
     Raises:
         ValueError: If a dataloader is missing, the training set is smaller than
@@ -35,7 +37,15 @@ class CalibrationSet:
             in the validation or test set.
     """
 
-    def __init__(self, cfg: Config, num_images: int, seed: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        num_images: int | None,
+        seed: int,
+        batch_size: int,
+        most: int = 0,
+        setting: str = 'calibration=dict(num_images=...)',
+    ) -> None:
         reference = cfg.get('val_dataloader') or cfg.get('test_dataloader')
         if not cfg.get('train_dataloader') or not reference:
             raise ValueError(
@@ -45,10 +55,12 @@ class CalibrationSet:
         pipeline = _innermost(reference['dataset'])['pipeline']
         self.dataset = DATASETS.build(with_pipeline(cfg.train_dataloader.dataset, pipeline))
         self.collate = _collate_function(reference)
+        if num_images is None:
+            num_images = min(most, len(self.dataset))
         if len(self.dataset) < num_images:
             raise ValueError(
                 f'calibration asks for {num_images} images but the training set has '
-                f'{len(self.dataset)}; write recipe=dict(calibration=dict(num_images=...))'
+                f'{len(self.dataset)}; write recipe=dict({setting})'
             )
         order = np.random.default_rng(seed).permutation(len(self.dataset))
         self.indices = [int(i) for i in order[:num_images]]

@@ -35,7 +35,7 @@ from .evaluate import evaluate
 from .resources import StageMeter
 from .run_report import RunReport
 from .stage2 import apply_stage2
-from .teacher import attach_teacher, float_state_of
+from .teacher import attach_teacher, float_state_of, pca_images
 
 SOURCE_NAME = 'gplq_source.json'
 
@@ -60,17 +60,31 @@ class GPLQSession:
         self.report = RunReport(runner.work_dir, resume=resumed)
         self.meter: StageMeter | None = None
 
-    def prepare(self, source: Mapping[str, Any], evaluate_fp32: bool) -> None:
-        """Calibration, FP32 score and teacher; skips what a resumed run has done."""
+    def prepare(
+        self,
+        source: Mapping[str, Any],
+        evaluate_fp32: bool,
+        mimic: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Calibration, teacher and FP32 score; skips what a resumed run has done.
+
+        Args:
+            source: Identity of the FP32 checkpoint.
+            evaluate_fp32: Whether to score the FP32 model.
+            mimic: What the checkpoint that is resumed from holds of mimicking.
+        """
         coverage = self.model.gplq.coverage.as_dict()
         self.report.describe(self.recipe, coverage, self.runner.seed)
+        fresh = not is_calibrated(self.model)
         float_state = None
-        if not is_calibrated(self.model):
+        if fresh:
             float_state = float_state_of(self.model, quantization_keys(self.model))
             self._calibrate()  # first: it is short, and finds what is wrong with the model
+        images = pca_images(self.runner.cfg, self.recipe['calibration']['seed'])
+        attach_teacher(self.model, source, float_state, images, mimic)
+        if fresh:
             self._score_fp32(evaluate_fp32)
             save_resumable(self.runner, CALIBRATED_NAME)
-        attach_teacher(self.model, source, float_state, self.calibration)
 
     def start_epoch(self) -> None:
         """Start measuring an epoch of stage 1."""

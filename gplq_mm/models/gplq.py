@@ -16,7 +16,8 @@ from ..algorithms.stage2 import prepare_stage2
 from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
-from .mimicking import make_mimicking, resolve_mimic
+from .mimic_settings import resolve_mimic
+from .mimicking import make_mimicking
 
 
 @dataclass
