@@ -39,6 +39,7 @@ OUT = Path('docs/benchmarks/accuracy.json')
 WORK_ROOT = Path('work_dirs/accuracy')
 FIGURES = ('fp32', 'stage1', 'stage2', 'seconds', 'peak_memory_bytes')
 RESULT_NAME = 'result.json'
+AMP = {'optim_wrapper.type': 'AmpOptimWrapper', 'optim_wrapper.dtype': 'bfloat16'}
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--dataset', help="name in the rows; default: the folder's")
     parser.add_argument('--epochs', type=int, default=1, help='epochs of stage 1')
     parser.add_argument('--train-fraction', type=float, default=1.0, help='of the training images')
+    parser.add_argument('--amp', action='store_true', help='bfloat16 autocast in stage 1')
     parser.add_argument('--metric', help="default: the evaluator's first")
     parser.add_argument('--out', type=Path, default=OUT, help='rows (JSON); default: %(default)s')
     parser.add_argument('--work-dir', type=Path, default=WORK_ROOT)
@@ -184,6 +186,8 @@ def make_row(
         label += f'@{100 * args.train_fraction:g}%'
     if recipe.epochs is None and epochs != 1:
         label += f'@{epochs}ep'
+    if args.amp and epochs:
+        label += '@bf16'
     key = {
         'model': Path(base['config']).stem,
         'dataset': dataset,
@@ -194,7 +198,7 @@ def make_row(
     training = {
         'schedule': recipe.schedule,
         'epochs': epochs,
-        'options': dict(recipe.options),
+        'options': {**(AMP if args.amp and epochs else {}), **recipe.options},
         'seed': seed,
     }
     shared = [digest, base['data_root'], base['train_fraction'], training]
