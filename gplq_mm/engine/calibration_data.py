@@ -24,12 +24,10 @@ class CalibrationSet:
     Args:
         cfg: The run's config; uses ``train_dataloader`` and the pipeline and collate
             function of ``val_dataloader`` (or ``test_dataloader``).
-        num_images: Images to draw; None for ``most``, or all where there are fewer.
+        num_images: Images to draw.
         seed: Seed of the draw.
         batch_size: Images a forward pass. Batches, not images, are dealt to the
             ranks, so N ranks see just the batches that one would.
-        most: Images drawn where ``num_images`` is None.
-        setting: What the user may write to change ``num_images``, for the message.
 
     Raises:
         ValueError: If a dataloader is missing, the training set is smaller than
@@ -37,15 +35,7 @@ class CalibrationSet:
             in the validation or test set.
     """
 
-    def __init__(
-        self,
-        cfg: Config,
-        num_images: int | None,
-        seed: int,
-        batch_size: int,
-        most: int = 0,
-        setting: str = 'calibration=dict(num_images=...)',
-    ) -> None:
+    def __init__(self, cfg: Config, num_images: int, seed: int, batch_size: int) -> None:
         reference = cfg.get('val_dataloader') or cfg.get('test_dataloader')
         if not cfg.get('train_dataloader') or not reference:
             raise ValueError(
@@ -55,15 +45,36 @@ class CalibrationSet:
         pipeline = _innermost(reference['dataset'])['pipeline']
         self.dataset = DATASETS.build(with_pipeline(cfg.train_dataloader.dataset, pipeline))
         self.collate = _collate_function(reference)
-        if num_images is None:
-            num_images = min(most, len(self.dataset))
+        self._cfg = cfg
+        self._order = np.random.default_rng(seed).permutation(len(self.dataset))
+        self._choose(num_images, batch_size, 'calibration')
+
+    def sample(
+        self, num_images: int | None, batch_size: int, most: int, section: str
+    ) -> 'CalibrationSet':
+        """Another number of images from the same draw, for another purpose.
+
+        Args:
+            num_images: Images to draw; None for ``most``, or all where there are fewer.
+            batch_size: Images a forward pass.
+            most: Images drawn where ``num_images`` is None.
+            section: Section of the recipe that asks for them.
+
+        Raises:
+            ValueError: As for the class.
+        """
+        other = copy.copy(self)
+        wanted = min(most, len(self.dataset)) if num_images is None else num_images
+        other._choose(wanted, batch_size, section)
+        return other
+
+    def _choose(self, num_images: int, batch_size: int, section: str) -> None:
         if len(self.dataset) < num_images:
             raise ValueError(
-                f'calibration asks for {num_images} images but the training set has '
-                f'{len(self.dataset)}; write recipe=dict({setting})'
+                f'{section} asks for {num_images} images but the training set has '
+                f'{len(self.dataset)}; write recipe=dict({section}=dict(num_images=...))'
             )
-        order = np.random.default_rng(seed).permutation(len(self.dataset))
-        self.indices = [int(i) for i in order[:num_images]]
+        self.indices = [int(i) for i in self._order[:num_images]]
         self.batches = [self.indices[i : i + batch_size] for i in range(0, num_images, batch_size)]
         if len(self.batches) < world()[1]:
             raise ValueError(
@@ -71,7 +82,7 @@ class CalibrationSet:
                 'ask for more images or a smaller batch_size'
             )
         self.paths = [image_path(self.dataset, i) for i in self.indices]
-        _require_disjoint(self.paths, cfg)
+        _require_disjoint(self.paths, self._cfg)
 
     def __iter__(self) -> Iterator[Any]:
         """This rank's collated batches, in a fixed order."""

@@ -36,6 +36,7 @@ class GPLQOptimWrapperConstructor:
 
         Raises:
             TypeError: If the model was not built by ``gplq_mm.GPLQ``.
+            ValueError: If nothing trains.
         """
         network = unwrap(model)
         optim: dict[str, Any] = network.gplq.recipe['optim']
@@ -76,6 +77,11 @@ def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, An
         },
     ]
     optimizer['params'] = [g for g in optimizer['params'] if g['params']]
+    if not optimizer['params']:
+        raise ValueError(
+            "stage 1 has nothing to train: recipe.optim.train='none' leaves the scales, and the "
+            "recipe learns none; write train='all' or activation=dict(learn_scale=True)"
+        )
     return OPTIM_WRAPPERS.build({**wrapper, 'optimizer': OPTIMIZERS.build(optimizer)})
 
 

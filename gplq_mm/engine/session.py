@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
@@ -35,7 +36,7 @@ from .evaluate import evaluate
 from .resources import StageMeter
 from .run_report import RunReport
 from .stage2 import apply_stage2
-from .teacher import attach_teacher, float_state_of, pca_images
+from .teacher import attach_teacher, check_mimic_images, float_state_of, pca_images
 
 SOURCE_NAME = 'gplq_source.json'
 
@@ -57,6 +58,7 @@ class GPLQSession:
         self.recipe: dict[str, Any] = self.model.gplq.recipe
         calibration = self.recipe['calibration']
         self.calibration = CalibrationSet(runner.cfg, **calibration)
+        check_mimic_images(self.model, self.calibration)
         self.report = RunReport(runner.work_dir, resume=resumed)
         self.meter: StageMeter | None = None
 
@@ -80,8 +82,7 @@ class GPLQSession:
         if fresh:
             float_state = float_state_of(self.model, quantization_keys(self.model))
             self._calibrate()  # first: it is short, and finds what is wrong with the model
-        images = pca_images(self.runner.cfg, self.recipe['calibration']['seed'])
-        attach_teacher(self.model, source, float_state, images, mimic)
+        attach_teacher(self.model, source, float_state, pca_images(self.calibration), mimic)
         if fresh:
             self._score_fp32(evaluate_fp32)
             save_resumable(self.runner, CALIBRATED_NAME)
@@ -141,12 +142,49 @@ class GPLQSession:
 
     def _calibrate(self) -> None:
         self.calibration.log()
+        require_runs(self.model, next(iter(self.calibration)))
         with StageMeter() as meter:
             run_pass = self.calibration.run_pass(self.model, 'calibration')
             number = calibrate_activations(self.model, run_pass)
             number += calibrate_trained_weights(self.model)
         self.report.update('calibration', seconds=meter.seconds, quantizers=number)
         print_log(f'calibrated {number} quantizers in {meter.seconds:.1f} s', logger='current')
+
+
+def require_runs(model: Any, batch: Any) -> None:
+    """Refuse a float model that cannot run, before anything heavy.
+
+    Args:
+        model: Converted model; its quantizers are off meanwhile.
+        batch: Collated training images.
+
+    Raises:
+        ValueError: With what the model raised, and the cause where it is a known one.
+    """
+    training = model.training
+    set_quantization(model, False)
+    try:
+        with torch.no_grad():
+            model.eval().test_step(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f'the float model itself does not run on a training image: {error}{_remedy(model)}'
+        ) from error
+    finally:
+        set_quantization(model, True)
+        model.train(training)
+
+
+def _remedy(model: Any) -> str:
+    head = getattr(model, 'head', None)
+    if head is None or getattr(model, 'neck', None) is not None:
+        return ''
+    return (
+        f'; {type(model).__name__} has no neck: where {type(head).__name__} expects a pooled '
+        "feature, write model=dict(neck=dict(type='GlobalAveragePooling'))"
+    )
 
 
 def log_active_quantizers(model: Any) -> None:

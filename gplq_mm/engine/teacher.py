@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
@@ -66,25 +65,29 @@ def mimic_state(model: nn.Module) -> dict[str, Any]:
     return model.mimic_state() if isinstance(model, Mimicking) else {}
 
 
-def pca_images(cfg: Config, seed: int) -> Images:
-    """Training images for a PCA basis, drawn as the calibration set draws its own.
+def pca_images(calibration: CalibrationSet) -> Images:
+    """Training images for a PCA basis, from the draw of the calibration set.
 
     Args:
-        cfg: The run's config.
-        seed: Seed of the draw.
+        calibration: The run's calibration set.
     """
 
-    def images(num_images: int | None) -> Iterable[Any]:
-        return CalibrationSet(
-            cfg,
-            num_images,
-            seed,
-            PCA_BATCH,
-            most=PCA_IMAGES,
-            setting='mimic=dict(num_images=...)',
-        )
+    def images(num_images: int | None) -> CalibrationSet:
+        return calibration.sample(num_images, PCA_BATCH, PCA_IMAGES, 'mimic')
 
     return images
+
+
+def check_mimic_images(model: nn.Module, calibration: CalibrationSet) -> None:
+    """Refuse more images for a PCA basis than the training set has, before long work.
+
+    Raises:
+        ValueError: Naming both numbers.
+    """
+    terms = model.mimic['terms'] if isinstance(model, Mimicking) else []
+    for term in terms:
+        if term.get('num_images') is not None:
+            pca_images(calibration)(term['num_images'])
 
 
 def float_state_of(model: nn.Module, added: set[str]) -> dict[str, Tensor]:

@@ -58,7 +58,7 @@ def build_engines(cfg: Config) -> dict[tuple[str, bool], nn.Module]:
         calibration = calibration or CalibrationSet(cfg, **model.gplq.recipe['calibration'])
         calibrate_activations(model, calibration.run_pass(model, 'calibration'))
         if teacher:
-            images = pca_images(cfg, model.gplq.recipe['calibration']['seed'])
+            images = pca_images(calibration)
             attach_teacher(model, {'path': cfg.load_from, 'sha256': None}, state, images)
         models['reference', teacher] = model
     float_model = MODELS.build(copy.deepcopy(model.gplq.float_cfg)).to(device)
