@@ -8,7 +8,8 @@
 Each row is a GPLQ run by config in a process of its own: calibration, stage 1, stage 2. Its
 result is stored at once; a run that was killed goes on with the rows that are missing, and a
 row whose recipe has changed since is run again. Rows that differ in the weights' settings only
-share one stage 1. Variants of a recipe:
+share one stage 1. `--transfer flowers17` adds a row for each: linear probes of its backbone on
+another data set. Variants of a recipe:
 
     --recipes ours 'ours-kd=ours:w3a3,optim.lr=1e-4,mimic.type=logits,schedule=constant'
 """
@@ -18,52 +19,24 @@ import os
 import signal
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from accuracy_recipes import DEFAULT, RECIPES, Recipe, fingerprint, parse_recipe, stage1_part
+from accuracy_plan import RESULT_NAME, ROOT, Row, plan
+from accuracy_recipes import DEFAULT, RECIPES
 from accuracy_table import read_rows, row_key, table, write_rows
 
-from gplq_mm.engine.checkpoint import STAGE1_NAME, file_sha256
-from gplq_mm.engine.launch import load_config, run_tool
+from gplq_mm.engine.checkpoint import STAGE1_NAME
+from gplq_mm.engine.launch import run_tool
 from gplq_mm.engine.preflight import ConfigError
 from gplq_mm.evaluation import read_json, write_json
 
-ROOT = Path(__file__).resolve().parents[2]
 OUT = Path('docs/benchmarks/accuracy.json')
 WORK_ROOT = Path('work_dirs/accuracy')
 FIGURES = ('fp32', 'stage1', 'stage2', 'seconds', 'peak_memory_bytes')
-RESULT_NAME = 'result.json'
-AMP = {'optim_wrapper.type': 'AmpOptimWrapper', 'optim_wrapper.dtype': 'bfloat16'}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row to run.
-
-    Attributes:
-        key: `model`, `dataset`, `recipe`, `bits`, `seed`.
-        job: What the sub-process is told.
-        stage1_key: Equal for rows that can share a stage 1.
-        fingerprint: Equal for rows that must give the same figures.
-    """
-
-    key: dict[str, Any]
-    job: dict[str, Any]
-    stage1_key: str
-    fingerprint: str
-
-    @property
-    def work_dir(self) -> Path:
-        return Path(self.job['work_dir'])
-
-    def __str__(self) -> str:
-        return ' '.join(map(str, self.key.values()))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -90,6 +63,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--epochs', type=int, default=1, help='epochs of stage 1')
     parser.add_argument('--train-fraction', type=float, default=1.0, help='of the training images')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast in stage 1')
+    parser.add_argument(
+        '--transfer',
+        metavar='DIR',
+        help='folder with train|test/<class>/*, or the name of one in data/ of $GPLQ_DATA_ROOT',
+    )
     parser.add_argument('--metric', help="default: the evaluator's first")
     parser.add_argument('--out', type=Path, default=OUT, help='rows (JSON); default: %(default)s')
     parser.add_argument('--work-dir', type=Path, default=WORK_ROOT)
@@ -98,121 +76,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--force', action='store_true', help='run stored rows again')
     parser.add_argument('--table', action='store_true', help='print what is stored, run nothing')
     return parser.parse_args(argv)
-
-
-def shared_root() -> Path:
-    """Folder with `data/` and `models/`."""
-    return Path(os.environ.get('GPLQ_DATA_ROOT', ROOT.parent / 'shared'))
-
-
-def default_data() -> Path:
-    """CIFAR-10, unzipped once into the cache.
-
-    Raises:
-        ConfigError: If the archive is absent.
-    """
-    cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'), 'gplq_mm', 'cifar10')
-    if cache.is_dir():
-        return cache
-    archive = shared_root() / 'data/cifar10/cifar10_jpeg.zip'
-    if not archive.is_file():
-        raise ConfigError(f'no {archive}; give --data-root, or set GPLQ_DATA_ROOT')
-    unfinished = cache.with_name(f'.cifar10.{os.getpid()}')
-    with zipfile.ZipFile(archive) as file:
-        file.extractall(unfinished)
-    os.replace(unfinished, cache)
-    return cache
-
-
-def find_models(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """Float configs and their checkpoints.
-
-    Raises:
-        ConfigError: If a file is absent.
-    """
-    given = args.models or [str(shared_root() / 'models/vit_cifar10.py')]
-    found = []
-    for text in given:
-        config, _, checkpoint = text.partition('=')
-        pair = (config, checkpoint or str(Path(config).with_suffix('.pth')))
-        for path in pair:
-            if not Path(path).is_file():
-                raise ConfigError(f'no file {path}; write --models CONFIG=CHECKPOINT')
-        found.append(pair)
-    return found
-
-
-def plan(args: argparse.Namespace) -> list[Row]:
-    """All rows that the command line asks for, in the order of the table."""
-    if not 0 < args.train_fraction <= 1:
-        raise ConfigError(f'--train-fraction {args.train_fraction}: write a share in (0, 1]')
-    recipes = [parse_recipe(text) for text in [*args.recipes, *args.recipe] or DEFAULT]
-    data = str(default_data()) if args.data_root is None else args.data_root
-    rows: dict[str, Row] = {}
-    for config, checkpoint in find_models(args):
-        cfg = load_config(config)
-        name = args.dataset or Path(data or str(cfg.get('data_root') or 'data')).name
-        base = {
-            'config': os.path.abspath(config),
-            'checkpoint': os.path.abspath(checkpoint),
-            'data_root': data and os.path.abspath(data),
-            'metric': args.metric,
-            'train_fraction': args.train_fraction,
-        }
-        digest = file_sha256(checkpoint)
-        batch = cfg.train_dataloader.get('batch_size', 1)
-        for recipe in recipes:
-            for bits in [recipe.bits] if recipe.bits else args.bits:
-                for seed in args.seeds:
-                    row = make_row(recipe, bits, seed, base, args, (name, digest, batch))
-                    rows.setdefault(str(row), row)
-    return list(rows.values())
-
-
-def make_row(
-    recipe: Recipe,
-    bits: str,
-    seed: int,
-    base: dict[str, Any],
-    args: argparse.Namespace,
-    model: tuple[str, str | None, int],
-) -> Row:
-    """One row; `model` is the data set's name, the checkpoint's hash and the batch size."""
-    dataset, digest, batch = model
-    epochs = args.epochs if recipe.epochs is None else recipe.epochs
-    resolved = recipe.resolve(bits, recipe.options.get('train_dataloader.batch_size', batch))
-    label = recipe.name
-    if args.train_fraction < 1:
-        label += f'@{100 * args.train_fraction:g}%'
-    if recipe.epochs is None and epochs != 1:
-        label += f'@{epochs}ep'
-    if args.amp and epochs:
-        label += '@bf16'
-    key = {
-        'model': Path(base['config']).stem,
-        'dataset': dataset,
-        'recipe': label,
-        'bits': bits,
-        'seed': seed,
-    }
-    training = {
-        'schedule': recipe.schedule,
-        'epochs': epochs,
-        'options': {**(AMP if args.amp and epochs else {}), **recipe.options},
-        'seed': seed,
-    }
-    shared = [digest, base['data_root'], base['train_fraction'], training]
-    folder = '-'.join(str(v).replace('/', '_') for v in key.values())
-    stage1_key = fingerprint(*shared, stage1_part(resolved))
-    job = {
-        **base,
-        **training,
-        'recipe': resolved,
-        'preset': recipe.preset(bits),
-        'work_dir': os.path.abspath(args.work_dir / folder),
-        'stage1_key': stage1_key,
-    }
-    return Row(key, job, stage1_key, fingerprint(*shared, resolved))
 
 
 class Benchmark:
@@ -268,6 +131,12 @@ class Benchmark:
                 self._row(row)
 
     def _row(self, row: Row) -> None:
+        print(f'{row} ...', flush=True)
+        result = self._probes(row) if row.is_transfer else self._stages(row)
+        if result is not None:
+            self._store(row, result)
+
+    def _stages(self, row: Row) -> dict[str, Any] | None:
         # what the row's folder held is gone now
         self.stage1_dirs = {k: d for k, d in self.stage1_dirs.items() if d != row.work_dir}
         stage1_dir = self.stage1_dirs.get(row.stage1_key)
@@ -276,18 +145,28 @@ class Benchmark:
             'stage1_dir': stage1_dir and str(stage1_dir.absolute()),
             'evaluate_fp32': stage1_dir is None and self._fp32(row) is None,
         }
-        print(f'{row} ...', flush=True)
         result = self._process(row, job)
-        if result is None:
-            return
-        if stage1_dir is None:
+        if result is not None and stage1_dir is None:
             self.stage1_dirs[row.stage1_key] = row.work_dir
-        self._store(row, result)
+        return result
+
+    def _probes(self, row: Row) -> dict[str, Any] | None:
+        done = read_json(row.work_dir / RESULT_NAME)
+        if done.get('fingerprint') != row.job['fingerprint']:
+            self._fail(row, f'its backbone, {row.job["base"]}, is not in {row.work_dir}')
+            return None
+        return self._process(row, {**row.job, 'evaluate_fp32': False, 'fp32': self._fp32(row)})
+
+    def _fail(self, row: Row, why: str) -> None:
+        self.failed.append(f'{row}: {why}')
+        print(f'FAILED {self.failed[-1]}', flush=True)
 
     def _process(self, row: Row, job: dict[str, Any]) -> dict[str, Any] | None:
-        """Run the row in a process of its own; its output goes to `log.txt`."""
+        """Run the row in a process of its own; its output goes to a log beside it."""
         row.work_dir.mkdir(parents=True, exist_ok=True)
-        write_json(row.work_dir / 'job.json', job)
+        name = 'transfer' if row.is_transfer else 'row'
+        path = row.work_dir / f'{name}.job.json'
+        write_json(path, job)
         threads = self.args.threads or max(1, (os.cpu_count() or 1) // self.args.jobs)
         environment = {
             **os.environ,
@@ -295,10 +174,10 @@ class Benchmark:
             'MKL_NUM_THREADS': str(threads),
             'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
         }
-        script = Path(__file__).with_name('accuracy_row.py')
-        log = row.work_dir / 'log.txt'
+        script = Path(__file__).with_name(f'accuracy_{name}.py')
+        log = row.work_dir / f'{name}.log'
         with log.open('w') as output:
-            command = [sys.executable, str(script), str(row.work_dir / 'job.json')]
+            command = [sys.executable, str(script), str(path)]
             child = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
             self.children.add(child)
             code = child.wait()
@@ -306,16 +185,16 @@ class Benchmark:
         if code != 0:
             if not self.stopped:
                 last = log.read_text().strip().splitlines()[-1:] or ['']
-                self.failed.append(f'{row}: exit code {code}: {last[0]} (see {log})')
-                print(f'FAILED {self.failed[-1]}', flush=True)
+                self._fail(row, f'exit code {code}: {last[0]} (see {log})')
             return None
-        return read_json(row.work_dir / RESULT_NAME)
+        return read_json(Path(job['result']))
 
     def _fp32(self, row: Row) -> float | None:
         """FP32 score of the row's model and data, measured once for all rows."""
-        key = (row.key['model'], row.key['dataset'])
+        names = ('model', 'dataset', *(('seed',) if row.is_transfer else ()))
+        key = [row.key[name] for name in names]
         for known in self.rows.values():
-            if (known['model'], known['dataset']) == key and known['fp32'] is not None:
+            if [known[name] for name in names] == key and known['fp32'] is not None:
                 return known['fp32']
         return None
 
@@ -323,7 +202,7 @@ class Benchmark:
         with self.lock:
             fp32 = result['fp32'] if result['fp32'] is not None else self._fp32(row)
             figures = {name: result[name] for name in FIGURES}
-            more = {k: v for k, v in result.items() if k not in figures and k != 'stage1_key'}
+            more = {k: v for k, v in result.items() if k not in (*figures, 'stage1_key')}
             stored = {
                 **row.key,
                 **figures,

@@ -171,6 +171,7 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         **parts,
         'stage2_seconds': last['seconds'],
         'stage1_key': job['stage1_key'],
+        'fingerprint': job['fingerprint'],
     }
 
 
@@ -182,13 +183,13 @@ def _percent(metrics: dict[str, float], metric: str) -> float | None:
 
 def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
-    Path(job['work_dir'], RESULT_NAME).unlink(missing_ok=True)
+    Path(job['result']).unlink(missing_ok=True)
     runner = build_runner(row_config(job))
     if job['stage1_dir'] is None:
         runner.train()  # the hook calibrates, stage 2 follows, the report is written
     else:
         run_stage2_alone(runner, Path(job['stage1_dir'], STAGE1_NAME))
-    write_json(Path(job['work_dir'], RESULT_NAME), result_of(job))
+    write_json(Path(job['result']), result_of(job))
 
 
 if __name__ == '__main__':
