@@ -39,6 +39,7 @@ _OURS: dict[str, Any] = {
         'weight_decay': 0.0,
         'scale_weight_decay': 0.0,
         'betas': [0.9, 0.999],
+        'train': 'all',
     },
     'stage2': {'compensation': None},
 }

@@ -30,7 +30,7 @@ _KEYS: dict[str, set[str] | None] = {
     'activation': _SETTING_KEYS | {'enabled'},
     'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
     'calibration': {'num_images', 'seed', 'batch_size'},
-    'optim': {'lr', 'scale_lr', 'weight_decay', 'scale_weight_decay', 'betas'},
+    'optim': {'lr', 'scale_lr', 'weight_decay', 'scale_weight_decay', 'betas', 'train'},
     'stage2': None,
 }
 _RULE_KEYS = {'name', 'role', 'num_bits', 'enabled', 'activation', 'weight', 'optional'}

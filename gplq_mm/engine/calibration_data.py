@@ -46,13 +46,36 @@ class CalibrationSet:
         pipeline = _innermost(reference['dataset'])['pipeline']
         self.dataset = DATASETS.build(with_pipeline(cfg.train_dataloader.dataset, pipeline))
         self.collate = _collate_function(reference)
+        self._cfg = cfg
+        self._order = np.random.default_rng(seed).permutation(len(self.dataset))
+        self._choose(num_images, batch_size, 'calibration')
+
+    def sample(
+        self, num_images: int | None, batch_size: int, most: int, section: str
+    ) -> 'CalibrationSet':
+        """Another number of images from the same draw, for another purpose.
+
+        Args:
+            num_images: Images to draw; None for ``most``, or all where there are fewer.
+            batch_size: Images a forward pass.
+            most: Images drawn where ``num_images`` is None.
+            section: Section of the recipe that asks for them.
+
+        Raises:
+            ValueError: As for the class.
+        """
+        other = copy.copy(self)
+        wanted = min(most, len(self.dataset)) if num_images is None else num_images
+        other._choose(wanted, batch_size, section)
+        return other
+
+    def _choose(self, num_images: int, batch_size: int, section: str) -> None:
         if len(self.dataset) < num_images:
             raise ValueError(
-                f'calibration asks for {num_images} images but the training set has '
-                f'{len(self.dataset)}; write recipe=dict(calibration=dict(num_images=...))'
+                f'{section} asks for {num_images} images but the training set has '
+                f'{len(self.dataset)}; write recipe=dict({section}=dict(num_images=...))'
             )
-        order = np.random.default_rng(seed).permutation(len(self.dataset))
-        self.indices = [int(i) for i in order[:num_images]]
+        self.indices = [int(i) for i in self._order[:num_images]]
         self.batches = [self.indices[i : i + batch_size] for i in range(0, num_images, batch_size)]
         if len(self.batches) < world()[1]:
             raise ValueError(
@@ -60,7 +83,7 @@ class CalibrationSet:
                 'ask for more images or a smaller batch_size'
             )
         self.paths = [image_path(self.dataset, i) for i in self.indices]
-        _require_disjoint([image_identity(self.dataset, i) for i in self.indices], cfg)
+        _require_disjoint([image_identity(self.dataset, i) for i in self.indices], self._cfg)
 
     def __iter__(self) -> Iterator[Any]:
         """This rank's collated batches, in a fixed order."""

@@ -9,6 +9,7 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
+from .amp import on_this_device
 from .checkpoint import unwrap
 
 SCALE_KEY = '_quantizer.scale'
@@ -36,10 +37,11 @@ class GPLQOptimWrapperConstructor:
 
         Raises:
             TypeError: If the model was not built by ``gplq_mm.GPLQ``.
+            ValueError: If nothing trains.
         """
         network = unwrap(model)
         optim: dict[str, Any] = network.gplq.recipe['optim']
-        wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
+        wrapper = on_this_device({'type': 'OptimWrapper', **self.optim_wrapper_cfg})
         wrapper.setdefault(
             'optimizer',
             {
@@ -114,6 +116,11 @@ def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, An
         },
     ]
     optimizer['params'] = [g for g in optimizer['params'] if g['params']]
+    if not optimizer['params']:
+        raise ValueError(
+            "stage 1 has nothing to train: recipe.optim.train='none' leaves the scales, and the "
+            "recipe learns none; write train='all' or activation=dict(learn_scale=True)"
+        )
     return OPTIM_WRAPPERS.build({**wrapper, 'optimizer': OPTIMIZERS.build(optimizer)})
 
 

@@ -13,10 +13,12 @@ from torch import nn
 
 from ..adapters import load_adapters
 from ..algorithms.stage2 import prepare_stage2
+from ..algorithms.trainable import choose_trained_
 from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
-from .mimicking import make_mimicking, resolve_mimic
+from .mimic_settings import resolve_mimic
+from .mimicking import make_mimicking
 
 
 @dataclass
@@ -74,6 +76,7 @@ def build_gplq(
     """
     resolved = resolve_recipe(recipe)
     cfg = ConfigDict(_float_config(model, float_type, float_cfg))
+    _require_one_head(cfg)
     load_adapters()
     network = MODELS.build(copy.deepcopy(cfg))
     scope = default_scope(network)
@@ -83,6 +86,7 @@ def build_gplq(
     mimic = resolve_mimic(resolved['mimic'], is_detector)
     coverage = convert_(network, resolved, strict=strict)
     prepare_stage2(network, resolved)
+    choose_trained_(network, resolved['optim'].get('train', 'all'))
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)
     network.gplq = GPLQState(resolved, coverage, cfg, is_detector)
@@ -111,6 +115,14 @@ def _float_config(
             )
         return _without_pretrained({**runner_given, **model})
     return _without_pretrained({'type': float_type, **float_cfg})
+
+
+def _require_one_head(cfg: Mapping[str, Any]) -> None:
+    if isinstance(cfg.get('head'), list | tuple):
+        raise ValueError(
+            f'{cfg.get("type")} has {len(cfg["head"])} heads in a list; mmpretrain has one head: '
+            "write head=dict(type='MultiTaskHead', task_heads=dict(NAME=dict(type=...), ...))"
+        )
 
 
 def _without_pretrained(cfg: Any) -> Any:

@@ -144,6 +144,7 @@ def test_frozen_parameters_are_left_out(model: Any) -> None:
 def test_amp_wraps_the_same_groups(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = 'mmengine.optim.optimizer.amp_optimizer_wrapper'
     monkeypatch.setattr(f'{module}.is_cuda_available', lambda: True)
+    monkeypatch.setattr('gplq_mm.engine.amp.get_device', lambda: 'cuda')
     wrapper = build(model, type='AmpOptimWrapper', dtype='bfloat16')
     assert isinstance(wrapper, AmpOptimWrapper)
     lrs = [g['lr'] for g in wrapper.optimizer.param_groups]

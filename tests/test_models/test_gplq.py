@@ -174,7 +174,7 @@ def test_a_detectors_scope_is_its_backbone_and_it_stays_a_detector() -> None:
         model = build(float_type='RetinaNet', backbone=backbone, neck=neck, bbox_head=head)
     assert isinstance(model, RetinaNet)
     assert isinstance(model, Mimicking)
-    assert model.mimic['type'] == 'feature'
+    assert [term['type'] for term in model.mimic['terms']] == ['feature']
     assert model.gplq.is_detector
     assert model.gplq.recipe['scope'] == 'backbone'
     assert all(name.startswith('backbone.') for name in quantizers(model))
