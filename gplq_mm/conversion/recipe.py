@@ -26,11 +26,12 @@ _SETTING_KEYS = {
     'observer_args',
     'learn_scale',
 }
+_RATES = ('lr', 'scale_lr', 'weight_decay', 'scale_weight_decay')
 _KEYS: dict[str, set[str] | None] = {
     'activation': _SETTING_KEYS | {'enabled'},
     'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
     'calibration': {'num_images', 'seed', 'batch_size'},
-    'optim': {'lr', 'scale_lr', 'weight_decay', 'scale_weight_decay', 'betas', 'train'},
+    'optim': {*_RATES, 'betas', 'train', 'drop_rates'},
     'stage2': None,
 }
 _RULE_KEYS = {'name', 'role', 'num_bits', 'enabled', 'activation', 'weight', 'optional'}
@@ -232,13 +233,12 @@ def _check_calibration(calibration: Mapping[str, Any]) -> None:
 
 
 def _check_optim(optim: Mapping[str, Any]) -> None:
-    for key, value in optim.items():
-        numbers = value if key == 'betas' and isinstance(value, list) else [value]
-        if len(numbers) != (2 if key == 'betas' else 1) or not all(map(_is_rate, numbers)):
-            raise ValueError(
-                f'recipe.optim.{key}={value!r}: write '
-                + ('two numbers' if key == 'betas' else 'a number from 0')
-            )
+    for key in _RATES:
+        if not _is_rate(optim[key]):
+            raise ValueError(f'recipe.optim.{key}={optim[key]!r}: write a number from 0')
+    betas = optim['betas']
+    if not (isinstance(betas, list | tuple) and len(betas) == 2 and all(map(_is_rate, betas))):
+        raise ValueError(f'recipe.optim.betas={betas!r}: write two numbers')
 
 
 def _is_int(value: Any) -> bool:

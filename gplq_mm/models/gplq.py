@@ -12,6 +12,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from ..adapters import load_adapters
+from ..algorithms.drop_rates import set_drop_rates_
 from ..algorithms.stage2 import prepare_stage2
 from ..algorithms.trainable import choose_trained_
 from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
@@ -87,6 +88,7 @@ def build_gplq(
     coverage = convert_(network, resolved, strict=strict)
     prepare_stage2(network, resolved)
     choose_trained_(network, resolved['optim'].get('train', 'all'))
+    set_drop_rates_(network, resolved['optim'].get('drop_rates', 'keep'))
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)
     network.gplq = GPLQState(resolved, coverage, cfg, is_detector)
