@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..quantizers import OBSERVERS, PerChannel, PerTensor, QuantSpec, integer_range
+from .auto_settings import AUTO, may_be_auto
 from .match import ROLES
 from .presets import PRESETS
 
@@ -221,6 +222,8 @@ def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
 def _check_calibration(calibration: Mapping[str, Any]) -> None:
     for key in ('num_images', 'batch_size'):
         value = calibration[key]
+        if may_be_auto('calibration', key) and value == AUTO:
+            continue
         if not _is_int(value) or value < 1:
             raise ValueError(
                 f'recipe.calibration.{key}={value!r}: write a positive integer; an empty '
@@ -234,7 +237,7 @@ def _check_calibration(calibration: Mapping[str, Any]) -> None:
 
 def _check_optim(optim: Mapping[str, Any]) -> None:
     for key in _RATES:
-        if not _is_rate(optim[key]):
+        if not (_is_rate(optim[key]) or (may_be_auto('optim', key) and optim[key] == AUTO)):
             raise ValueError(f'recipe.optim.{key}={optim[key]!r}: write a number from 0')
     betas = optim['betas']
     if not (isinstance(betas, list | tuple) and len(betas) == 2 and all(map(_is_rate, betas))):

@@ -15,7 +15,7 @@ from ..adapters import load_adapters
 from ..algorithms.drop_rates import set_drop_rates_
 from ..algorithms.stage2 import prepare_stage2
 from ..algorithms.trainable import choose_trained_
-from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
+from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe, settle_auto
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
 from .mimic_settings import resolve_mimic
@@ -84,6 +84,7 @@ def build_gplq(
     if resolved['scope'] == 'auto':
         resolved['scope'] = scope
     is_detector = scope == 'backbone'
+    resolved = settle_auto(resolved, is_detector)
     mimic = resolve_mimic(resolved['mimic'], is_detector)
     coverage = convert_(network, resolved, strict=strict)
     prepare_stage2(network, resolved)
