@@ -15,6 +15,7 @@ class PCAMimicLoss(nn.Module):
         components: Orthonormal columns ``(C, K)``.
 
     Examples:
+        >>> import torch
         >>> loss = PCAMimicLoss(torch.eye(3)[:, :1])
         >>> loss(torch.tensor([[2.0, 9.0, 9.0]]), torch.zeros(1, 3))
         tensor(4.)
