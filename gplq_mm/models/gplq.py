@@ -16,6 +16,7 @@ from ..algorithms.drop_rates import set_drop_rates_
 from ..algorithms.stage2 import prepare_stage2
 from ..algorithms.trainable import choose_trained_
 from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe, settle_auto
+from ..modules import Engine, set_engine
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
 from .mimic_settings import resolve_mimic
@@ -31,12 +32,14 @@ class GPLQState:
         coverage: What is quantized and what stays float.
         float_cfg: Config that builds the float model (the teacher).
         is_detector: Whether the default scope is a backbone inside a detector.
+        engine: What training steps are computed with.
     """
 
     recipe: dict[str, Any]
     coverage: CoverageReport
     float_cfg: ConfigDict
     is_detector: bool
+    engine: Engine
 
 
 _NESTED = (
@@ -51,6 +54,7 @@ def build_gplq(
     float_type: str | None = None,
     recipe: str | Mapping[str, Any] = 'w4a4',
     strict: bool = False,
+    engine: str | Mapping[str, Any] = 'fused',
     **float_cfg: Any,
 ) -> nn.Module:
     """Build a float model, attach quantizers and return it: same class, same keys.
@@ -67,6 +71,8 @@ def build_gplq(
             arguments stand beside it.
         recipe: Preset name or recipe.
         strict: Raise if an unknown layer in the scope stays float.
+        engine: ``'fused'`` or ``'reference'``, or a dict with ``type`` and options, see
+            ``gplq_mm.modules.Engine``. It changes how training computes, not what.
         **float_cfg: Arguments of the float model (first form).
 
     Returns:
@@ -90,12 +96,15 @@ def build_gplq(
     prepare_stage2(network, resolved)
     choose_trained_(network, resolved['optim'].get('train', 'all'))
     set_drop_rates_(network, resolved['optim'].get('drop_rates', 'keep'))
+    chosen = set_engine(network, engine)
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)
-    network.gplq = GPLQState(resolved, coverage, cfg, is_detector)
+    state = GPLQState(resolved, coverage, cfg, is_detector, chosen)
+    network.gplq = state
     _log_coverage(network, coverage, resolved)
     if model is not None and is_detector:
         print_log(_NESTED, logger='current')
+    print_log(f'GPLQ: {chosen.description}', logger='current')
     return network
 
 

@@ -1,12 +1,16 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Scaled dot-product attention written out, so that both matmuls can be quantized."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..quantizers import FakeQuantizer
+from .engine import packs
+from .fused_attention import packed_attention
 from .matmul import QuantMatMul
 
 
@@ -44,11 +48,89 @@ def quant_scaled_dot_product_attention(
             query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options
         )
     factor = query.shape[-1] ** -0.5 if scale is None else scale
-    logits = qk_matmul(query * factor, key.transpose(-2, -1))
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            logits = logits.masked_fill(~attn_mask, float('-inf'))
+    extras = () if attn_mask is None else (attn_mask,)
+    return quantized_attention(
+        qk_matmul, pv_matmul, query * factor, key, value, added, extras, dropout_p
+    )
+
+
+def added(logits: Tensor, *terms: Tensor) -> Tensor:
+    """Logits plus float biases and masks; minus infinity where a bool mask is False."""
+    for term in terms:
+        if term.dtype == torch.bool:
+            logits = logits.masked_fill(~term, float('-inf'))
         else:
-            logits = logits + attn_mask
-    weights = F.dropout(logits.softmax(dim=-1), dropout_p, training=dropout_p > 0)
-    return pv_matmul(weights, value)
+            logits = logits + term
+    return logits
+
+
+def quantized_attention(
+    qk_matmul: Any,
+    pv_matmul: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    adjust: Callable[..., Tensor],
+    extras: Sequence[Tensor] = (),
+    dropout: float | nn.Module = 0.0,
+) -> Tensor:
+    """``softmax(adjust(q k^T, *extras)) v`` with the two products as modules.
+
+    The fused engine saves packed codes of q, k and v only, unless a product is float or
+    there is dropout between softmax and product: then both are computed as they stand.
+
+    Args:
+        qk_matmul: ``QuantMatMul`` of queries and transposed keys, or a ``FloatMatMul``.
+        pv_matmul: The same of probabilities and values.
+        q: Scaled queries, ``(B, heads, N, D)``.
+        k: Keys, ``(B, heads, M, D)``.
+        v: Values, ``(B, heads, M, D')``.
+        adjust: What comes between product and softmax. It may use no tensor of the graph
+            but its arguments.
+        extras: Its further arguments (bias, mask, factor).
+        dropout: Of the attention weights: a probability, 0 outside training, or a module.
+
+    Returns:
+        ``(B, heads, N, D')``.
+    """
+    keys = k.transpose(-2, -1)
+    if not _drops(dropout) and can_pack_attention(qk_matmul, pv_matmul):
+
+        def logits(q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
+            return adjust(q @ k, *extras)
+
+        quantizers = attention_quantizers(qk_matmul, pv_matmul)
+        return packed_attention(quantizers, logits, q, keys, v, extras)
+    weights = adjust(qk_matmul(q, keys), *extras).softmax(dim=-1)
+    if isinstance(dropout, nn.Module):
+        weights = dropout(weights)
+    elif dropout > 0:
+        weights = F.dropout(weights, dropout)
+    return pv_matmul(weights, v)
+
+
+def _drops(dropout: float | nn.Module) -> bool:
+    """Whether attention weights are dropped now; an unknown module may do anything."""
+    if isinstance(dropout, nn.Dropout):
+        return dropout.training and dropout.p > 0
+    if isinstance(dropout, nn.Module):
+        return not isinstance(dropout, nn.Identity)
+    return dropout > 0
+
+
+def can_pack_attention(qk_matmul: Any, pv_matmul: Any) -> bool:
+    """Whether both products are quantized, in training, by the fused engine."""
+    products = (qk_matmul, pv_matmul)
+    if not all(isinstance(m, QuantMatMul) for m in products):
+        return False
+    return packs(qk_matmul.engine, *attention_quantizers(*products))
+
+
+def attention_quantizers(qk_matmul: Any, pv_matmul: Any) -> list[FakeQuantizer]:
+    """Quantizers of queries, keys, probabilities and values."""
+    return [
+        qk_matmul.lhs_quantizer,
+        qk_matmul.rhs_quantizer,
+        pv_matmul.lhs_quantizer,
+        pv_matmul.rhs_quantizer,
+    ]

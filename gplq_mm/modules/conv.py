@@ -1,11 +1,48 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """QuantConv2d and QuantConvTranspose2d."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers.functional import positive_scale
 from .layer import QuantizedLayer
+
+
+def convolution_gradients(
+    layer: Any,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    wanted: tuple[bool, bool],
+    output_padding: list[int],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a convolution's input and weight.
+
+    Args:
+        layer: Gives stride, padding, dilation and groups.
+        grad: Gradient of the output, ``(B, C_out, H', W')``.
+        x: Input, ``(B, C_in, H, W)``.
+        weight: The weight that was used.
+        wanted: Whether the gradient of the input and of the weight is wanted.
+        output_padding: Of a transposed convolution, else zeros.
+    """
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.transposed,
+        output_padding,
+        layer.groups,
+        [*wanted, False],
+    )
+    return grad_x, grad_weight
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -22,6 +59,17 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution; padding zeros are code 0."""
         return self._conv_forward(x, weight, bias)
+
+    @property
+    def can_pack(self) -> bool:
+        """Not with padding other than a number of zeros (``same``, ``reflect``, ...)."""
+        return self.padding_mode == 'zeros' and not isinstance(self.padding, str)
+
+    def product_gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As in the base class."""
+        return convolution_gradients(self, grad, x, weight, (of_x, of_weight), [0, 0])
 
     def product_depth(self) -> int:
         """Elements of one output channel's kernel."""
@@ -54,7 +102,38 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The transposed convolution."""
-        output_padding = self._output_padding(
+        return F.conv_transpose2d(
+            x,
+            weight,
+            bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]
+            self._padding_behind(x),
+            self.groups,
+            self.dilation,
+        )
+
+    def product_gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """As in the base class; ``output_size`` is read off ``grad``."""
+        behind = [
+            size - ((n - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+            for size, n, stride, padding, dilation, kernel in zip(
+                grad.shape[-2:],
+                x.shape[-2:],
+                self.stride,
+                self.padding,
+                self.dilation,
+                self.kernel_size,
+                strict=True,
+            )
+        ]
+        return convolution_gradients(self, grad, x, weight, (of_x, of_weight), behind)
+
+    def _padding_behind(self, x: Tensor) -> list[int]:
+        """Output padding that gives the requested output size."""
+        return self._output_padding(
             x,
             self._output_size,
             self.stride,  # type: ignore[arg-type]
@@ -62,16 +141,6 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
             self.kernel_size,  # type: ignore[arg-type]
             2,
             self.dilation,  # type: ignore[arg-type]
-        )
-        return F.conv_transpose2d(
-            x,
-            weight,
-            bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]
-            output_padding,
-            self.groups,
-            self.dilation,
         )
 
     def product_depth(self) -> int:

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer, PerTensor
+from .engine import EngineUser, needs_graph, packs
 from .exact import accumulator_dtype, exact_total, use_codes
+from .fused_layer import LinearOperation, packed_product
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -15,7 +17,7 @@ else:
     _Base = object
 
 
-class QuantizedLayer(_Base):
+class QuantizedLayer(EngineUser, _Base):
     """Mixin for a layer whose input and weight are fake-quantized.
 
     The float layer's class is swapped in place, so its keys stay and only
@@ -97,9 +99,34 @@ class QuantizedLayer(_Base):
         """The float layer's linear operation."""
         raise NotImplementedError
 
+    def product_gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of ``product`` without bias.
+
+        Args:
+            grad: Gradient of the output.
+            x: Quantized input.
+            weight: Weight that was multiplied.
+            of_x: Whether the gradient of ``x`` is wanted.
+            of_weight: Whether the gradient of ``weight`` is wanted.
+        """
+        raise NotImplementedError
+
+    @property
+    def can_pack(self) -> bool:
+        """Whether ``product_gradients`` holds for this layer's settings."""
+        return True
+
     def product_depth(self) -> int:
         """Number of products summed for one output element."""
         raise NotImplementedError
+
+    def _packs(self, x: Tensor, bias: Tensor | None) -> bool:
+        quantizer = self.input_quantizer
+        if not (packs(self.engine, quantizer) and self.can_pack):
+            return False
+        return needs_graph(x, quantizer.scale, self.weight, bias)
 
     def quantized_product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The linear operation with quantized operands.
@@ -108,6 +135,10 @@ class QuantizedLayer(_Base):
             x: Layer input.
             bias: Added to the output in float, or None.
         """
+        if self._packs(x, bias):
+            operation = LinearOperation(self.product, self.product_gradients, self.channel_axis)
+            weight = self.effective_weight()
+            return packed_product(operation, self.input_quantizer, x, weight, bias)
         if not use_codes(x, self.input_quantizer, self.weight_quantizer):
             return self.product(self.input_quantizer(x), self.effective_weight(), bias)
         codes, input_scale = self.input_quantizer.codes(x)

@@ -22,6 +22,14 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """``x @ weight.T + bias``."""
         return F.linear(x, weight, bias)
 
+    def product_gradients(
+        self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """``grad @ weight`` and ``grad.T @ x``."""
+        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
+        grad_x = (rows @ weight).view(x.shape) if of_x else None
+        return grad_x, rows.t() @ x.reshape(len(rows), -1) if of_weight else None
+
     def product_depth(self) -> int:
         """``in_features``."""
         return self.in_features

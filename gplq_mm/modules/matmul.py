@@ -4,10 +4,12 @@
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer, PerChannel
+from .engine import EngineUser, packs
 from .exact import accumulator_dtype, exact_total, use_codes
+from .fused_matmul import packed_matmul
 
 
-class QuantMatMul(nn.Module):
+class QuantMatMul(EngineUser, nn.Module):
     """``lhs @ rhs`` with both operands fake-quantized.
 
     A scale must not vary along the summed dimension, or it could not be taken out
@@ -41,6 +43,8 @@ class QuantMatMul(nn.Module):
 
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """``(..., N, K) @ (..., K, M)`` -> ``(..., N, M)``."""
+        if packs(self.engine, self.lhs_quantizer, self.rhs_quantizer):
+            return packed_matmul(self.lhs_quantizer, self.rhs_quantizer, lhs, rhs)
         if not use_codes(lhs, self.lhs_quantizer, self.rhs_quantizer):
             return self.lhs_quantizer(lhs) @ self.rhs_quantizer(rhs)
         left, left_scale = self.lhs_quantizer.codes(lhs)

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer
+from .attention import attention_quantizers, can_pack_attention
 from .exact import accumulator_dtype, exact_total, use_codes
 from .float_matmul import FloatMatMul
+from .fused_attention import packed_attention
 from .matmul import QuantMatMul
 
 if TYPE_CHECKING:
@@ -105,6 +107,12 @@ class QuantRelPosMatMul(_RelPosContract, SharedQueryMatMul):
         return self._query[0]
 
 
+def _with_positions(logits: Tensor, rel_h: Tensor, rel_w: Tensor, size: tuple[int, int]) -> Tensor:
+    """``(B, heads, N, N)`` plus the row and column terms, ``(B, heads, H, W, H or W)``."""
+    logits = logits.unflatten(3, size).unflatten(2, size)  # (B, heads, H, W, H, W)
+    return (logits + rel_h[..., None] + rel_w[..., None, :]).flatten(4).flatten(2, 3)
+
+
 class RelPosAttention(_Base):
     """Mixin that replaces ``forward``; the float class brings the parameters."""
 
@@ -126,9 +134,33 @@ class RelPosAttention(_Base):
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         qkv = qkv.reshape(3, B * self.num_heads, H * W, -1)
         q, k, v = qkv.unflatten(1, (B, self.num_heads)).unbind(0)  # each (B, heads, N, D)
-        weights = self.logits(q, k, (H, W)).softmax(dim=-1)
-        out = self.pv_matmul(weights, v).unflatten(2, (H, W))  # (B, heads, H, W, D)
+        out = self.attend(q, k, v, (H, W)).unflatten(2, (H, W))  # (B, heads, H, W, D)
         return self.proj(out.permute(0, 2, 3, 1, 4).reshape(B, H, W, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
+        """Operands ``(B, heads, N, D)`` with ``N = H * W`` -> same shape."""
+        if not can_pack_attention(self.qk_matmul, self.pv_matmul):
+            return self.pv_matmul(self.logits(q, k, size).softmax(dim=-1), v)
+        quantizers = attention_quantizers(self.qk_matmul, self.pv_matmul)
+        tables = []
+        if self.use_rel_pos:
+            products = (self.rel_h_matmul, self.rel_w_matmul)
+            positions = (self.rel_pos_h, self.rel_pos_w)
+            for product, position, length in zip(products, positions, size, strict=True):
+                table = resized_table(position, length)
+                is_quantized = isinstance(product, QuantMatMul)
+                tables.append(product.rhs_quantizer(table) if is_quantized else table)
+
+        def logits(q: Tensor, k: Tensor, *tables: Tensor) -> Tensor:
+            total = (q * self.scale) @ k
+            if not tables:
+                return total
+            grid = q.unflatten(2, size)
+            rel_h = self.rel_h_matmul.contract(grid, tables[0])
+            rel_w = self.rel_w_matmul.contract(grid, tables[1])
+            return _with_positions(total, rel_h, rel_w, size)
+
+        return packed_attention(quantizers, logits, q, k.transpose(-2, -1), v, tables)
 
     def logits(self, q: Tensor, k: Tensor, size: tuple[int, int]) -> Tensor:
         """``(B, heads, N, N)`` from ``q`` and ``k``, ``(B, heads, N, D)`` with ``N = H * W``."""
@@ -144,8 +176,7 @@ class RelPosAttention(_Base):
             scale = scale.unsqueeze(-1)
         rel_h = self.rel_h_matmul(grid, resized_table(self.rel_pos_h, size[0]), scale)
         rel_w = self.rel_w_matmul(grid, resized_table(self.rel_pos_w, size[1]), scale)
-        logits = logits.unflatten(3, size).unflatten(2, size)  # (B, heads, H, W, H, W)
-        return (logits + rel_h[..., None] + rel_w[..., None, :]).flatten(4).flatten(2, 3)
+        return _with_positions(logits, rel_h, rel_w, size)
 
     def _quantized_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes and their scale where every product takes codes, else values and None."""

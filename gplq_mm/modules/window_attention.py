@@ -5,27 +5,31 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .attention import quantized_attention
+
 if TYPE_CHECKING:
     _Base = nn.Module
 else:
     _Base = object
 
 
-def masked_softmax(logits: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax over keys, with the shifted windows' mask added before.
+def biased(logits: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits plus the position bias and the shifted windows' mask.
 
     Args:
         logits: ``(windows * B, heads, N, N)``.
+        bias: ``(1, heads, N, N)``.
         mask: ``(windows, N, N)``, 0 or a large negative number; or None.
 
     Returns:
-        Probabilities, shape of ``logits``.
+        Shape of ``logits``.
     """
+    logits = logits + bias
     if mask is not None:
         _, heads, N, _ = logits.shape
         logits = logits.view(-1, len(mask), heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
         logits = logits.view(-1, heads, N, N)
-    return logits.softmax(dim=-1)
+    return logits
 
 
 def gathered_bias(table: Tensor, index: Tensor) -> Tensor:
@@ -61,8 +65,10 @@ class WindowAttention(_Base):
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
-        logits = self.qk_matmul(q * self.scale, k.transpose(-2, -1))
         bias = gathered_bias(self.relative_position_bias_table, self.relative_position_index)
-        weights = self.attn_drop(masked_softmax(logits + bias, mask))
-        x = self.pv_matmul(weights, v).transpose(1, 2).reshape(B, N, C)
+        extras = (bias,) if mask is None else (bias, mask)
+        x = quantized_attention(
+            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, biased, extras, self.attn_drop
+        )
+        x = x.transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .grid import Grid
 from .learned_scale import (
     centered_codes_ste,
     fake_quantize_ste,
@@ -72,6 +73,7 @@ class FakeQuantizer(nn.Module):
         self.register_buffer('quant_range', torch.tensor(spec.quant_range, dtype=torch.int32))
         self.register_buffer('calibrated', torch.tensor(False))
         self._is_calibrated = False
+        self._offset: tuple[tuple[int, int], float | None] | None = None
 
     @property
     def is_calibrated(self) -> bool:
@@ -122,6 +124,19 @@ class FakeQuantizer(nn.Module):
             return scale, self.zero_point
         shape = broadcast_shape(self.spec.granularity, x.dim())
         return scale.view(shape), self.zero_point.view(shape)
+
+    def grid(self, zero_point: Tensor) -> Grid:
+        """Integer grid for packed codes.
+
+        Args:
+            zero_point: As ``qparams`` gives it; replaced by a number where it has one value.
+        """
+        key = (self.zero_point.data_ptr(), self.zero_point._version)
+        if self._offset is None or self._offset[0] != key:  # read once: it costs a device sync
+            values = self.zero_point.unique()
+            self._offset = key, float(values) if len(values) == 1 else None
+        value = self._offset[1]
+        return Grid(*self.spec.quant_range, zero_point if value is None else value)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Centred integer codes and the scale that turns them into values.

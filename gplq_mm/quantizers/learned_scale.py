@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .first_order import first_order_only
 from .functional import positive_scale, quantize, sum_to_shape
 
 
@@ -45,11 +46,12 @@ class _CenteredCodes(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
     ) -> Tensor:
         ratio = x / scale
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, _inside(ratio, zero_point, qmin, qmax))
         return ratio.round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, inside = ctx.saved_tensors
         grad_x = torch.where(inside, grad / scale, 0.0)
@@ -67,11 +69,12 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
     ) -> Tensor:
         ctx.bounds = (qmin, qmax)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, zero_point)
         return quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point).mul_(scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
         qmin, qmax = ctx.bounds

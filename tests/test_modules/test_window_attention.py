@@ -2,18 +2,19 @@
 import torch
 
 from gplq_mm.modules.float_matmul import FloatMatMul
-from gplq_mm.modules.window_attention import gathered_bias, masked_softmax
+from gplq_mm.modules.window_attention import biased, gathered_bias
 
 
-def test_masked_softmax_masks_each_window_with_its_own() -> None:
+def test_biased_masks_each_window_with_its_own() -> None:
     logits = torch.randn(6, 2, 3, 3)  # 3 windows of 2 images
     mask = torch.zeros(3, 3, 3)
     mask[1, :, 0] = -100
-    weights = masked_softmax(logits, mask)
+    bias = torch.randn(1, 2, 3, 3)
+    weights = biased(logits, bias, mask).softmax(-1)
     assert weights.shape == logits.shape
     masked = weights[:, :, :, 0].amax(dim=(1, 2)) < 1e-20
     assert masked.tolist() == [False, True, False] * 2
-    assert torch.equal(masked_softmax(logits, None), logits.softmax(-1))
+    assert torch.equal(biased(logits, bias), logits + bias)
 
 
 def test_gathered_bias() -> None:

@@ -19,7 +19,13 @@ from ...conversion import (
     register_roles,
     set_ffn_roles,
 )
-from ...modules import QuantLinear, quant_scaled_dot_product_attention, swap_class
+from ...modules import (
+    QuantLinear,
+    quant_scaled_dot_product_attention,
+    quantized_attention,
+    swap_class,
+)
+from ...modules.attention import added
 from ...modules.window_attention import gathered_bias
 
 
@@ -69,14 +75,16 @@ class QuantBEiTAttention(BEiTAttention):
         B, N, C = x.shape
         qkv = self._qkv(x).reshape(B, N, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
-        logits = self.qk_matmul(q * self.scale, k.transpose(-2, -1))
+        biases = []
         if self.relative_position_bias_table is not None:
             table, index = self.relative_position_bias_table, self.relative_position_index
-            logits = logits + gathered_bias(table, index)
+            biases.append(gathered_bias(table, index))
         if rel_pos_bias is not None:
-            logits = logits + rel_pos_bias
-        weights = self.attn_drop(logits.softmax(dim=-1))
-        x = self.pv_matmul(weights, v).transpose(1, 2).reshape(B, N, C)
+            biases.append(rel_pos_bias)
+        x = quantized_attention(
+            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, added, biases, self.attn_drop
+        )
+        x = x.transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))
 
     def _qkv(self, x: Tensor) -> Tensor:
@@ -102,9 +110,10 @@ class QuantAttentionWithRoPE(AttentionWithRoPE):
         if self.rope:
             q = self._rotated(q, patch_resolution).type_as(v)
             k = self._rotated(k, patch_resolution).type_as(v)
-        logits = self.qk_matmul(q * self.scale, k.transpose(-2, -1))
-        weights = self.attn_drop(logits.softmax(dim=-1).type_as(x))
-        x = self.pv_matmul(weights, v).transpose(1, 2).reshape(B, N, -1)
+        x = quantized_attention(
+            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, added, (), self.attn_drop
+        )
+        x = x.transpose(1, 2).reshape(B, N, -1)
         return self.proj_drop(self.proj(x))
 
     def _rotated(self, x: Tensor, patch_resolution: tuple[int, int]) -> Tensor:

@@ -14,7 +14,8 @@ from ...conversion import (
     register_roles,
     set_ffn_roles,
 )
-from ...modules import swap_class
+from ...modules import quantized_attention, swap_class
+from ...modules.attention import added
 
 
 class BiasAttention:
@@ -31,10 +32,14 @@ class BiasAttention:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Operands ``(B, heads, N, D)`` -> ``(B, N, heads * D)``."""
-        logits = self.qk_matmul(q, k.transpose(-2, -1)) * self.scale
         bias = self.attention_biases[:, self.attention_bias_idxs] if self.training else self.ab
-        weights = (logits + bias).softmax(dim=-1)
-        return self.pv_matmul(weights, v).transpose(1, 2).reshape(len(q), -1, self.dh)
+        scale = self.scale
+
+        def adjust(logits: Tensor, bias: Tensor) -> Tensor:
+            return logits * scale + bias
+
+        x = quantized_attention(self.qk_matmul, self.pv_matmul, q, k, v, adjust, (bias,))
+        return x.transpose(1, 2).reshape(len(q), -1, self.dh)
 
     def split(self: Any, qkv: Tensor) -> list[Tensor]:
         """``(B, N, C)`` -> q, k, v, each ``(B, heads, N, D)``."""
@@ -93,16 +98,18 @@ class QuantHiViTAttention(hivit.Attention):
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
-        logits = self.qk_matmul(q * self.scale, k.transpose(-2, -1))
+        extras = []
         if rpe_index is not None:
             bias = self.relative_position_bias_table[self.relative_position_index.view(-1)]
             S = round(self.relative_position_index.numel() ** 0.5)
             bias = bias.view(-1, S, S, self.num_heads).permute(0, 3, 1, 2).contiguous()
-            logits = logits + bias
+            extras.append(bias)
         if mask is not None:
-            logits = logits.masked_fill(~mask.bool()[:, None, None, :], float('-inf'))
-        weights = self.attn_drop(self.softmax(logits))
-        x = self.pv_matmul(weights, v).transpose(1, 2).reshape(B, N, C)
+            extras.append(mask.bool()[:, None, None, :])
+        x = quantized_attention(
+            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, added, extras, self.attn_drop
+        )
+        x = x.transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))
 
 

@@ -10,8 +10,8 @@ from mmpretrain.models.utils import ShiftWindowMSA, WindowMSA, WindowMSAV2
 from torch import Tensor
 
 from ...conversion import Context, attach_matmuls, child_name, register_handler
-from ...modules import QuantLinear, swap_class
-from ...modules.window_attention import WindowAttention, gathered_bias, masked_softmax
+from ...modules import QuantLinear, quantized_attention, swap_class
+from ...modules.window_attention import WindowAttention, biased, gathered_bias
 
 _MAX_LOG_SCALE = math.log(1.0 / 0.01)
 
@@ -32,10 +32,12 @@ class QuantWindowMSAV2(WindowMSAV2):
         qkv = self._qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        logits = self.qk_matmul(q, k.transpose(-2, -1))
-        logits = logits * torch.clamp(self.logit_scale, max=_MAX_LOG_SCALE).exp()
-        weights = self.attn_drop(masked_softmax(logits + self._bias(), mask))
-        x = self.pv_matmul(weights, v).transpose(1, 2).reshape(B, N, C)
+        factor = torch.clamp(self.logit_scale, max=_MAX_LOG_SCALE).exp()
+        extras = (factor, self._bias()) if mask is None else (factor, self._bias(), mask)
+        x = quantized_attention(
+            self.qk_matmul, self.pv_matmul, q, k, v, _scaled_and_biased, extras, self.attn_drop
+        )
+        x = x.transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))
 
     def _qkv(self, x: Tensor) -> Tensor:
@@ -50,6 +52,10 @@ class QuantWindowMSAV2(WindowMSAV2):
         """Continuous position bias, ``(1, heads, N, N)``."""
         table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
         return 16 * torch.sigmoid(gathered_bias(table, self.relative_position_index))
+
+
+def _scaled_and_biased(logits: Tensor, factor: Tensor, *bias_and_mask: Tensor) -> Tensor:
+    return biased(logits * factor, *bias_and_mask)
 
 
 @register_handler(WindowMSA)

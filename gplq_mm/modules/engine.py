@@ -1,0 +1,110 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Which implementation the quantized operators train with; the numbers are the same."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import FakeQuantizer, cpu_kernels
+
+ENGINES = ('fused', 'reference')
+FFN_MODES = ('layers', 'recompute')
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How a converted model computes a training step; not a part of what it is.
+
+    Attributes:
+        type: ``fused`` saves packed codes for the backward pass, ``reference`` saves
+            what autograd saves for the formulas as they are written.
+        ffn: ``layers`` saves the input of the activation function between two quantized
+            layers and the packed codes of its output, ``recompute`` neither: the
+            backward pass computes the first layer again from its packed input.
+
+    Raises:
+        ValueError: If a value is none of these.
+    """
+
+    type: Literal['fused', 'reference'] = 'fused'
+    ffn: Literal['layers', 'recompute'] = 'layers'
+
+    def __post_init__(self) -> None:
+        for name, allowed in (('type', ENGINES), ('ffn', FFN_MODES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f'engine.{name}={value!r}: write one of {allowed}')
+
+    @property
+    def description(self) -> str:
+        """One line that says which path is active."""
+        if not self.is_fused:
+            return 'engine reference: saves what autograd saves'
+        return f'engine fused: saves packed codes; on a CPU {cpu_kernels.load()[1]}; ffn={self.ffn}'
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether packed codes are saved."""
+        return self.type == 'fused'
+
+
+REFERENCE = Engine('reference')
+
+
+class EngineUser:
+    """Mixin of the modules that train with an engine."""
+
+    engine: Engine = REFERENCE
+
+
+def resolve_engine(engine: str | Mapping[str, Any] | Engine) -> Engine:
+    """Engine from its name or its settings.
+
+    Raises:
+        ValueError: For an unknown name, key or value.
+
+    Examples:
+        >>> resolve_engine('fused').ffn, resolve_engine(dict(type='fused', ffn='recompute')).ffn
+        ('layers', 'recompute')
+    """
+    if isinstance(engine, Engine):
+        return engine
+    if isinstance(engine, str):
+        return Engine(engine)  # type: ignore[arg-type]
+    unknown = sorted(set(engine) - {'type', 'ffn'})
+    if unknown:
+        raise ValueError(f"engine has no key {unknown[0]!r}; the keys are ['ffn', 'type']")
+    return Engine(**engine)
+
+
+def set_engine(model: nn.Module, engine: str | Mapping[str, Any] | Engine) -> Engine:
+    """Choose the engine of every quantized operator of a converted model.
+
+    Args:
+        model: Converted model.
+        engine: ``'fused'``, ``'reference'``, or a dict with ``type`` and options.
+
+    Returns:
+        The engine chosen.
+
+    Raises:
+        ValueError: For an unknown name, key or value.
+    """
+    chosen = resolve_engine(engine)
+    for module in model.modules():
+        if isinstance(module, EngineUser):
+            module.engine = chosen
+    return chosen
+
+
+def packs(engine: Engine, *quantizers: FakeQuantizer) -> bool:
+    """Whether an operator saves packed codes now: in training, with all operands quantized."""
+    return engine.is_fused and torch.is_grad_enabled() and all(q.is_active for q in quantizers)
+
+
+def needs_graph(*tensors: Tensor | None) -> bool:
+    """Whether a gradient is wanted for one of the tensors."""
+    return any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,129 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Attention that saves the packed codes of q, k and v only.
+
+Logits, probabilities and their codes are computed again, exactly, in the backward pass.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..quantizers import FakeQuantizer
+from ..quantizers.first_order import first_order_only
+from ..quantizers.packed_codes import (
+    packed_backward,
+    quantize_packed,
+    quantize_values,
+    softmax_backward,
+    unpack_values,
+)
+from .autocast import autocast_state
+
+Logits = Callable[..., Tensor]
+_SAVED = (0, 1, 3)
+"""Positions of q, k and v among the quantizers."""
+
+
+def packed_attention(
+    quantizers: Sequence[FakeQuantizer],
+    logits: Logits,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    extras: Sequence[Tensor] = (),
+) -> Tensor:
+    """``quantize(softmax(logits(quantize(q), quantize(k)))) @ quantize(v)``.
+
+    Args:
+        quantizers: Active quantizers of q, k (transposed), the probabilities and v.
+        logits: ``logits(q, k, *extras)``. It may use no other tensor of the graph than its
+            arguments, and is called again in the backward pass.
+        q: Scaled queries, ``(B, heads, N, D)``.
+        k: Transposed keys, ``(B, heads, D, M)``.
+        v: Values, ``(B, heads, M, D')``.
+        extras: Further arguments of ``logits``; saved as they are, they get gradients.
+
+    Returns:
+        ``(B, heads, N, D')``.
+    """
+    probabilities = q.new_empty(()).expand(*q.shape[:-1], k.shape[-1])
+    scales, grids = [], []
+    for quantizer, x in zip(quantizers, (q, k, probabilities, v), strict=True):
+        scale, zero_point = quantizer.qparams(x)
+        scales.append(scale)
+        grids.append(quantizer.grid(zero_point))
+    return _PackedAttention.apply(q, k, v, *scales, logits, grids, *extras)
+
+
+class _PackedAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        scales, (logits, grids), extras = rest[:4], rest[4:6], rest[6:]
+        values, packed, ends = [], [], [4]
+        for x, index in zip((q, k, v), _SAVED, strict=True):
+            on_grid, codes = quantize_packed(x.float(), scales[index], grids[index])
+            values.append(on_grid.to(x.dtype))
+            packed += codes
+            ends.append(4 + len(packed))
+        ctx.logits, ctx.grids, ctx.dtypes = logits, grids, (q.dtype, k.dtype, v.dtype)
+        ctx.autocast = autocast_state(q)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*scales, *packed, *extras)
+        ctx.ends = ends
+        weights = logits(values[0], values[1], *extras).softmax(dim=-1)
+        on_grid = quantize_values(weights.float(), scales[2], grids[2])
+        return on_grid.to(weights.dtype) @ values[2]
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        scales, extras = saved[:4], saved[ctx.ends[-1] :]
+        codes = {i: saved[ctx.ends[n] : ctx.ends[n + 1]] for n, i in enumerate(_SAVED)}
+        wanted = ctx.needs_input_grad[9:]
+        with torch.autocast(**ctx.autocast):
+            q, k, v = (
+                unpack_values(codes[i], scales[i], ctx.grids[i]).to(dtype)
+                for i, dtype in zip(_SAVED, ctx.dtypes, strict=True)
+            )
+            logits, back = _logits_with_graph(ctx.logits, q, k, extras, wanted)
+            weights = logits.softmax(dim=-1)
+            on_grid = quantize_values(weights.float(), scales[2], ctx.grids[2])
+            grad = grad.contiguous()
+            grad_v = on_grid.to(weights.dtype).transpose(-2, -1) @ grad
+            del on_grid
+            grad_logits, grad_scale = softmax_backward(
+                weights.float(),
+                grad @ v.transpose(-2, -1),
+                scales[2],
+                ctx.grids[2],
+                ctx.needs_input_grad[5],
+            )
+            del weights, logits
+            grad_q, grad_k, *grad_extras = back(grad_logits)
+        grads, grad_scales = [], {2: grad_scale}
+        for i, grad_x, dtype in zip(_SAVED, (grad_q, grad_k, grad_v), ctx.dtypes, strict=True):
+            grad_x, grad_scales[i] = packed_backward(
+                codes[i], grad_x, scales[i], ctx.grids[i], ctx.needs_input_grad[3 + i]
+            )
+            grads.append(grad_x.to(dtype))
+        return (*grads, *(grad_scales[i] for i in range(4)), None, None, *grad_extras)
+
+
+def _logits_with_graph(
+    logits: Logits, q: Tensor, k: Tensor, extras: Sequence[Tensor], wanted: Sequence[bool]
+) -> tuple[Tensor, Callable[[Tensor], list[Any]]]:
+    """Logits, and the function from their gradient to those of q, k and the extras."""
+    inputs = [q.requires_grad_(), k.requires_grad_()]
+    inputs += [x.detach().requires_grad_(want) for x, want in zip(extras, wanted, strict=True)]
+    with torch.enable_grad():
+        out = logits(*inputs)
+
+    def back(grad: Tensor) -> list[Any]:
+        targets = [x for x in inputs if x.requires_grad]
+        found = iter(torch.autograd.grad(out, targets, grad.to(out.dtype)))
+        return [next(found) if x.requires_grad else None for x in inputs]
+
+    return out.detach(), back

@@ -1,0 +1,236 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The packed passes as compiled C on a CPU, where a compiler is at hand.
+
+One sweep over memory instead of a dozen. A C file without torch's headers compiles in about
+a second (``torch.compile`` of the same passes: minutes on two cores); the library is kept in
+the user's cache. Whatever fails, the passes in torch are used instead.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+
+SWITCH = 'GPLQ_CPU_KERNELS'
+"""Environment variable: ``0`` keeps to torch."""
+_SOURCE = Path(__file__).with_name('packed_kernels.c')
+_FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math']
+_FLAGS += ['-std=gnu11', '-fPIC']
+_PARALLEL_FROM = 1 << 15
+"""Elements from which several threads pay."""
+_NAMES = ('pack', 'quantize', 'unpack', 'backward', 'softmax_backward')
+
+
+class CGrid(ctypes.Structure):
+    """``Grid`` of the C file."""
+
+    _fields_ = [
+        ('scale', ctypes.c_void_p),
+        ('zero_point', ctypes.c_void_p),
+        ('outer', ctypes.c_int64),
+        ('channels', ctypes.c_int64),
+        ('inner', ctypes.c_int64),
+        ('qmin', ctypes.c_float),
+        ('qmax', ctypes.c_float),
+        ('offset', ctypes.c_float),
+        ('narrow', ctypes.c_int),
+        ('threads', ctypes.c_int),
+    ]
+
+
+class Kernels:
+    """The compiled passes; methods as the functions of ``packed_passes``.
+
+    Args:
+        library: The loaded library.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions = {name: getattr(library, f'gplq_{name}') for name in _NAMES}
+        for function in self._functions.values():
+            function.restype = None
+
+    def pack(self, x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(values, codes, fields)``; codes hold the fields too where they fit a byte."""
+        x = _dense(x)
+        values, codes = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+        field = None if grid.is_narrow else torch.empty_like(codes)
+        self._call('pack', _Layout(x, scale, grid), x, values, codes, field)
+        return values, codes, field
+
+    def quantize(self, x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+        """Values on the grid."""
+        x = _dense(x)
+        values = torch.empty_like(x)
+        self._call('quantize', _Layout(x, scale, grid), x, values)
+        return values
+
+    def unpack(self, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+        """Values of packed codes."""
+        values = torch.empty_like(codes, dtype=torch.float32)
+        self._call('unpack', _Layout(codes, scale, grid), codes, values)
+        return values
+
+    def backward(
+        self,
+        codes: Tensor,
+        field: Tensor | None,
+        grad: Tensor,
+        scale: Tensor,
+        grid: Grid,
+        of_scale: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(grad_x, grad_scale)``; ``grad`` is overwritten."""
+        sums = torch.zeros(scale.shape, dtype=torch.float64)
+        self._call('backward', _Layout(codes, scale, grid), codes, field, grad, sums)
+        return grad, sums.float() if of_scale else None
+
+    def softmax_backward(
+        self, p: Tensor, grad: Tensor, scale: Tensor, grid: Grid, of_scale: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(grad_logits, grad_scale)``; ``grad`` is overwritten."""
+        sums = torch.zeros(scale.shape, dtype=torch.float64)
+        layout = _Layout(p, scale, grid)
+        width = ctypes.c_int64(p.shape[-1])
+        self._call('softmax_backward', layout, p, grad, width, sums)
+        return grad, sums.float() if of_scale else None
+
+    def _call(self, name: str, layout: '_Layout', *arguments: Any) -> None:
+        pointers = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments
+        ]
+        self._functions[name](ctypes.byref(layout.grid), *pointers)
+
+
+class _Layout:
+    """How a dense tensor and its scale lie in memory: ``(A, C, I)``, C scales.
+
+    Args:
+        x: Dense tensor.
+        scale: Broadcasts to it along one axis, or has one entry.
+        grid: Codes allowed.
+    """
+
+    def __init__(self, x: Tensor, scale: Tensor, grid: Grid) -> None:
+        outer, channels, inner = 1, 1, x.numel()
+        if scale.numel() > 1:
+            axis = next(d - scale.dim() for d, size in enumerate(scale.shape) if size > 1)
+            outer, channels, inner = _around(x, x.dim() + axis)
+        zero_point = grid.zero_point
+        if not isinstance(zero_point, Tensor):
+            zero_point = torch.full((channels,), zero_point)
+        self._kept = scale.contiguous(), zero_point.contiguous()  # alive while C looks at them
+        self.grid = CGrid(
+            *(t.data_ptr() for t in self._kept),
+            outer,
+            channels,
+            inner,
+            grid.qmin,
+            grid.qmax,
+            grid.offset,
+            grid.is_narrow,
+            torch.get_num_threads() if x.numel() > _PARALLEL_FROM else 1,
+        )
+
+
+def _around(x: Tensor, axis: int) -> tuple[int, int, int]:
+    """Elements before, along and behind an axis, in the order of memory."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    at = order.index(axis)
+    before, behind = (math.prod(x.shape[d] for d in part) for part in (order[:at], order[at + 1 :]))
+    return before, x.shape[axis], behind
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` without gaps, in the layout that elementwise operations give."""
+    like = torch.empty_like(x)
+    return x if like.stride() == x.stride() else like.copy_(x)
+
+
+def kernels_for(x: Tensor) -> Kernels | None:
+    """The compiled passes, or None where torch's own are to be used."""
+    if x.device.type != 'cpu' or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return None
+    return load()[0]
+
+
+@functools.cache
+def load() -> tuple[Kernels | None, str]:
+    """Compile and load the library once.
+
+    Returns:
+        ``(kernels, description)``; the first is None where there is none, and the
+        description says why.
+    """
+    if os.environ.get(SWITCH) == '0':
+        return None, f'passes in torch ({SWITCH}=0)'
+    try:
+        kernels = Kernels(ctypes.CDLL(str(_compiled())))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        return None, f'passes in torch (no compiled ones: {reason[-1] if reason else error!r})'
+    return kernels, 'passes compiled from C'
+
+
+def _compiled() -> Path:
+    """Path of the shared library, compiled if it is not in the cache."""
+    compiler = os.environ.get('CC') or shutil.which('gcc') or shutil.which('cc')
+    if compiler is None:
+        raise OSError('no C compiler')
+    openmp = _openmp_library()
+    key = '\n'.join([_SOURCE.read_text(), compiler, *_FLAGS, str(openmp), _processor()])
+    folder = _cache_folder()
+    path = folder / f'packed_kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _compile(compiler, openmp, Path(scratch), path)
+    return path
+
+
+def _compile(compiler: str, openmp: Path | None, scratch: Path, path: Path) -> None:
+    """Compile next to ``path`` and move there, so that several processes may do it at once."""
+    part, built = scratch / 'part.o', scratch / 'built.so'
+    flags = [*_FLAGS, '-fopenmp' if openmp else '-fopenmp-simd']
+    link = [str(openmp), f'-Wl,-rpath,{openmp.parent}'] if openmp else []
+    for command in (
+        [compiler, *flags, '-c', str(_SOURCE), '-o', str(part)],
+        [compiler, '-shared', str(part), *link, '-lm', '-o', str(built)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise OSError(f'{compiler}: {done.stderr.strip()}')
+    os.replace(built, path)
+
+
+def _openmp_library() -> Path | None:
+    """The OpenMP runtime that torch itself has loaded: a second one would fight for the cores."""
+    root = Path(torch.__file__).parent
+    found = [*root.glob('lib/libgomp*.so*'), *root.parent.glob('torch.libs/libgomp*.so*')]
+    return sorted(found)[0] if found else None
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return Path(base) / 'gplq_mm'
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a cache may be shared by several machines."""
+    info = Path('/proc/cpuinfo')
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        return next((line for line in lines if line.startswith('flags')), platform.machine())
+    return f'{platform.machine()} {platform.processor()} {platform.node()}'

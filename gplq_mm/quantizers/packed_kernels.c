@@ -1,0 +1,191 @@
+// Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+// The passes of packed_codes.py in one sweep each, for float32 on a CPU. Compiled at run time by
+// cpu_kernels.py with contraction off: every result equals torch's to the last bit.
+//
+// A tensor lies in memory as (A, C, I); its scale has C entries (C = 1: one for all).
+
+#include <math.h>
+#include <stdint.h>
+
+#define BLOCK 4096
+typedef struct {
+    const float *scale, *zero_point;
+    int64_t outer, channels, inner;
+    float qmin, qmax, offset;  // offset: added to a code so that it fits its signed bits
+    int narrow, threads;       // narrow: code and field share a byte
+} Grid;
+
+typedef struct { float qmin, qmax, offset; } Range;
+
+static inline float centred_code(float ratio, float z, Range r) {
+    float code = rintf(ratio) + z;  // a NaN passes both comparisons
+    code = code < r.qmin ? r.qmin : code;
+    code = code > r.qmax ? r.qmax : code;
+    return code - z;
+}
+
+static inline float field_of(float ratio, float z, Range r) {
+    float field = rintf((ratio - rintf(ratio)) * 15.0f);
+    field = field < -7.0f ? -7.0f : field;
+    field = field > 7.0f ? 7.0f : field;
+    return (ratio > r.qmin - z) & (ratio < r.qmax - z) ? field + 8.0f : 0.0f;
+}
+
+#define PACK_ONE(x, s, z, value, store)                                                          \
+    {                                                                                            \
+        const float ratio = (x) / (s);                                                           \
+        const float centred = centred_code(ratio, z, r) + (ratio - ratio); /* inf: NaN */        \
+        const float field = field_of(ratio, z, r), code = centred + (z) + r.offset;              \
+        value = centred * (s);                                                                   \
+        store                                                                                    \
+    }
+#define STORE_BYTE codes[i] = (int8_t)(int32_t)(code * 16.0f + field);
+#define STORE_BOTH codes[i] = (int8_t)(int32_t)code; fields[i] = (int8_t)(int32_t)field;
+
+// One block of n elements; step 1 if each has its own scale, 0 if all share one.
+static void pack_block(int64_t n, const float *restrict x, const float *restrict scale,
+                       const float *restrict zero, int step, Range r, float *restrict values,
+                       int8_t *restrict codes, int8_t *restrict fields) {
+    const float s = *scale, z = *zero;
+    if (!step && !fields)
+        for (int64_t i = 0; i < n; i++) PACK_ONE(x[i], s, z, values[i], STORE_BYTE)
+    else if (!step)
+        for (int64_t i = 0; i < n; i++) PACK_ONE(x[i], s, z, values[i], STORE_BOTH)
+    else if (!fields)
+        for (int64_t i = 0; i < n; i++) PACK_ONE(x[i], scale[i], zero[i], values[i], STORE_BYTE)
+    else
+        for (int64_t i = 0; i < n; i++) PACK_ONE(x[i], scale[i], zero[i], values[i], STORE_BOTH)
+}
+
+// Run `body` for each block of elements of one channel (inner > 1) or across channels (inner = 1).
+#define FOR_BLOCKS(g, body)                                                                      \
+    if ((g)->inner == 1) {                                                                       \
+        _Pragma("omp parallel for num_threads((g)->threads)")                                    \
+        for (int64_t a = 0; a < (g)->outer; a++) {                                               \
+            const int64_t begin = a * (g)->channels, end = begin + (g)->channels, first = 0;     \
+            const int64_t step = 1;                                                              \
+            body                                                                                 \
+        }                                                                                        \
+    } else {                                                                                     \
+        const int64_t pieces = ((g)->inner + BLOCK - 1) / BLOCK;                                 \
+        const int64_t blocks = (g)->outer * (g)->channels * pieces;                              \
+        _Pragma("omp parallel for num_threads((g)->threads)")                                    \
+        for (int64_t b = 0; b < blocks; b++) {                                                   \
+            const int64_t run = b / pieces, first = run % (g)->channels, step = 0;               \
+            const int64_t begin = run * (g)->inner + (b % pieces) * BLOCK;                       \
+            const int64_t rest = (run + 1) * (g)->inner - begin;                                 \
+            const int64_t end = begin + (rest < BLOCK ? rest : BLOCK);                           \
+            body                                                                                 \
+        }                                                                                        \
+    }
+
+// `statement` for every element i of a block, with its scale s and zero point z.
+#define FOR_ELEMENTS(g, statement)                                                               \
+    if (step) {                                                                                  \
+        for (int64_t i = begin; i < end; i++) {                                                  \
+            const float s = (g)->scale[i - begin], z = (g)->zero_point[i - begin];               \
+            statement                                                                            \
+        }                                                                                        \
+    } else {                                                                                     \
+        const float s = (g)->scale[first], z = (g)->zero_point[first];                           \
+        for (int64_t i = begin; i < end; i++) { statement }                                      \
+    }
+
+void gplq_pack(const Grid *g, const float *x, float *values, int8_t *codes, int8_t *fields) {
+    const Range r = {g->qmin, g->qmax, g->offset};
+    FOR_BLOCKS(g, pack_block(end - begin, x + begin, g->scale + first, g->zero_point + first, step, r,
+                             values + begin, codes + begin, fields ? fields + begin : 0);)
+}
+
+void gplq_quantize(const Grid *g, const float *restrict x, float *restrict values) {
+    const Range r = {g->qmin, g->qmax, g->offset};
+    FOR_BLOCKS(g, FOR_ELEMENTS(g, values[i] = centred_code(x[i] / s, z, r) * s;))
+}
+
+void gplq_unpack(const Grid *g, const int8_t *restrict codes, float *restrict values) {
+    const float offset = g->offset;
+    if (g->narrow) {
+        FOR_BLOCKS(g, FOR_ELEMENTS(g, values[i] = ((float)(codes[i] >> 4) - (offset + z)) * s;))
+    } else {
+        FOR_BLOCKS(g, FOR_ELEMENTS(g, values[i] = ((float)codes[i] - (offset + z)) * s;))
+    }
+}
+
+static inline float share(float grad, float field, float centred, float *grad_x) {
+    const int inside = field != 0.0f;
+    *grad_x = inside ? grad : 0.0f;
+    return grad * (inside ? (8.0f - field) * (1.0f / 15.0f) : centred);
+}
+
+// grad becomes the input's gradient; sums[c] gets the scale's.
+void gplq_backward(const Grid *g, const int8_t *restrict codes, const int8_t *restrict fields,
+                   float *restrict grad, double *restrict sums) {
+    const float offset = g->offset;
+    const int narrow = g->narrow;
+    if (g->inner == 1) {
+        for (int64_t a = 0; a < g->outer; a++) {
+            const int64_t begin = a * g->channels;
+            for (int64_t c = 0; c < g->channels; c++) {
+                const int64_t i = begin + c;
+                const float field = narrow ? (codes[i] & 15) : fields[i];
+                const float code = (narrow ? codes[i] >> 4 : codes[i]) - (offset + g->zero_point[c]);
+                sums[c] += share(grad[i], field, code, grad + i);
+            }
+        }
+        return;
+    }
+    const int64_t pieces = (g->inner + BLOCK - 1) / BLOCK;
+    for (int64_t c = 0; c < g->channels; c++) {
+        const float shift = offset + g->zero_point[c];
+        double total = 0;
+#pragma omp parallel for num_threads(g->threads) reduction(+ : total)
+        for (int64_t b = 0; b < g->outer * pieces; b++) {
+            const int64_t run = (b / pieces) * g->channels + c;
+            const int64_t begin = run * g->inner + (b % pieces) * BLOCK;
+            const int64_t rest = (run + 1) * g->inner - begin, n = rest < BLOCK ? rest : BLOCK;
+            float sum = 0;
+            if (narrow) {
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = begin; i < begin + n; i++)
+                    sum += share(grad[i], codes[i] & 15, (codes[i] >> 4) - shift, grad + i);
+            } else {
+#pragma omp simd reduction(+ : sum)
+                for (int64_t i = begin; i < begin + n; i++)
+                    sum += share(grad[i], fields[i], codes[i] - shift, grad + i);
+            }
+            total += sum;
+        }
+        sums[c] = total;
+    }
+}
+
+// LSQ and softmax backward of probabilities p, (A, C, I) with rows of `width`: grad of the
+// quantized probabilities becomes that of the logits.
+void gplq_softmax_backward(const Grid *g, const float *p, float *grad, int64_t width,
+                           double *sums) {
+    const int64_t rows = g->inner / width;
+    const Range r = {g->qmin, g->qmax, g->offset};
+    for (int64_t c = 0; c < g->channels; c++) {
+        const float s = g->scale[c], z = g->zero_point[c];
+        const float low = r.qmin - z, high = r.qmax - z;
+        double total = 0;
+#pragma omp parallel for num_threads(g->threads) reduction(+ : total)
+        for (int64_t row = 0; row < g->outer * rows; row++) {
+            const int64_t start = ((row / rows) * g->channels + c) * g->inner + (row % rows) * width;
+            const float *restrict x = p + start;
+            float *restrict d = grad + start;
+            float sum = 0, inner = 0;
+#pragma omp simd reduction(+ : sum, inner)
+            for (int64_t i = 0; i < width; i++) {
+                const float ratio = x[i] / s, code = centred_code(ratio, z, r);
+                const int inside = (ratio > low) & (ratio < high);
+                sum += d[i] * (code - (inside ? ratio : 0.0f));
+                d[i] = inside ? d[i] : 0.0f;
+                inner += d[i] * x[i];
+            }
+            for (int64_t i = 0; i < width; i++) d[i] = x[i] * (d[i] - inner);
+            total += sum;
+        }
+        sums[c] = total;
+    }
+}

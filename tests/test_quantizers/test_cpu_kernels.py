@@ -1,0 +1,64 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import pytest
+import torch
+
+from gplq_mm.quantizers import cpu_kernels
+from gplq_mm.quantizers.grid import Grid
+from gplq_mm.quantizers.packed_codes import packed_backward, quantize_packed
+
+
+@pytest.fixture
+def fresh(monkeypatch, tmp_path):
+    """No library loaded, an empty cache."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    cpu_kernels.load.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    cpu_kernels.load.cache_clear()
+
+
+@pytest.mark.parametrize('compiler', ['no-such-compiler', 'false'])
+def test_without_a_working_compiler_torch_does_it(fresh, monkeypatch, compiler) -> None:
+    monkeypatch.setenv('CC', compiler)
+    kernels, description = cpu_kernels.load()
+    assert kernels is None
+    assert description.startswith('passes in torch') and compiler in description
+    values, _ = quantize_packed(torch.tensor([0.6]), torch.tensor(0.5), Grid(-8, 7, 0.0))
+    assert values.tolist() == [0.5]
+
+
+def test_switch(fresh, monkeypatch) -> None:
+    monkeypatch.setenv(cpu_kernels.SWITCH, '0')
+    assert cpu_kernels.load() == (None, 'passes in torch (GPLQ_CPU_KERNELS=0)')
+
+
+def test_library_is_compiled_once(fresh) -> None:
+    if cpu_kernels.load()[0] is None:
+        pytest.skip(cpu_kernels.load()[1])
+    built = list((fresh / 'gplq_mm').iterdir())
+    assert len(built) == 1 and built[0].suffix == '.so'
+    before = built[0].stat().st_mtime_ns
+    cpu_kernels.load.cache_clear()
+    assert cpu_kernels.load()[1] == 'passes compiled from C'
+    assert built[0].stat().st_mtime_ns == before
+
+
+def test_several_threads_give_the_same() -> None:
+    x = torch.randn(300_001, generator=torch.Generator().manual_seed(0))
+    scale, grid = torch.tensor(0.3), Grid(-8, 7, 2.0)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for number in (1, 3):
+            torch.set_num_threads(number)
+            values, packed = quantize_packed(x, scale, grid)
+            found.append([values, *packed, *packed_backward(packed, x.clone(), scale, grid, True)])
+    finally:
+        torch.set_num_threads(threads)
+    for one, three in zip(*found, strict=True):
+        torch.testing.assert_close(one, three, rtol=1e-5, atol=0)
+    assert all(map(torch.equal, found[0][:3], found[1][:3]))
+
+
+def test_other_devices_and_types_are_left_to_torch() -> None:
+    assert cpu_kernels.kernels_for(torch.zeros(1, dtype=torch.float64)) is None
+    assert cpu_kernels.kernels_for(torch.zeros(1, device='meta')) is None
