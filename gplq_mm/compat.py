@@ -105,14 +105,26 @@ def _probe_pycocotools(pycocotools: ModuleType) -> str:
     return ''
 
 
+def _probe_mmdet(mmdet: ModuleType) -> str:
+    if not is_installed('mmdet.structures'):
+        raise RuntimeError('mmdet >= 3.0 is needed')
+    return ''
+
+
+def _probe_mmpretrain(mmpretrain: ModuleType) -> str:
+    if not is_installed('mmpretrain.structures'):
+        raise RuntimeError('mmpretrain >= 1.0 is needed')
+    return ''
+
+
 COMPONENTS = (
     Component('torch', 'pip install torch==2.11.0', _probe_torch),
     Component('torchvision', 'pip install torch==2.11.0 torchvision==0.26.0', _probe_torchvision),
     Component('numpy', 'pip install numpy', _probe_numpy),
     Component('mmengine', 'pip install mmengine==0.10.7'),
     Component('mmcv', f'{_BUILD_MMCV} mmcv==2.1.0', _probe_mmcv, _REBUILD_MMCV),
-    Component('mmdet', 'pip install mmdet==3.3.0'),
-    Component('mmpretrain', 'pip install mmpretrain==1.2.0'),
+    Component('mmdet', 'pip install mmdet==3.3.0', _probe_mmdet),
+    Component('mmpretrain', 'pip install mmpretrain==1.2.0', _probe_mmpretrain),
     Component('pycocotools', 'pip install pycocotools', _probe_pycocotools),
 )
 

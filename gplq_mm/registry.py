@@ -10,14 +10,26 @@ from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import LOOPS as MMENGINE_LOOPS
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as MMENGINE_CONSTRUCTORS
+from mmengine.registry import OPTIM_WRAPPERS as MMENGINE_OPTIM_WRAPPERS
 from mmengine.registry import Registry
 
-MODELS = Registry('model', parent=MMENGINE_MODELS, scope='gplq_mm', locations=['gplq_mm.models'])
+MODELS = Registry(
+    'model',
+    parent=MMENGINE_MODELS,
+    scope='gplq_mm',
+    locations=['gplq_mm.models', 'gplq_mm.engine.linear_probe'],
+)
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='gplq_mm', locations=['gplq_mm.engine.hooks'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='gplq_mm', locations=['gplq_mm.engine'])
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_CONSTRUCTORS,
+    scope='gplq_mm',
+    locations=['gplq_mm.engine'],
+)
+OPTIM_WRAPPERS = Registry(
+    'optim_wrapper',
+    parent=MMENGINE_OPTIM_WRAPPERS,
     scope='gplq_mm',
     locations=['gplq_mm.engine'],
 )

@@ -21,7 +21,10 @@ from gplq_mm.registry import MODELS
 from gplq_mm.utils.config import override_data_root, override_image_size
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path.stem for path in (ROOT / 'configs/gplq').glob('*.py'))
+DETECTORS = ('mask_rcnn', 'cascade_mask_rcnn', 'retinanet')
+CONFIGS = sorted(
+    path.stem for path in (ROOT / 'configs/gplq').glob('*.py') if path.stem.startswith(DETECTORS)
+)
 VARIANTS = ['w3a3', 'w8a8', 'w4a4_all', 'w4a4_paper']
 SHRUNKEN_BACKBONE = {
     'SwinTransformer': {'model.backbone.depths': [1, 1, 1, 1]},

@@ -22,7 +22,14 @@ from gplq_mm.engine.launch import (
     run_tool,
 )
 from gplq_mm.engine.library_ways import show_predictions, wrap_for_tta
-from gplq_mm.engine.preflight import ConfigError, check_checkpoint, check_data
+from gplq_mm.engine.preflight import (
+    ConfigError,
+    check_checkpoint,
+    check_data,
+    check_float_model,
+    is_gplq,
+    require_hook,
+)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_out(args)
     cfg = read_config(args)
     cfg.load_from, cfg.resume = args.checkpoint, False
-    check_checkpoint(args.checkpoint)
+    state = check_checkpoint(args.checkpoint)
+    if is_gplq(cfg):
+        require_hook(cfg)
+    else:
+        check_float_model(args.config, args.checkpoint, state)
     check_data(cfg, ('test',))
     if args.show or args.show_dir:
         show_predictions(cfg, args.show, args.show_dir, args.wait_time)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 from mmengine.config import Config, ConfigDict
+from mmengine.device import get_device
 from mmengine.logging import print_log
 
 from gplq_mm.engine.launch import (
@@ -46,7 +47,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def set_amp(cfg: Config) -> None:
-    """Turn on automatic mixed precision, dynamic loss scale unless the config gives one."""
+    """Turn on automatic mixed precision, dynamic loss scale unless the config gives one.
+
+    Raises:
+        ConfigError: If there is no accelerator, without which MMEngine has none.
+    """
+    if get_device() == 'cpu':
+        raise ConfigError('--amp: MMEngine has mixed precision on accelerators only; leave it out')
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 

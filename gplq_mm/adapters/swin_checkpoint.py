@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from ..utils.patch_merging import reorder_neighbours
 from ..utils.state_dict import check_state_dict, rename
 
 BACKBONE_RENAMES = (
@@ -35,27 +36,6 @@ def rename_key(key: str) -> str:
         'backbone.stages.2.blocks.5.attn.w_msa.qkv.weight'
     """
     return rename(key, BACKBONE_RENAMES)
-
-
-def reorder_neighbours(value: Tensor) -> Tensor:
-    """Go from Swin's order of the 2 x 2 neighbours to the one of mmdet's ``nn.Unfold``.
-
-    Swin concatenates whole pixels, column by column; ``nn.Unfold`` keeps each channel's four
-    values together, row by row.
-
-    Args:
-        value: Weight ``(C_out, 4 * C)`` of the reduction, or a vector ``(4 * C,)`` of its norm.
-
-    Returns:
-        The same shape, reordered along the last axis.
-
-    Example:
-        >>> import torch
-        >>> reorder_neighbours(torch.arange(8)).tolist()
-        [0, 4, 2, 6, 1, 5, 3, 7]
-    """
-    pixels = value.unflatten(-1, (2, 2, -1))  # (..., column, row, C)
-    return pixels.movedim(-1, -3).transpose(-1, -2).flatten(-3)  # (..., C, row, column)
 
 
 def convert_swin_state_dict(

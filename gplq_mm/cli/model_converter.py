@@ -11,6 +11,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor
 
+from ..engine.quantized_model import float_model_config
 from ..registry import MODELS
 from ..utils.checkpoint_io import read_checkpoint, write_checkpoint
 
@@ -23,7 +24,7 @@ def convert_file(source: str, out: Path, config: Path, convert: Converter) -> in
     Args:
         source: Checkpoint of another project, or its URL.
         out: File to write.
-        config: Config whose model the weights must fit, key by key.
+        config: Config whose float model the weights must fit, key by key.
         convert: Takes the source's and the target's state dict, returns the converted one.
 
     Returns:
@@ -36,7 +37,8 @@ def convert_file(source: str, out: Path, config: Path, convert: Converter) -> in
     checkpoint = read_checkpoint(source)
     cfg = Config.fromfile(config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
-    weights = convert(checkpoint['state_dict'], MODELS.build(cfg.model).state_dict())
+    model = MODELS.build(float_model_config(cfg.model))
+    weights = convert(checkpoint['state_dict'], model.state_dict())
     found = dict(checkpoint.get('meta') or {})
     meta: dict[str, Any] = {'converted_from': Path(source).name}
     if 'dataset_meta' in found or 'CLASSES' in found:

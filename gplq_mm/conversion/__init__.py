@@ -2,6 +2,7 @@
 """Floor 2: from a float model and a recipe to a model with quantizers."""
 
 from .attention import attach_matmuls, attach_rel_pos_matmuls
+from .auto_settings import settle_auto
 from .convert import (
     CoverageReport,
     convert_,
@@ -36,4 +37,5 @@ __all__ = [
     'set_ffn_roles',
     'set_predictor_roles',
     'set_quantization',
+    'settle_auto',
 ]

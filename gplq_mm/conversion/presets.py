@@ -31,14 +31,16 @@ _OURS: dict[str, Any] = {
         {'role': 'image', 'num_bits': 8, 'optional': True},
         {'role': 'predictor', 'num_bits': 8, 'optional': True},
     ],
-    'calibration': {'num_images': 32, 'seed': 0, 'batch_size': 1},
+    'calibration': {'num_images': 'auto', 'seed': 0, 'batch_size': 1},
     'mimic': {'type': 'auto', 'loss_weight': 1.0},
     'optim': {
-        'lr': 5e-5,
-        'scale_lr': 5e-4,
+        'lr': 'auto',
+        'scale_lr': 'auto',
         'weight_decay': 0.0,
         'scale_weight_decay': 0.0,
         'betas': [0.9, 0.999],
+        'train': 'all',
+        'drop_rates': 'off',
     },
     'stage2': {'compensation': None},
 }
@@ -61,7 +63,7 @@ def _paper(bits: int) -> dict[str, Any]:
     recipe['rules'] = [r for r in recipe['rules'] if r['role'] != 'softmax']
     recipe['calibration']['num_images'] = 128
     recipe['mimic'] = {'type': 'paper', 'loss_weight': 1.0, 'explained_variance': 0.6}
-    recipe['optim'].update(lr=5e-6, scale_lr=5e-6)
+    recipe['optim'].update(lr=5e-6, scale_lr=5e-6, drop_rates='keep')
     recipe['stage2'] = {'compensation': 'auto'}
     return recipe
 

@@ -3,10 +3,12 @@
 
 import copy
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..quantizers import OBSERVERS, PerChannel, PerTensor, QuantSpec, integer_range
+from .auto_settings import AUTO, may_be_auto
 from .match import ROLES
 from .presets import PRESETS
 
@@ -25,11 +27,12 @@ _SETTING_KEYS = {
     'observer_args',
     'learn_scale',
 }
+_RATES = ('lr', 'scale_lr', 'weight_decay', 'scale_weight_decay')
 _KEYS: dict[str, set[str] | None] = {
     'activation': _SETTING_KEYS | {'enabled'},
     'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
     'calibration': {'num_images', 'seed', 'batch_size'},
-    'optim': {'lr', 'scale_lr', 'weight_decay', 'scale_weight_decay', 'betas'},
+    'optim': {*_RATES, 'betas', 'train', 'drop_rates'},
     'stage2': None,
 }
 _RULE_KEYS = {'name', 'role', 'num_bits', 'enabled', 'activation', 'weight', 'optional'}
@@ -195,6 +198,7 @@ def _validate(recipe: dict[str, Any]) -> None:
             _check_keys(f'{where}.{kind}', rule.get(kind) or {}, _KEYS[kind] or set())
             _check_settings(f'{where}.{kind}', rule.get(kind) or {})
     _check_calibration(recipe['calibration'])
+    _check_optim(recipe['optim'])
 
 
 def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
@@ -218,8 +222,31 @@ def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
 def _check_calibration(calibration: Mapping[str, Any]) -> None:
     for key in ('num_images', 'batch_size'):
         value = calibration[key]
-        if not isinstance(value, int) or value < 1:
+        if may_be_auto('calibration', key) and value == AUTO:
+            continue
+        if not _is_int(value) or value < 1:
             raise ValueError(
                 f'recipe.calibration.{key}={value!r}: write a positive integer; an empty '
                 'calibration set cannot set a range'
             )
+    if not _is_int(calibration['seed']) or calibration['seed'] < 0:
+        raise ValueError(
+            f'recipe.calibration.seed={calibration["seed"]!r}: write an integer from 0'
+        )
+
+
+def _check_optim(optim: Mapping[str, Any]) -> None:
+    for key in _RATES:
+        if not (_is_rate(optim[key]) or (may_be_auto('optim', key) and optim[key] == AUTO)):
+            raise ValueError(f'recipe.optim.{key}={optim[key]!r}: write a number from 0')
+    betas = optim['betas']
+    if not (isinstance(betas, list | tuple) and len(betas) == 2 and all(map(_is_rate, betas))):
+        raise ValueError(f'recipe.optim.betas={betas!r}: write two numbers')
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_rate(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf

@@ -2,6 +2,7 @@
 """Calibration images: training images through the test pipeline."""
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -45,13 +46,36 @@ class CalibrationSet:
         pipeline = _innermost(reference['dataset'])['pipeline']
         self.dataset = DATASETS.build(with_pipeline(cfg.train_dataloader.dataset, pipeline))
         self.collate = _collate_function(reference)
+        self._cfg = cfg
+        self._order = np.random.default_rng(seed).permutation(len(self.dataset))
+        self._choose(num_images, batch_size, 'calibration')
+
+    def sample(
+        self, num_images: int | None, batch_size: int, most: int, section: str
+    ) -> 'CalibrationSet':
+        """Another number of images from the same draw, for another purpose.
+
+        Args:
+            num_images: Images to draw; None for ``most``, or all where there are fewer.
+            batch_size: Images a forward pass.
+            most: Images drawn where ``num_images`` is None.
+            section: Section of the recipe that asks for them.
+
+        Raises:
+            ValueError: As for the class.
+        """
+        other = copy.copy(self)
+        wanted = min(most, len(self.dataset)) if num_images is None else num_images
+        other._choose(wanted, batch_size, section)
+        return other
+
+    def _choose(self, num_images: int, batch_size: int, section: str) -> None:
         if len(self.dataset) < num_images:
             raise ValueError(
-                f'calibration asks for {num_images} images but the training set has '
-                f'{len(self.dataset)}; write recipe=dict(calibration=dict(num_images=...))'
+                f'{section} asks for {num_images} images but the training set has '
+                f'{len(self.dataset)}; write recipe=dict({section}=dict(num_images=...))'
             )
-        order = np.random.default_rng(seed).permutation(len(self.dataset))
-        self.indices = [int(i) for i in order[:num_images]]
+        self.indices = [int(i) for i in self._order[:num_images]]
         self.batches = [self.indices[i : i + batch_size] for i in range(0, num_images, batch_size)]
         if len(self.batches) < world()[1]:
             raise ValueError(
@@ -59,7 +83,7 @@ class CalibrationSet:
                 'ask for more images or a smaller batch_size'
             )
         self.paths = [image_path(self.dataset, i) for i in self.indices]
-        _require_disjoint(self.paths, cfg)
+        _require_disjoint([image_identity(self.dataset, i) for i in self.indices], self._cfg)
 
     def __iter__(self) -> Iterator[Any]:
         """This rank's collated batches, in a fixed order."""
@@ -147,6 +171,15 @@ def image_path(dataset: Any, index: int) -> str | None:
     return os.path.realpath(path) if path else None
 
 
+def image_identity(dataset: Any, index: int) -> str | None:
+    """What tells an image from others: its real path, or a hash of pixels held in memory."""
+    info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
+    pixels = info.get('img')
+    if isinstance(pixels, np.ndarray) and not info.get('img_path'):
+        return f'SHA-1 {hashlib.sha1(pixels.tobytes()).hexdigest()}'
+    return image_path(dataset, index)
+
+
 def _is_subset(wrapper: Mapping[str, Any]) -> bool:
     """Whether a wrapper leaves images out for good (the others only repeat or mix them)."""
     kind = wrapper.get('type')
@@ -168,8 +201,8 @@ def _collate_function(dataloader: Mapping[str, Any]) -> Callable[[list], Any]:
     return lambda samples: function(samples, **cfg)
 
 
-def _require_disjoint(paths: list[str | None], cfg: Config) -> None:
-    known = {p for p in paths if p}
+def _require_disjoint(images: list[str | None], cfg: Config) -> None:
+    known = {image for image in images if image}
     compared: list[Any] = []
     for name in ('val_dataloader', 'test_dataloader'):
         dataloader = cfg.get(name)
@@ -182,10 +215,10 @@ def _require_disjoint(paths: list[str | None], cfg: Config) -> None:
             # training needs no test set; images that are not there cannot be shared
             print_log(f'{name} is not compared with the calibration images: {error}', 'current')
             continue
-        shared = {image_path(dataset, i) for i in range(len(dataset))} & known
+        shared = {image_identity(dataset, i) for i in range(len(dataset))} & known
         if shared:
             raise ValueError(
-                f'{len(shared)} of {len(paths)} calibration images are also in {name}, for '
+                f'{len(shared)} of {len(images)} calibration images are also in {name}, for '
                 f'example {sorted(map(str, shared))[0]}; calibrate on training images only '
                 '(check train_dataloader.dataset)'
             )

@@ -88,8 +88,8 @@ def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     try:
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        lines = [x.strip() for x in str(error).splitlines() if 'size mismatch' in x]
-        _refuse(model, 'other shapes', lines or [str(error)])
+        shapes = _other_shapes(model, state)
+        _refuse(model, 'other shapes', shapes or [' '.join(str(error).split())])
     added = quantization_keys(model)
     missing = [k for k in result.missing_keys if k not in added]
     if missing:
@@ -220,15 +220,19 @@ def _recipe(model: nn.Module) -> dict[str, Any]:
     return model.gplq.recipe  # type: ignore[union-attr, return-value]
 
 
+def _other_shapes(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    own = model.state_dict()
+    return [
+        f'{k} {tuple(state[k].shape)}, model {tuple(own[k].shape)}'
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+
+
 def _require_same_keys(model: nn.Module, state: Mapping[str, Any]) -> None:
     own = model.state_dict()
     remedy = 'use the config that the checkpoint was made with'
-    shared = [k for k in own if k in state]
-    shapes = [
-        f'{k} {tuple(state[k].shape)}, model {tuple(own[k].shape)}'
-        for k in shared
-        if state[k].shape != own[k].shape
-    ]
+    shapes = _other_shapes(model, state)
     for what, names in (
         ('missing keys', sorted(set(own) - set(state))),
         ('keys that the model does not have', sorted(set(state) - set(own))),

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
+from mmengine.dataset import BaseDataset
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -21,6 +22,7 @@ from .preflight import ConfigError
 from .resume import resumable_checkpoint
 
 USER_ERROR = 2
+_LIBRARIES = ('mmdet', 'mmpretrain')
 PACKAGE = Path(__file__).resolve().parents[1]
 _MISTAKES = (ValueError, TypeError, FileNotFoundError, FileExistsError, UncalibratedError)
 
@@ -59,8 +61,9 @@ def read_config(args: argparse.Namespace) -> Config:
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config)
     scope = cfg.get('default_scope', 'mmengine')
-    if scope in ('mmdet', 'mmpretrain'):
-        check_versions('mmcv', scope)
+    needed = {lib for lib in _LIBRARIES if scope == lib or f"'{lib}." in str(cfg.get('model'))}
+    if needed:
+        check_versions('mmcv', *sorted(needed))
     if scope == 'mmpretrain':
         set_mmpretrain_dataloaders(cfg)
     if args.cfg_options:
@@ -164,11 +167,34 @@ def run_tool(main: Callable[[], None]) -> int:
     try:
         main()
     except (*_MISTAKES, ImportError) as error:
-        if not is_refusal(error):
+        empty = empty_data_set(error)
+        if not (empty or is_refusal(error)):
             raise
-        sys.stderr.write(f'error: {error}\n')
+        sys.stderr.write(f'error: {empty or error}\n')
         return USER_ERROR
     return 0
+
+
+def empty_data_set(error: BaseException) -> str | None:
+    """Explain the error that MMEngine makes of a data set without images (NumPy's, unreadable).
+
+    Args:
+        error: What a tool raised.
+
+    Returns:
+        The explanation; None if the error is another.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        dataset = trace.tb_frame.f_locals.get('self')
+        if isinstance(dataset, BaseDataset) and not getattr(dataset, 'data_list', True):
+            where = dataset.ann_file or dataset.data_prefix
+            return (
+                f'{type(dataset).__name__} holds no image: {where}; compare metainfo.classes with '
+                'the names in the annotations, and look at filter_cfg and indices'
+            )
+        trace = trace.tb_next
+    return None
 
 
 def is_refusal(error: BaseException) -> bool:

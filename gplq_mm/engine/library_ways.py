@@ -38,7 +38,7 @@ def _flip_model(cfg: Config) -> ConfigDict:
     if cfg.get('default_scope') != 'mmdet':
         return ConfigDict(type='mmpretrain.AverageClsScoreTTA')
     network = cfg.model.get('model') or cfg.model
-    if 'tta_model' not in cfg and 'mask_head' in (network.get('roi_head') or network):
+    if 'tta_model' not in cfg and (network.get('roi_head') or network).get('mask_head') is not None:
         raise ConfigError(
             '--tta: mmdet merges boxes, not masks; give a tta_model of your own in the config, or '
             'test without --tta'

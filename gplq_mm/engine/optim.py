@@ -9,6 +9,7 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
+from .amp import on_this_device
 from .checkpoint import unwrap
 
 SCALE_KEY = '_quantizer.scale'
@@ -23,7 +24,8 @@ class GPLQOptimWrapperConstructor:
     Args:
         optim_wrapper_cfg: As for MMEngine's default constructor; ``type`` and
             ``optimizer`` may be absent.
-        paramwise_cfg: As for MMEngine's default constructor; the scales' key is added.
+        paramwise_cfg: As for MMEngine's default constructor. It leaves the scales alone
+            unless one of its custom keys names them, such as ``_quantizer.scale``.
     """
 
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
@@ -35,10 +37,11 @@ class GPLQOptimWrapperConstructor:
 
         Raises:
             TypeError: If the model was not built by ``gplq_mm.GPLQ``.
+            ValueError: If nothing trains.
         """
         network = unwrap(model)
         optim: dict[str, Any] = network.gplq.recipe['optim']
-        wrapper = {'type': 'OptimWrapper', **self.optim_wrapper_cfg}
+        wrapper = on_this_device({'type': 'OptimWrapper', **self.optim_wrapper_cfg})
         wrapper.setdefault(
             'optimizer',
             {
@@ -51,15 +54,53 @@ class GPLQOptimWrapperConstructor:
         wrapper['optimizer'] = {'lr': optim['lr'], **wrapper['optimizer']}
         if not self.paramwise_cfg:
             return _two_groups(network, wrapper, optim)
-        keys = dict(self.paramwise_cfg.get('custom_keys') or {})
         lr = wrapper['optimizer']['lr']
-        scale = {'lr_mult': _scale_lr(lr, optim) / lr if lr else 1.0}
-        decay = wrapper['optimizer'].get('weight_decay')
-        if decay is not None:  # MMEngine refuses a factor on a decay that is not given
-            scale['decay_mult'] = optim['scale_weight_decay'] / decay if decay else 0.0
-        keys.setdefault(SCALE_KEY, scale)
-        paramwise = {**self.paramwise_cfg, 'custom_keys': keys}
-        return DefaultOptimWrapperConstructor(wrapper, paramwise)(model)
+        built = DefaultOptimWrapperConstructor(wrapper, self.paramwise_cfg)(model)
+        if not any('quantizer' in key for key in self.paramwise_cfg.get('custom_keys') or {}):
+            _set_scale_groups(built, network, _scale_lr(lr, optim), optim['scale_weight_decay'])
+        return built
+
+
+def _set_scale_groups(built: OptimWrapper, network: nn.Module, lr: float, decay: float) -> None:
+    """Set LR and decay of the scales' groups, of which each holds one parameter.
+
+    Done afterwards: among MMEngine's custom keys the longest that matches wins, so that
+    a key of the scales would lose against ``backbone.stages.0``.
+    """
+    scales = {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
+    for group in built.optimizer.param_groups:
+        if all(id(p) in scales for p in group['params']):
+            group['lr'], group['weight_decay'] = lr, decay
+
+
+def shared_lr_warning(built: Any, network: Any) -> str | None:
+    """What to say where an optimizer, however it was built, has no LR of its own for scales.
+
+    Args:
+        built: The runner's optimizer wrapper.
+        network: Converted model.
+
+    Returns:
+        The warning; None where the scales have their own LR or the recipe wants none.
+    """
+    optim = network.gplq.recipe['optim']
+    scales = {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
+    groups = getattr(getattr(built, 'optimizer', None), 'param_groups', [])
+    rates = {
+        is_scale: {
+            group.get('initial_lr', group['lr'])
+            for group in groups
+            if any((id(p) in scales) == is_scale for p in group['params'])
+        }
+        for is_scale in (True, False)
+    }
+    if optim['scale_lr'] == optim['lr'] or not rates[True] or not rates[True] <= rates[False]:
+        return None
+    return (
+        f'the scales of the quantizers train with the LR of the weights, {sorted(rates[True])}: '
+        f'recipe.optim (scale_lr={optim["scale_lr"]}, lr={optim["lr"]}) has no effect; write '
+        "optim_wrapper = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor', ...)"
+    )
 
 
 def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]) -> OptimWrapper:
@@ -75,6 +116,11 @@ def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, An
         },
     ]
     optimizer['params'] = [g for g in optimizer['params'] if g['params']]
+    if not optimizer['params']:
+        raise ValueError(
+            "stage 1 has nothing to train: recipe.optim.train='none' leaves the scales, and the "
+            "recipe learns none; write train='all' or activation=dict(learn_scale=True)"
+        )
     return OPTIM_WRAPPERS.build({**wrapper, 'optimizer': OPTIMIZERS.build(optimizer)})
 
 

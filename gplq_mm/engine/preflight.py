@@ -15,6 +15,7 @@ SPLITS = ('train', 'val', 'test')
 _URL = re.compile(r'^[\w-]+://')
 _DOWNLOADS = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 _QUANTIZER_KEY = re.compile(r'_quantizer\.(scale|calibrated)$')
+_HOOK_TYPES = ('gplq_mm.GPLQHook', 'GPLQHook')
 _GIVE_FLOAT = 'give the FP32 checkpoint with --cfg-options load_from=PATH_OR_URL'
 
 
@@ -72,12 +73,43 @@ def check_float_checkpoint(path: str | Path | None, remedy: str = _GIVE_FLOAT) -
         state = check_checkpoint(path)
     except ConfigError as error:
         raise ConfigError(f'{error}; {remedy}') from error
-    quantizers = [key for key in state if _QUANTIZER_KEY.search(key)]
+    quantizers = _quantizer_keys(state)
     if quantizers:
         raise ConfigError(
             f'{path} is quantized already ({len(quantizers)} quantizer keys, first '
             f'{quantizers[0]}); {remedy}'
         )
+
+
+def check_float_model(config: str, checkpoint: str | Path, state: Mapping[str, Any]) -> None:
+    """Refuse to score the weights of a quantized checkpoint in a float model.
+
+    Args:
+        config: Path of a config whose model is float, for the message.
+        checkpoint: Path of the checkpoint, for the message.
+        state: Its state dict.
+
+    Raises:
+        ConfigError: If the state dict holds quantizers, which the float model would ignore.
+    """
+    if _quantizer_keys(state):
+        raise ConfigError(
+            f'{checkpoint} is quantized, but the model of {config} is float and would ignore its '
+            'quantizers; give the GPLQ config that the checkpoint was made with'
+        )
+
+
+def require_hook(cfg: Any) -> None:
+    """Add the GPLQ hook to a config without it.
+
+    It refuses checkpoints of another recipe and says what is quantized.
+
+    Args:
+        cfg: GPLQ config, changed in place.
+    """
+    hooks = list(cfg.get('custom_hooks') or [])
+    if not any(hook.get('type') in _HOOK_TYPES for hook in hooks if isinstance(hook, Mapping)):
+        cfg.custom_hooks = [*hooks, dict(type='gplq_mm.GPLQHook')]
 
 
 def check_data(cfg: Mapping[str, Any], splits: Sequence[str] = SPLITS) -> None:
@@ -132,6 +164,10 @@ def key_mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
         missing, unexpected = result.missing_keys, result.unexpected_keys
     found = {'missing': missing, 'unexpected': unexpected, 'of another shape': shapes}
     return '; '.join(f'{len(keys)} {how}: {_some(keys)}' for how, keys in found.items() if keys)
+
+
+def _quantizer_keys(state: Mapping[str, Any]) -> list[str]:
+    return [key for key in state if _QUANTIZER_KEY.search(key)]
 
 
 def _check_archive(path: Path) -> None:

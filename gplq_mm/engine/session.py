@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
@@ -35,7 +36,7 @@ from .evaluate import evaluate
 from .resources import StageMeter
 from .run_report import RunReport
 from .stage2 import apply_stage2
-from .teacher import attach_teacher, float_state_of
+from .teacher import attach_teacher, check_mimic_images, float_state_of, pca_images
 
 SOURCE_NAME = 'gplq_source.json'
 
@@ -57,20 +58,34 @@ class GPLQSession:
         self.recipe: dict[str, Any] = self.model.gplq.recipe
         calibration = self.recipe['calibration']
         self.calibration = CalibrationSet(runner.cfg, **calibration)
+        check_mimic_images(self.model, self.calibration)
         self.report = RunReport(runner.work_dir, resume=resumed)
         self.meter: StageMeter | None = None
 
-    def prepare(self, source: Mapping[str, Any], evaluate_fp32: bool) -> None:
-        """Calibration, FP32 score and teacher; skips what a resumed run has done."""
+    def prepare(
+        self,
+        source: Mapping[str, Any],
+        evaluate_fp32: bool,
+        mimic: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Calibration, teacher and FP32 score; skips what a resumed run has done.
+
+        Args:
+            source: Identity of the FP32 checkpoint.
+            evaluate_fp32: Whether to score the FP32 model.
+            mimic: What the checkpoint that is resumed from holds of mimicking.
+        """
         coverage = self.model.gplq.coverage.as_dict()
         self.report.describe(self.recipe, coverage, self.runner.seed)
+        fresh = not is_calibrated(self.model)
         float_state = None
-        if not is_calibrated(self.model):
+        if fresh:
             float_state = float_state_of(self.model, quantization_keys(self.model))
             self._calibrate()  # first: it is short, and finds what is wrong with the model
+        attach_teacher(self.model, source, float_state, pca_images(self.calibration), mimic)
+        if fresh:
             self._score_fp32(evaluate_fp32)
             save_resumable(self.runner, CALIBRATED_NAME)
-        attach_teacher(self.model, source, float_state, self.calibration)
 
     def start_epoch(self) -> None:
         """Start measuring an epoch of stage 1."""
@@ -127,12 +142,49 @@ class GPLQSession:
 
     def _calibrate(self) -> None:
         self.calibration.log()
+        require_runs(self.model, next(iter(self.calibration)))
         with StageMeter() as meter:
             run_pass = self.calibration.run_pass(self.model, 'calibration')
             number = calibrate_activations(self.model, run_pass)
             number += calibrate_trained_weights(self.model)
         self.report.update('calibration', seconds=meter.seconds, quantizers=number)
         print_log(f'calibrated {number} quantizers in {meter.seconds:.1f} s', logger='current')
+
+
+def require_runs(model: Any, batch: Any) -> None:
+    """Refuse a float model that cannot run, before anything heavy.
+
+    Args:
+        model: Converted model; its quantizers are off meanwhile.
+        batch: Collated training images.
+
+    Raises:
+        ValueError: With what the model raised, and the cause where it is a known one.
+    """
+    training = model.training
+    set_quantization(model, False)
+    try:
+        with torch.no_grad():
+            model.eval().test_step(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f'the float model itself does not run on a training image: {error}{_remedy(model)}'
+        ) from error
+    finally:
+        set_quantization(model, True)
+        model.train(training)
+
+
+def _remedy(model: Any) -> str:
+    head = getattr(model, 'head', None)
+    if head is None or getattr(model, 'neck', None) is not None:
+        return ''
+    return (
+        f'; {type(model).__name__} has no neck: where {type(head).__name__} expects a pooled '
+        "feature, write model=dict(neck=dict(type='GlobalAveragePooling'))"
+    )
 
 
 def log_active_quantizers(model: Any) -> None:

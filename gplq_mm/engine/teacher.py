@@ -2,11 +2,10 @@
 """The frozen float teacher of stage 1."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
@@ -16,12 +15,19 @@ from ..utils.checkpoint_io import read_checkpoint
 from .calibration_data import CalibrationSet
 from .checkpoint import file_sha256, load_float_
 
+Images = Callable[[int | None], Iterable[Any]]
+"""Gives this rank's batches of so many training images, as the dataset packs them."""
+PCA_IMAGES = 1024
+"""Images that a PCA basis is fitted on where the recipe names no number."""
+PCA_BATCH = 16
+
 
 def attach_teacher(
     model: nn.Module,
     source: Mapping[str, Any],
     float_state: Mapping[str, Tensor] | None,
-    calibration: CalibrationSet,
+    images: Images,
+    stored: Mapping[str, Any] | None = None,
 ) -> None:
     """Build the float teacher and hand it to a mimicking model.
 
@@ -30,10 +36,12 @@ def attach_teacher(
         source: ``path`` and ``sha256`` of the FP32 checkpoint.
         float_state: FP32 weights where they are at hand (fresh start), else None:
             the checkpoint is read again and its hash compared.
-        calibration: Images on which a PCA basis is fitted.
+        images: Gives batches of so many training images, for a PCA basis.
+        stored: ``mimic_state()`` of the run that is resumed: its bases are not fitted again.
 
     Raises:
-        ValueError: If the FP32 checkpoint changed since the run began, or does not fit.
+        ValueError: If the FP32 checkpoint changed since the run began or does not fit, or
+            a PCA basis cannot be fitted.
     """
     if not isinstance(model, Mimicking):
         return
@@ -43,8 +51,43 @@ def attach_teacher(
     load_float_(teacher, {'state_dict': dict(state)})
     model.attach_teacher(teacher.to(device))
     print_log(f'mimicking: {model.mimic} against {source["path"]}', logger='current')
-    if model.mimic['type'] == 'pca':
-        model.fit_pca(_feature_runner(model, calibration), _sum_over_ranks)
+
+    def batches(num_images: int | None) -> Iterator[Tensor]:
+        with torch.no_grad():
+            for batch in images(num_images):
+                yield model.data_preprocessor(batch, False)['inputs']  # type: ignore[operator]
+
+    model.fit_mimic(batches, stored)
+
+
+def mimic_state(model: nn.Module) -> dict[str, Any]:
+    """What a checkpoint to resume from holds of mimicking; empty without a PCA basis."""
+    return model.mimic_state() if isinstance(model, Mimicking) else {}
+
+
+def pca_images(calibration: CalibrationSet) -> Images:
+    """Training images for a PCA basis, from the draw of the calibration set.
+
+    Args:
+        calibration: The run's calibration set.
+    """
+
+    def images(num_images: int | None) -> CalibrationSet:
+        return calibration.sample(num_images, PCA_BATCH, PCA_IMAGES, 'mimic')
+
+    return images
+
+
+def check_mimic_images(model: nn.Module, calibration: CalibrationSet) -> None:
+    """Refuse more images for a PCA basis than the training set has, before long work.
+
+    Raises:
+        ValueError: Naming both numbers.
+    """
+    terms = model.mimic['terms'] if isinstance(model, Mimicking) else []
+    for term in terms:
+        if term.get('num_images') is not None:
+            pca_images(calibration)(term['num_images'])
 
 
 def float_state_of(model: nn.Module, added: set[str]) -> dict[str, Tensor]:
@@ -60,18 +103,3 @@ def _read_float(source: Mapping[str, Any]) -> dict[str, Tensor]:
             'with; mimicking needs the same teacher: put the file back'
         )
     return read_checkpoint(source['path'])['state_dict']
-
-
-def _feature_runner(
-    model: Any, calibration: CalibrationSet
-) -> Callable[[Callable[[Tensor], None]], None]:
-    def run(add: Callable[[Tensor], None]) -> None:
-        with torch.no_grad():
-            for batch in calibration:
-                add(model.data_preprocessor(batch, False)['inputs'])
-
-    return run
-
-
-def _sum_over_ranks(tensor: Tensor) -> None:
-    all_reduce(tensor, op='sum')

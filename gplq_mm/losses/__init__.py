@@ -3,6 +3,6 @@
 
 from .distillation import SoftLogitLoss
 from .feature import RelativeFeatureLoss
-from .pca import PCAMimicLoss, PCAStatistics
+from .pca import PCAMimicLoss
 
-__all__ = ['PCAMimicLoss', 'PCAStatistics', 'RelativeFeatureLoss', 'SoftLogitLoss']
+__all__ = ['PCAMimicLoss', 'RelativeFeatureLoss', 'SoftLogitLoss']

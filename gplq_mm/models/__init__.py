@@ -3,6 +3,7 @@
 
 from . import necks
 from .gplq import GPLQState, build_gplq
-from .mimicking import Mimicking, make_mimicking, resolve_mimic
+from .mimic_settings import resolve_mimic
+from .mimicking import Mimicking, make_mimicking
 
 __all__ = ['GPLQState', 'Mimicking', 'build_gplq', 'make_mimicking', 'necks', 'resolve_mimic']

@@ -12,12 +12,15 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from ..adapters import load_adapters
+from ..algorithms.drop_rates import set_drop_rates_
 from ..algorithms.stage2 import prepare_stage2
-from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
+from ..algorithms.trainable import choose_trained_
+from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe, settle_auto
 from ..modules import Engine, set_engine
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
-from .mimicking import make_mimicking, resolve_mimic
+from .mimic_settings import resolve_mimic
+from .mimicking import make_mimicking
 
 
 @dataclass
@@ -37,6 +40,12 @@ class GPLQState:
     float_cfg: ConfigDict
     is_detector: bool
     engine: Engine
+
+
+_NESTED = (
+    "GPLQ: with model=... mmdet's init_detector does not find cfg.model.backbone; call it with "
+    'cfg_options={}, or write the flat form: float_type=... in place of _delete_ and model'
+)
 
 
 @MODELS.register_module(name='GPLQ')
@@ -74,21 +83,27 @@ def build_gplq(
     """
     resolved = resolve_recipe(recipe)
     cfg = ConfigDict(_float_config(model, float_type, float_cfg))
+    _require_one_head(cfg)
     load_adapters()
     network = MODELS.build(copy.deepcopy(cfg))
     scope = default_scope(network)
     if resolved['scope'] == 'auto':
         resolved['scope'] = scope
     is_detector = scope == 'backbone'
+    resolved = settle_auto(resolved, is_detector)
     mimic = resolve_mimic(resolved['mimic'], is_detector)
     coverage = convert_(network, resolved, strict=strict)
     prepare_stage2(network, resolved)
+    choose_trained_(network, resolved['optim'].get('train', 'all'))
+    set_drop_rates_(network, resolved['optim'].get('drop_rates', 'keep'))
     chosen = set_engine(network, engine)
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)
     state = GPLQState(resolved, coverage, cfg, is_detector, chosen)
     network.gplq = state
     _log_coverage(network, coverage, resolved)
+    if model is not None and is_detector:
+        print_log(_NESTED, logger='current')
     print_log(f'GPLQ: {chosen.description}', logger='current')
     return network
 
@@ -112,6 +127,14 @@ def _float_config(
             )
         return _without_pretrained({**runner_given, **model})
     return _without_pretrained({'type': float_type, **float_cfg})
+
+
+def _require_one_head(cfg: Mapping[str, Any]) -> None:
+    if isinstance(cfg.get('head'), list | tuple):
+        raise ValueError(
+            f'{cfg.get("type")} has {len(cfg["head"])} heads in a list; mmpretrain has one head: '
+            "write head=dict(type='MultiTaskHead', task_heads=dict(NAME=dict(type=...), ...))"
+        )
 
 
 def _without_pretrained(cfg: Any) -> Any:

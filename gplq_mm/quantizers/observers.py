@@ -95,8 +95,6 @@ class Observer:
         Raises:
             ValueError: If ``x`` holds NaN or infinity.
         """
-        if self.pass_index >= self.num_passes:
-            return
         if self.pass_index >= self.num_passes:  # another observer asked for this pass
             return
         rows = reduce_dims(self.spec.granularity, x.detach().float())

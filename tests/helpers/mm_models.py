@@ -41,8 +41,42 @@ CLASSIFIERS = {
         ),
         32,
     ),
+    'dinov2_mlp': (
+        dict(
+            type='VisionTransformer',
+            arch=_BLOCK,
+            img_size=32,
+            patch_size=8,
+            layer_scale_init_value=1e-2,
+        ),
+        32,
+    ),
+    'mae': (
+        dict(
+            type='VisionTransformer',
+            arch=_BLOCK,
+            img_size=32,
+            patch_size=8,
+            out_type='avg_featmap',
+            final_norm=False,
+        ),
+        32,
+    ),
+    'eva02_plain': (dict(type='ViTEVA02', arch=_BLOCK, img_size=32, patch_size=8), 32),
     'eva02': (dict(type='ViTEVA02', arch=_BLOCK, img_size=32, patch_size=8, sub_ln=True), 32),
     'beit': (dict(type='BEiTViT', arch=_BLOCK, img_size=32, patch_size=8), 32),
+    'beit_shared': (
+        dict(
+            type='BEiTViT',
+            arch=_BLOCK,
+            img_size=32,
+            patch_size=8,
+            out_type='avg_featmap',
+            use_rel_pos_bias=False,
+            use_shared_rel_pos_bias=True,
+        ),
+        32,
+    ),
     'swin': (
         dict(
             type='SwinTransformer',
@@ -90,13 +124,11 @@ def classifier(name: str) -> nn.Module:
     neck = None
     if name == 'deit':
         head['type'] = 'DeiTClsHead'
-    elif name == 'beit':
+    elif name.startswith(('beit', 'eva02', 'mae')):
         head['type'] = 'LinearClsHead'
     elif name.startswith('swin'):
         head.update(type='LinearClsHead')
         neck = dict(type='GlobalAveragePooling')
-    elif name == 'eva02':
-        head['type'] = 'LinearClsHead'
     cfg = dict(type='ImageClassifier', backbone=backbone, neck=neck, head=head)
     return build(cfg, 'mmpretrain')
 

@@ -7,19 +7,19 @@ import torch
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmdet')
 
-from tests.helpers.attention_cases import CASES, randomised
+from tests.helpers.attentions import ATTENTIONS, randomized
 from tests.helpers.engines import assert_engines_agree, converted
 from tests.helpers.mm_models import CLASSIFIERS, DETECTORS, classifier, run_detector, vit_sam
 
 
 @pytest.mark.parametrize('recipe', ['w4a4', 'gplq_w4a4_paper'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', ATTENTIONS)
 def test_attention(case: str, recipe: str) -> None:
-    make, shape, extra = CASES[case]
+    make, shape, extra = ATTENTIONS[case]
     run = lambda m, x: m(x, *extra)  # noqa: E731
     torch.manual_seed(0)
     x = torch.randn(shape)
-    assert_engines_agree(converted(randomised(make()), x, run, recipe), x, run)
+    assert_engines_agree(converted(randomized(make()), x, run, recipe), x, run)
 
 
 @pytest.mark.parametrize('name', CLASSIFIERS)

@@ -9,18 +9,18 @@ pytest.importorskip('mmdet')
 from mmpretrain.models.utils import MultiheadAttention
 
 from gplq_mm.conversion import convert_
-from tests.helpers.attention_cases import CASES, randomised
+from tests.helpers.attentions import ATTENTIONS, randomized
 from tests.helpers.identity import assert_identity, assert_only_quantizer_keys
 from tests.helpers.mm_models import CLASSIFIERS, classifier
 from tests.helpers.mm_models import vit_sam as tiny_vit_sam
 
 
 @pytest.mark.parametrize('recipe', ['w4a4', 'gplq_w4a4_paper'])
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize('case', ATTENTIONS)
 def test_attention_off_is_float(case: str, recipe: str) -> None:
-    make, shape, extra = CASES[case]
+    make, shape, extra = ATTENTIONS[case]
     report = assert_identity(
-        randomised(make()), [torch.randn(shape)], lambda m, x: m(x[0], *extra), recipe
+        randomized(make()), [torch.randn(shape)], lambda m, x: m(x[0], *extra), recipe
     )
     assert report.counts['matmul'] == (4 if case in ('sam_rel_pos', 'sam_resized') else 2)
     kept = [name for name, _ in report.kept_float]
@@ -56,11 +56,11 @@ def test_strict_accepts_what_stays_float_on_purpose() -> None:
 def test_rules_turn_single_products_off(case: str, rule: dict) -> None:
     if rule.get('role') == 'rel_pos' and case != 'sam_rel_pos':
         rule = dict(name='proj')
-    make, shape, extra = CASES[case]
+    make, shape, extra = ATTENTIONS[case]
     recipe = dict(base='w4a4', scope='all', rules=[dict(**rule, enabled=False)])
-    full = assert_identity(randomised(make()), [torch.randn(shape)], lambda m, x: m(x[0], *extra))
+    full = assert_identity(randomized(make()), [torch.randn(shape)], lambda m, x: m(x[0], *extra))
     part = assert_identity(
-        randomised(make()), [torch.randn(shape)], lambda m, x: m(x[0], *extra), recipe
+        randomized(make()), [torch.randn(shape)], lambda m, x: m(x[0], *extra), recipe
     )
     assert sum(part.counts.values()) < sum(full.counts.values())
 

@@ -16,6 +16,7 @@ pytest.importorskip('mmpretrain')
 from mmdet.models.layers.transformer import DetrTransformerDecoderLayer
 
 from gplq_mm.conversion import convert_
+from tests.helpers.attentions import ATTENTIONS, randomized
 from tests.helpers.mm_models import (
     CLASSIFIERS,
     DETECTORS,
@@ -56,6 +57,16 @@ def _run_detr_layer(model: nn.Module, x: Tensor) -> Tensor:
     return model(query, memory, memory, query_pos=query, key_padding_mask=padding)
 
 
+def _attention(name: str) -> 'Case':
+    """One attention module alone: also the classes that no model above contains."""
+    make, shape, extra = ATTENTIONS[name]
+    return lambda: randomized(nn.ModuleDict({'attn': make()})).eval(), _run_with(extra), shape
+
+
+def _run_with(extra: tuple[Any, ...]) -> Callable[[nn.Module, Tensor], Any]:
+    return lambda m, x: m['attn'](x, *extra)
+
+
 Case = tuple[Callable[[], nn.Module], Callable[[nn.Module, Tensor], Any], tuple[int, ...]]
 CASES: dict[str, Case] = {
     **{
@@ -70,6 +81,7 @@ CASES: dict[str, Case] = {
     'vit_sam_larger': (vit_sam, lambda m, x: m(x), (1, 3, 40, 36)),
     'detr_layer': (_detr_layer, _run_detr_layer, (2, 8, 16)),
     **{name: (make, run_detector, (1, 3, 40, 56)) for name, make in DETECTORS.items()},
+    **{f'attention {name}': _attention(name) for name in ATTENTIONS},
 }
 
 

@@ -2,11 +2,8 @@
 import pytest
 import torch
 
-from gplq_mm.adapters.swin_checkpoint import (
-    convert_swin_state_dict,
-    rename_key,
-    reorder_neighbours,
-)
+from gplq_mm.adapters.swin_checkpoint import convert_swin_state_dict, rename_key
+from gplq_mm.utils.patch_merging import reorder_neighbours
 
 
 def stack_as_swin(x: torch.Tensor) -> torch.Tensor:

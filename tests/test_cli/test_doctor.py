@@ -45,7 +45,9 @@ def from_numpy(array):
     'mmcv/__init__.py': "__version__ = '2.1.0'",
     'mmcv/ops.py': "def get_compiling_cuda_version():\n    return 'not available'",
     'mmdet/__init__.py': VERSION_CHECK,
+    'mmdet/structures.py': '',
     'mmpretrain/__init__.py': "__version__ = '1.2.0'",
+    'mmpretrain/structures.py': '',
     'pycocotools/__init__.py': "__version__ = '2.0.11'",
     'pycocotools/mask.py': '',
 }
@@ -117,6 +119,15 @@ def test_mmdet_refuses_mmcv(site: Path) -> None:
     assert 'MMCV==2.2.0 is used but incompatible' in parts['mmdet']['why']
     expected = "MMCV_WITH_OPS=1 pip install --no-build-isolation 'mmcv>=2.0.0rc4,<2.2.0'"
     assert parts['mmdet']['mend'] == expected
+
+
+@pytest.mark.parametrize(('name', 'needed'), [('mmdet', '3.0'), ('mmpretrain', '1.0')])
+def test_an_old_library_that_imports(site: Path, name: str, needed: str) -> None:
+    (site / name / 'structures.py').unlink()
+    code, _, parts = report(site)
+    assert (code, parts[name]['state']) == (1, 'clashes')
+    assert f'{name} >= {needed} is needed' in parts[name]['why']
+    assert parts[name]['mend'].startswith(f'pip install {name}==')
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,11 @@ BAD = [
     ),
     (dict(calibration=dict(num_images=0)), r'num_images=0: write a positive integer'),
     (dict(calibration=dict(batch_size=1.5)), r'batch_size=1.5: write a positive integer'),
+    (dict(calibration=dict(num_images=True)), r'num_images=True: write a positive integer'),
+    (dict(calibration=dict(seed='x')), r"seed='x': write an integer from 0"),
+    (dict(optim=dict(lr='1e-4')), r"recipe.optim.lr='1e-4': write a number from 0"),
+    (dict(optim=dict(scale_lr=-1.0)), r'recipe.optim.scale_lr=-1.0: write a number from 0'),
+    (dict(optim=dict(betas=0.9)), r'recipe.optim.betas=0.9: write two numbers'),
     (dict(calibration=dict(images=3)), r"recipe.calibration has no key 'images'"),
     (dict(optim=dict(learning_rate=1)), r"recipe.optim has no key 'learning_rate'; .*'scale_lr'"),
 ]

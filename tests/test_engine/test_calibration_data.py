@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -15,7 +16,7 @@ from mmengine.registry import DefaultScope
 pytest.importorskip('mmpretrain')
 
 from gplq_mm.engine import calibration_data
-from gplq_mm.engine.calibration_data import CalibrationSet, with_pipeline
+from gplq_mm.engine.calibration_data import CalibrationSet, image_identity, with_pipeline
 from tests.helpers.runners import float_config
 from tests.helpers.tiny_projects import TinyProject
 
@@ -128,6 +129,22 @@ def test_a_symlink_to_a_training_image_is_refused(cfg: Config, tmp_path: Path, n
     cfg[name].dataset.update(data_root=str(tmp_path), data_prefix='mixed')
     with pytest.raises(ValueError, match=f'1 of 6 .* in {name}, for example {source}'):
         draw(cfg)
+
+
+class InMemory(list):
+    """A data set that holds pixels, as mmpretrain's CIFAR10 does."""
+
+    def get_data_info(self, index: int) -> dict[str, Any]:
+        return dict(img=self[index])
+
+
+def test_images_in_memory_are_told_apart_by_their_pixels() -> None:
+    a, b = np.arange(48, dtype=np.uint8).reshape(3, 4, 4), np.zeros((3, 4, 4), np.uint8)
+    train, test = InMemory([a.transpose(1, 2, 0), b]), InMemory([b.copy(), a])
+    identities = [image_identity(train, i) for i in range(2)]
+    assert identities[0] != identities[1]
+    assert image_identity(test, 0) == identities[1]
+    assert image_identity(InMemory([a.transpose(1, 2, 0).copy()]), 0) == identities[0]
 
 
 def test_training_needs_no_test_set(cfg: Config) -> None:

@@ -77,6 +77,12 @@ def test_tta_of_masks_is_refused(model: dict[str, Any]) -> None:
         wrap_for_tta(config('mmdet', 'PackDetInputs', **model))
 
 
+def test_tta_of_a_mask_head_taken_out() -> None:
+    cfg = config('mmdet', 'PackDetInputs', roi_head=dict(mask_head=None, bbox_head=dict()))
+    wrap_for_tta(cfg)
+    assert cfg.model.type == 'DetTTAModel'
+
+
 def test_show_predictions_in_the_words_of_each_library() -> None:
     detection, classification = config('mmdet', 'P'), config('mmpretrain', 'P')
     for cfg in (detection, classification):

@@ -15,6 +15,7 @@ from torch import nn
 
 from gplq_mm.conversion import convert_, resolve_recipe
 from gplq_mm.engine import GPLQOptimWrapperConstructor
+from gplq_mm.engine.optim import shared_lr_warning
 from tests.helpers.models import Detector
 
 OPTIM = dict(lr=1e-3, scale_lr=5e-3, weight_decay=0.02, scale_weight_decay=0.01, betas=[0.8, 0.9])
@@ -81,6 +82,40 @@ def test_paramwise_settings_join_those_of_the_scales(model: Any) -> None:
     assert of['neck.bias']['weight_decay'] == 0.0
 
 
+def test_a_longer_key_of_the_user_does_not_catch_the_scales(model: Any) -> None:
+    custom = dict(custom_keys={'backbone.attn.qkv': dict(lr_mult=0.1, decay_mult=0.5)})
+    groups = build(model, paramwise_cfg=custom).optimizer.param_groups
+    of = {n: g for g in groups for n in names(model, g)}
+    scale = of['backbone.attn.qkv.input_quantizer.scale']
+    assert (scale['lr'], scale['weight_decay']) == (pytest.approx(5e-3), 0.01)
+    assert of['backbone.attn.qkv.weight']['lr'] == pytest.approx(1e-4)
+
+
+def test_accumulation_and_clipping_with_paramwise_settings(model: Any) -> None:
+    options = dict(accumulative_counts=4, clip_grad=dict(max_norm=1.0))
+    wrapper = build(model, paramwise_cfg=dict(norm_decay_mult=0.0), **options)
+    assert wrapper._accumulative_counts == 4
+    assert wrapper.clip_grad_kwargs == dict(max_norm=1.0)
+    assert {g['lr'] for g in wrapper.optimizer.param_groups} == {1e-3, 5e-3}
+
+
+def test_an_optimizer_of_mmengines_own_constructor_is_warned_of(model: Any) -> None:
+    def warning(**options: Any) -> str | None:
+        return shared_lr_warning(build_optim_wrapper(model, ConfigDict(options)), model)
+
+    plain = dict(optimizer=dict(type='AdamW', lr=0.02))
+    told = warning(**copy.deepcopy(plain))
+    assert told is not None
+    assert 'LR of the weights, [0.02]' in told
+    assert 'scale_lr=0.005' in told
+    assert CONSTRUCTOR['constructor'] in told
+    assert warning(**CONSTRUCTOR, **copy.deepcopy(plain)) is None
+    keys = {'_quantizer.scale': dict(lr_mult=5.0)}
+    assert warning(**copy.deepcopy(plain), paramwise_cfg=dict(custom_keys=keys)) is None
+    model.gplq.recipe['optim']['scale_lr'] = model.gplq.recipe['optim']['lr']
+    assert warning(**plain) is None
+
+
 def test_paramwise_scales_without_any_decay(model: Any) -> None:
     optimizer = dict(type='SGD', lr=0.1)
     groups = build(model, optimizer=optimizer, paramwise_cfg=dict(bias_lr_mult=2.0))
@@ -109,6 +144,7 @@ def test_frozen_parameters_are_left_out(model: Any) -> None:
 def test_amp_wraps_the_same_groups(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     module = 'mmengine.optim.optimizer.amp_optimizer_wrapper'
     monkeypatch.setattr(f'{module}.is_cuda_available', lambda: True)
+    monkeypatch.setattr('gplq_mm.engine.amp.get_device', lambda: 'cuda')
     wrapper = build(model, type='AmpOptimWrapper', dtype='bfloat16')
     assert isinstance(wrapper, AmpOptimWrapper)
     lrs = [g['lr'] for g in wrapper.optimizer.param_groups]

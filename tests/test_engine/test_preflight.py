@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.config import Config
 from torch import nn
 
 from gplq_mm.engine.preflight import (
@@ -11,9 +12,11 @@ from gplq_mm.engine.preflight import (
     check_checkpoint,
     check_data,
     check_float_checkpoint,
+    check_float_model,
     is_gplq,
     is_url,
     key_mismatch,
+    require_hook,
 )
 
 
@@ -62,6 +65,24 @@ def test_a_missing_checkpoint_says_where_it_looked(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f'{tmp_path}/a.pth.*; do that') as caught:
         check_float_checkpoint(tmp_path / 'a.pth', remedy='do that')
     assert '\n' not in str(caught.value)
+
+
+def test_quantized_weights_are_no_float_models() -> None:
+    check_float_model('c.py', 'a.pth', {'a.weight': torch.ones(1)})
+    state = {'a.weight': torch.ones(1), 'a.input_quantizer.scale': torch.ones(())}
+    with pytest.raises(ConfigError, match=r'a\.pth is quantized, but the model of c\.py is float'):
+        check_float_model('c.py', 'a.pth', state)
+
+
+def test_the_hook_is_added_once() -> None:
+    other = dict(type='EMAHook')
+    cfg = Config(dict(custom_hooks=[other]))
+    for _ in range(2):
+        require_hook(cfg)
+        assert cfg.custom_hooks == [other, dict(type='gplq_mm.GPLQHook')]
+    cfg = Config(dict(custom_hooks=[dict(type='GPLQHook', evaluate_fp32=False)]))
+    require_hook(cfg)
+    assert cfg.custom_hooks == [dict(type='GPLQHook', evaluate_fp32=False)]
 
 
 @pytest.mark.parametrize('kept', [0.1, 0.5, 0.99])

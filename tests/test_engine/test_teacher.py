@@ -97,9 +97,16 @@ def test_a_model_that_does_not_mimic_needs_no_teacher(project: TinyProject) -> N
 def test_a_pca_basis_is_fitted_on_preprocessed_images(project: TinyProject, fp32: Path) -> None:
     model = student(project, fp32, 'pca')
     images = torch.randint(0, 255, (40, 3, 32, 32))
-    batches: Any = [dict(inputs=part) for part in images.split(10)]
+    asked: list[int | None] = []
+
+    def batches(num_images: int | None) -> list[Any]:
+        asked.append(num_images)
+        return [dict(inputs=part) for part in images.split(10)]
+
     attach_teacher(model, source(fp32), None, batches)
-    components = model.__dict__['_mimic_loss'][0].components
+    ((settings, components),) = model.mimic_state()['bases']
+    assert settings['layer'] == 'penultimate'
+    assert asked == [None]
     assert components.shape == (32, 32)
     with torch.no_grad():
         inputs = model.data_preprocessor(dict(inputs=copy.deepcopy(images)), False)['inputs']
@@ -113,6 +120,6 @@ def test_a_pca_basis_is_fitted_on_preprocessed_images(project: TinyProject, fp32
 
 def test_too_few_images_for_a_basis(project: TinyProject, fp32: Path) -> None:
     model = student(project, fp32, 'pca')
-    batches: Any = [dict(inputs=torch.randint(0, 255, (4, 3, 32, 32)))]
+    four = [dict(inputs=torch.randint(0, 255, (4, 3, 32, 32)))]
     with pytest.raises(ValueError, match=r'4 samples cannot give 32.*num_images'):
-        attach_teacher(model, source(fp32), None, batches)
+        attach_teacher(model, source(fp32), None, lambda num_images: four)

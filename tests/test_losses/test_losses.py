@@ -5,32 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gplq_mm.losses import PCAMimicLoss, PCAStatistics, RelativeFeatureLoss, SoftLogitLoss
-
-
-def low_rank_features(samples: int = 400, dim: int = 96, rank: int = 40) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(rank, dim, generator=generator)
-    return torch.randn(samples, rank, generator=generator) @ basis + 3.0
-
-
-def test_streaming_pca_spans_the_leading_directions_of_an_svd() -> None:
-    features = low_rank_features()
-    statistics = PCAStatistics(features.shape[1])
-    for part in features.split(64):
-        statistics.update(part)
-    components = statistics.components(0.6)
-    number = components.shape[1]
-    assert number % 32 == 0
-    _, _, right = torch.linalg.svd(features.double() - features.double().mean(0))
-    ours, oracle = components.double(), right[:number].T
-    assert torch.allclose(ours @ ours.T, oracle @ oracle.T, atol=1e-4)
-
-
-def test_pca_keeps_all_components_when_asked_for_all_variance() -> None:
-    statistics = PCAStatistics(96)
-    statistics.update(torch.randn(400, 96, generator=torch.Generator().manual_seed(0)))
-    assert statistics.components(1.0).shape == (96, 96)
+from gplq_mm.losses import PCAMimicLoss, RelativeFeatureLoss, SoftLogitLoss
 
 
 def test_pca_loss_ignores_what_lies_outside_its_span_and_the_mean() -> None:
@@ -42,19 +17,6 @@ def test_pca_loss_ignores_what_lies_outside_its_span_and_the_mean() -> None:
     assert loss(student, teacher) == 0
     teacher[:, 0] += 2
     assert torch.isclose(loss(student, teacher), torch.tensor(4.0))
-
-
-def test_fewer_samples_than_components_is_an_error() -> None:
-    statistics = PCAStatistics(64)
-    statistics.update(torch.randn(8, 64))
-    with pytest.raises(ValueError, match='8 samples cannot give 32 components'):
-        statistics.components(0.6)
-
-
-@pytest.mark.parametrize('share', [0.0, 1.1])
-def test_a_share_outside_0_1_is_an_error(share: float) -> None:
-    with pytest.raises(ValueError, match='explained_variance'):
-        PCAStatistics(4).components(share)
 
 
 def test_relative_feature_loss_does_not_depend_on_units() -> None:

@@ -174,7 +174,7 @@ def test_a_detectors_scope_is_its_backbone_and_it_stays_a_detector() -> None:
         model = build(float_type='RetinaNet', backbone=backbone, neck=neck, bbox_head=head)
     assert isinstance(model, RetinaNet)
     assert isinstance(model, Mimicking)
-    assert model.mimic['type'] == 'feature'
+    assert [term['type'] for term in model.mimic['terms']] == ['feature']
     assert model.gplq.is_detector
     assert model.gplq.recipe['scope'] == 'backbone'
     assert all(name.startswith('backbone.') for name in quantizers(model))
@@ -199,12 +199,13 @@ def test_a_copy_is_equal_and_independent() -> None:
     assert not torch.equal(copied(images)[0], before)
 
 
-def test_a_step_under_bf16_autocast_is_finite() -> None:
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_a_step_under_autocast_is_finite(dtype: torch.dtype) -> None:
     images = torch.randn(2, 3, 16, 16)
     model = calibrated(flat(), images)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     for _ in range(2):
-        with torch.autocast('cpu', dtype=torch.bfloat16):
+        with torch.autocast('cpu', dtype=dtype):
             features = model.extract_feat(images)
             loss = nn.functional.cross_entropy(model.head(features), torch.tensor([0, 1]))
         optimizer.zero_grad()

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from gplq_mm.engine.launch import USER_ERROR, run_tool
 from tests.helpers.tiny_projects import make_project
@@ -29,6 +30,7 @@ def test_arguments_that_mm_users_know() -> None:
     [
         ('configs/vit_classifier.py nope.pth', '{root}/nope.pth'),
         ('configs/vit_classifier.py text.pth', 'text.pth cannot be read as a checkpoint'),
+        ('configs/vit_classifier.py quantized.pth', 'quantized.pth is quantized, but the model'),
         ('configs/vit_classifier.py nope.pth --out o.txt', '--out o.txt'),
         ('configs/vit_classifier.py nope.pth --out o.txt --out-item metrics', '.json'),
     ],
@@ -43,6 +45,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     make_project(tmp_path, 'vit_classifier')
     Path('text.pth').write_text('no checkpoint')
+    state = {'head.input_quantizer.scale': torch.ones(())}
+    torch.save(dict(state_dict=state), 'quantized.pth')
     assert run_tool(lambda: test_tool.main(words.split())) == USER_ERROR
     error = capfd.readouterr().err.strip().splitlines()[-1]
     assert error.startswith('error: ')

@@ -44,7 +44,14 @@ def test_resume_takes_a_path_or_nothing(words: str, resume: str | None) -> None:
     assert train.parse_args(['c.py', *words.split()]).resume == resume
 
 
-def test_amp_keeps_the_constructor_and_the_loss_scale() -> None:
+def test_amp_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
+    with pytest.raises(ConfigError, match='--amp: MMEngine has mixed precision on accelerators'):
+        train.set_amp(Config(dict(optim_wrapper=dict())))
+
+
+def test_amp_keeps_the_constructor_and_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, 'get_device', lambda: 'cuda')
     cfg = Config(dict(optim_wrapper=dict(constructor='gplq_mm.X', loss_scale=512.0)))
     train.set_amp(cfg)
     assert cfg.optim_wrapper == dict(

@@ -25,7 +25,7 @@ from gplq_mm.algorithms.calibration import calibrate_activations
 from gplq_mm.engine import GPLQOptimWrapperConstructor
 from gplq_mm.engine.calibration_data import CalibrationSet
 from gplq_mm.engine.checkpoint import load_float_, quantization_keys
-from gplq_mm.engine.teacher import attach_teacher, float_state_of
+from gplq_mm.engine.teacher import attach_teacher, float_state_of, pca_images
 from gplq_mm.evaluation import format_table, write_json
 from gplq_mm.utils.checkpoint_io import read_checkpoint
 from gplq_mm.utils.config import apply_cfg_options
@@ -58,7 +58,8 @@ def build_engines(cfg: Config) -> dict[tuple[str, bool], nn.Module]:
         calibration = calibration or CalibrationSet(cfg, **model.gplq.recipe['calibration'])
         calibrate_activations(model, calibration.run_pass(model, 'calibration'))
         if teacher:
-            attach_teacher(model, {'path': cfg.load_from, 'sha256': None}, state, calibration)
+            images = pca_images(calibration)
+            attach_teacher(model, {'path': cfg.load_from, 'sha256': None}, state, images)
         models['reference', teacher] = model
     float_model = MODELS.build(copy.deepcopy(model.gplq.float_cfg)).to(device)
     float_model.load_state_dict(state)

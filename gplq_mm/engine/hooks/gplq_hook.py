@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """GPLQHook: *when* calibration, stage 1, stage 2 and the report happen."""
 
+import logging
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,10 +13,12 @@ from mmengine.runner.base_loop import BaseLoop
 
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
+from ..optim import shared_lr_warning
 from ..preflight import check_float_checkpoint
 from ..resume import resumable_checkpoint
 from ..seeding import RandomState, random_state, seed_epoch, set_random_state
 from ..session import GPLQSession, log_active_quantizers, recall_source, remember_source
+from ..teacher import mimic_state
 
 
 @HOOKS.register_module()
@@ -38,6 +41,7 @@ class GPLQHook(Hook):
         self.source: dict[str, Any] = {}
         self.stage = 'calibrated'
         self.random_state: RandomState | None = None
+        self.mimic: dict[str, Any] = {}
 
     def before_run(self, runner: Runner) -> None:
         """Check what can be checked before long work.
@@ -49,6 +53,9 @@ class GPLQHook(Hook):
         if not isinstance(runner._train_loop, BaseLoop):
             return
         self._choose_weights(runner)
+        warning = shared_lr_warning(runner.optim_wrapper, unwrap(runner.model))
+        if warning:
+            print_log(warning, logger='current', level=logging.WARNING)
         self.session = GPLQSession(runner, resumed=runner._resume)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -65,13 +72,14 @@ class GPLQHook(Hook):
             check_quantized(model, checkpoint)
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
             self.random_state = checkpoint['gplq'].get('random_state')
+            self.mimic = checkpoint['gplq'].get('mimic', {})
         else:
             load_float_(model, checkpoint)
 
     def before_train(self, runner: Runner) -> None:
         """Calibration, FP32 score, teacher."""
         assert self.session is not None
-        self.session.prepare(self.source, self.evaluate_fp32)
+        self.session.prepare(self.source, self.evaluate_fp32, self.mimic)
         self.stage = 'stage1'
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -104,6 +112,7 @@ class GPLQHook(Hook):
         """Let the recipe and the FP32 checkpoint's identity travel along."""
         checkpoint['gplq'] = record(unwrap(runner.model), self.stage, self.source)
         checkpoint['gplq']['random_state'] = random_state()
+        checkpoint['gplq']['mimic'] = mimic_state(unwrap(runner.model))
 
     def before_test(self, runner: Runner) -> None:
         """Say what is quantized."""

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Every attention class of mmpretrain that has a handler, with inputs."""
+"""Attention classes of mmpretrain, each alone: how to make it, its input, its other arguments."""
 
 import torch
 from mmpretrain.models.backbones import efficientformer, hivit, levit, vit_sam
@@ -24,7 +24,7 @@ def _rope() -> nn.Module:
     return RotaryEmbeddingFast(embed_dims=8, patch_resolution=(3, 3))
 
 
-CASES = {
+ATTENTIONS = {
     'mha': (lambda: MultiheadAttention(16, 2, attn_drop=0.2, proj_drop=0.2), TOKENS, ()),
     'mha_no_bias': (lambda: MultiheadAttention(16, 4, qkv_bias=False), TOKENS, ()),
     'mha_qk_scale': (lambda: MultiheadAttention(16, 2, qk_scale=0.3), TOKENS, ()),
@@ -91,11 +91,10 @@ CASES = {
         (None, torch.tensor([[1] * 9, [1] * 5 + [0] * 4])),
     ),
 }
-"""Name -> how to make the module, shape of its input, further arguments."""
 
 
-def randomised(module: nn.Module) -> nn.Module:
-    """Every parameter random."""
+def randomized(module: nn.Module) -> nn.Module:
+    """With every parameter random."""
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():

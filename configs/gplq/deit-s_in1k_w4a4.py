@@ -1,0 +1,20 @@
+# DeiT-S, ImageNet-1k. Float (OpenMMLab zoo): 80.69 top-1.
+_base_ = [
+    'mmpretrain::deit/deit-small_4xb256_in1k.py',
+    './_base_/stage1_classification.py',
+]
+data_root = 'data/imagenet'
+load_from = (
+    'https://download.openmmlab.com/mmclassification/v0/deit/'
+    'deit-small_pt-4xb256_in1k_20220218-9425b9bb.pth')
+model = dict(
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None,
+    backbone=dict(drop_path_rate=0.0))
+train_cfg = dict(_delete_=True, **_base_.stage1_loop)
+train_dataloader = dict(batch_size=128)
+custom_hooks = _base_.stage1_hooks
+default_hooks = dict(checkpoint=_base_.stage1_checkpoint)
+optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')
+param_scheduler = _base_.stage1_scheduler
+auto_scale_lr = dict(base_batch_size=128)
+randomness = dict(_delete_=True, seed=0)

@@ -1,0 +1,2 @@
+_base_ = './swin-t_in1k_w4a4.py'
+model = dict(recipe='w8a8')

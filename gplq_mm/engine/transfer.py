@@ -1,0 +1,202 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Transfer to another data set: linear probes of a quantized backbone and of its FP32 twin."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from ..algorithms.linear_probe import ProbeSettings, probe_accuracy, train_linear_probe
+from .calibration_data import with_pipeline
+from .evaluate import evaluate
+from .library_ways import set_mmpretrain_dataloaders
+from .quantized_model import QuantizedSource
+
+Split = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class TransferResult:
+    """Top-1 accuracies in percent, one a seed.
+
+    Attributes:
+        fp32: Probes of the FP32 backbone.
+        quantized: Probes of the quantized backbone.
+        seeds: Seeds of the probes.
+        protocol: How they were trained.
+    """
+
+    fp32: list[float]
+    quantized: list[float]
+    seeds: list[int]
+    protocol: str
+
+    @property
+    def difference(self) -> float:
+        """Mean quantized minus mean FP32 accuracy, in points."""
+        return sum(self.quantized) / len(self.seeds) - sum(self.fp32) / len(self.seeds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {**asdict(self), 'difference': self.difference}
+
+    def table(self) -> str:
+        """Lines for people."""
+        rows = [
+            (f'seed {seed}', self.fp32[i], self.quantized[i]) for i, seed in enumerate(self.seeds)
+        ]
+        if len(rows) > 1:
+            fp32, quantized = (sum(v) / len(rows) for v in (self.fp32, self.quantized))
+            rows.append(('mean', fp32, quantized))
+        lines = [f'{"":8} {"FP32 probe":>12} {"quantized":>12} {"difference":>12}']
+        lines += [f'{name:8} {a:12.2f} {b:12.2f} {b - a:+12.2f}' for name, a, b in rows]
+        return '\n'.join([f'linear probe, top-1 in percent ({self.protocol})', *lines])
+
+
+def transfer(
+    data: Config,
+    checkpoint: str,
+    *,
+    model: Mapping[str, Any] | None = None,
+    fp32_checkpoint: str | None = None,
+    seeds: Sequence[int] = (0,),
+    settings: ProbeSettings | None = None,
+    device: str | None = None,
+) -> TransferResult:
+    """Probe a quantized backbone and its FP32 twin on features extracted once.
+
+    The paper's protocol but for augmentation and stochastic depth, which need a forward pass of
+    the backbone in every epoch; see ``transfer_by_training`` for the letter.
+
+    Args:
+        data: Config with ``train_dataloader`` and ``val_dataloader`` (``test_dataloader`` if
+            absent); training images are read with the test pipeline.
+        checkpoint: ``gplq_final.pth`` of a GPLQ run.
+        model: Model config, for a checkpoint that does not hold it.
+        fp32_checkpoint: Checkpoint of the FP32 twin; the recorded one if None.
+        seeds: One probe each, with the same seed for both backbones.
+        settings: Epochs, learning rate, batch size; the paper's if None.
+        device: Where the backbone runs; CUDA if there is one.
+
+    Raises:
+        FileNotFoundError: If a checkpoint or the data are missing.
+        ValueError: If the checkpoint is float, uncalibrated or of another model.
+    """
+    source = QuantizedSource(checkpoint, model)
+    quantized = probe(source.quantized(), data, seeds=seeds, settings=settings, device=device)
+    twin = source.float_twin(fp32_checkpoint)
+    fp32 = probe(twin, data, seeds=seeds, settings=settings, device=device)
+    epochs = (settings or ProbeSettings()).epochs
+    protocol = f'{epochs} epochs on features of unaugmented images'
+    return TransferResult(fp32, quantized, list(seeds), protocol)
+
+
+def probe(
+    network: nn.Module,
+    data: Config,
+    *,
+    seeds: Sequence[int] = (0,),
+    settings: ProbeSettings | None = None,
+    device: str | None = None,
+) -> list[float]:
+    """Probe one classifier's backbone, quantized or float; its weights do not change.
+
+    Returns:
+        Top-1 accuracy in percent for each seed.
+    """
+    settings = settings or ProbeSettings()
+    (features, labels), test = extract_features(network, data, device)
+    num_classes = int(data.get('num_classes') or labels.max() + 1)
+    heads = (train_linear_probe(features, labels, num_classes, settings, seed) for seed in seeds)
+    return [probe_accuracy(head, *test) for head in heads]
+
+
+def extract_features(
+    network: nn.Module, data: Config, device: str | None = None
+) -> tuple[Split, Split]:
+    """Penultimate features and labels of the training and of the test images.
+
+    Args:
+        network: Classifier whose ``head`` has ``pre_logits``.
+        data: See ``transfer``.
+        device: See ``transfer``.
+
+    Returns:
+        Two pairs of features ``(N, C)`` and labels ``(N,)``.
+
+    Raises:
+        ValueError: If a dataloader is missing.
+    """
+    data = copy.deepcopy(data)
+    set_mmpretrain_dataloaders(data)
+    reference = data.get('val_dataloader') or data.get('test_dataloader')
+    if not data.get('train_dataloader') or not reference:
+        raise ValueError('a probe needs train_dataloader and val_dataloader (or test_dataloader)')
+    pipeline = reference.dataset.pipeline
+    training = {**reference, 'dataset': with_pipeline(data.train_dataloader.dataset, pipeline)}
+    device = device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    network.to(device).eval()
+    train, test = (_features(network, loader) for loader in (training, reference))
+    return train, test
+
+
+@torch.no_grad()
+def _features(network: Any, loader_cfg: Mapping[str, Any]) -> Split:
+    once = {**copy.deepcopy(dict(loader_cfg)), 'persistent_workers': False}
+    loader = Runner.build_dataloader(once, seed=0)
+    features, labels = [], []
+    for batch in loader:
+        batch = network.data_preprocessor(batch, False)
+        features.append(_penultimate(network, batch['inputs']))
+        labels += [sample.gt_label for sample in batch['data_samples']]
+    print_log(f'extracted {len(labels)} features', logger='current')
+    return torch.cat(features).float(), torch.cat(labels)
+
+
+def _penultimate(network: Any, inputs: Tensor) -> Tensor:
+    """Input of the last layer ``(B, C)``; a distilled head's two tokens side by side."""
+    if not hasattr(getattr(network, 'head', None), 'pre_logits'):
+        raise ValueError(
+            f'{type(network).__name__} has no head with pre_logits(), hence no feature to probe'
+        )
+    feature = network.head.pre_logits(network.extract_feat(inputs))
+    return torch.cat(list(feature), dim=1) if isinstance(feature, tuple | list) else feature
+
+
+def transfer_by_training(cfg: Config, checkpoint: str, seeds: Sequence[int]) -> TransferResult:
+    """Train both probes as the config says, augmentation and stochastic depth included.
+
+    Args:
+        cfg: Config whose model is a ``gplq_mm.LinearProbe``, with its ``work_dir``.
+        checkpoint: ``gplq_final.pth`` of a GPLQ run.
+        seeds: One run each.
+
+    Raises:
+        ValueError: See ``gplq_mm.LinearProbe``.
+    """
+    scores: dict[bool, list[float]] = {False: [], True: []}
+    for quantized, found in scores.items():
+        for seed in seeds:
+            own = copy.deepcopy(cfg)
+            own.model.update(checkpoint=checkpoint, quantized=quantized)
+            name = f'{"quantized" if quantized else "fp32"}_seed{seed}'
+            own.work_dir = str(Path(cfg.work_dir) / name)
+            own.experiment_name = f'{Path(cfg.work_dir).name}_{name}'
+            own.randomness = dict(seed=seed)
+            runner = Runner.from_cfg(own)
+            runner.train()
+            found.append(_top1(evaluate(runner, runner.val_loop, name)))
+    epochs = cfg.train_cfg.max_epochs
+    return TransferResult(scores[False], scores[True], list(seeds), f'{epochs} epochs of training')
+
+
+def _top1(metrics: Mapping[str, float]) -> float:
+    names = [name for name in metrics if name.endswith('accuracy/top1')] or list(metrics)
+    return metrics[names[0]]

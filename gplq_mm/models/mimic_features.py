@@ -1,0 +1,204 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What student and teacher are compared by: features, logits, outputs of named layers."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .mimic_settings import PENULTIMATE
+
+HEAD = 'head'
+
+
+@dataclass
+class Recording:
+    """One forward pass of a student or teacher.
+
+    Attributes:
+        model: The network.
+        features: What ``extract_feat()`` returned; None until it ran.
+        outputs: Outputs of the watched modules by name.
+    """
+
+    model: Any
+    features: Any = None
+    outputs: dict[str, Any] = field(default_factory=dict)
+
+    def levels(self, layer: str | None) -> list[Tensor]:
+        """Feature maps of a layer, or of ``extract_feat()`` for None."""
+        if layer == PENULTIMATE:
+            return [penultimate(self.model, self.features)]
+        found = self.features if layer is None else self._output(str(layer))
+        return list(found) if isinstance(found, tuple | list) else [found]
+
+    def samples(self, layer: str) -> Tensor:
+        """Features of a layer with one row a sample, ``(N, C)``.
+
+        Tokens ``(B, L, C)`` and positions of a map ``(B, C, H, W)`` are samples each.
+
+        Raises:
+            ValueError: If the layer gives anything else.
+        """
+        return as_rows(self.levels(layer)[-1], layer)
+
+    def logits(self) -> dict[str, Tensor]:
+        """Logits ``(N, classes)`` by task; a head with a single task has the name ``''``."""
+        if HEAD not in self.outputs:
+            self.outputs[HEAD] = self.model.head(self.features)
+        return _by_task(self.outputs[HEAD])
+
+    def _output(self, layer: str) -> Any:
+        if layer not in self.outputs:
+            raise ValueError(
+                f'recipe.mimic.layer={layer!r} did not run in the forward pass of '
+                f"{type(self.model).__name__}; name another module, or '{PENULTIMATE}'"
+            )
+        return self.outputs[layer]
+
+
+@contextmanager
+def watched(recording: Recording, layers: Sequence[str]) -> Iterator[None]:
+    """While open, the latest output of each named module goes into the recording.
+
+    A head that is given more than features (its labels) does not give plain logits; such
+    a call is left out.
+    """
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if name != HEAD or len(args) + len(kwargs) == 1:
+                recording.outputs[name] = output
+
+        return hook
+
+    handles = [
+        recording.model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
+        for name in layers
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_teacher(teacher: Any, inputs: Tensor, layers: Sequence[str]) -> Recording:
+    """Forward pass of the teacher, its head included where a watched module is in it."""
+    recording = Recording(teacher)
+    with watched(recording, layers):
+        recording.features = teacher.extract_feat(inputs)
+        if any(name.split('.')[0] == HEAD for name in layers):
+            recording.outputs[HEAD] = teacher.head(recording.features)
+    return recording
+
+
+def penultimate(model: Any, features: Any) -> Tensor:
+    """Input of a classifier's last layers, ``(N, C)``.
+
+    It is what the head's own ``pre_logits`` gives: the class token of a ViT (behind
+    the head's hidden layer where it has one), the pooled tokens of BEiT or Swin. Where
+    several last layers see different features (a distilled head's class and
+    distillation token, the heads of several tasks), these stand side by side.
+
+    Raises:
+        TypeError: If a head has no ``pre_logits``.
+    """
+    require_pre_logits(model)
+    parts: list[Tensor] = []
+    for head in _heads(model):
+        found = head.pre_logits(features)
+        for part in found if isinstance(found, tuple | list) else [found]:
+            if not any(part is known for known in parts):
+                parts.append(part)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def require_pre_logits(model: Any) -> None:
+    """Refuse a model without a penultimate feature.
+
+    Raises:
+        TypeError: If it has no head, or a head without ``pre_logits``.
+    """
+    for head in _heads(model):
+        if not hasattr(head, 'pre_logits'):
+            raise TypeError(
+                f'{type(head).__name__} has no pre_logits(), so it has no penultimate feature; '
+                "write recipe=dict(mimic=dict(type='logits')), or mimic=dict(layer=NAME) with a "
+                'module of the backbone'
+            )
+
+
+def require_layers(model: nn.Module, layers: Sequence[str]) -> None:
+    """Refuse names of modules that the model does not have.
+
+    Raises:
+        ValueError: If a name is unknown; close ones are named.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    for layer in layers:
+        if layer in names:
+            continue
+        close = difflib.get_close_matches(layer, names, n=3, cutoff=0.4)
+        hint = f'did you mean {" or ".join(map(repr, close))}?' if close else f'as {names[:3]}'
+        raise ValueError(
+            f'recipe.mimic.layer={layer!r} names no module of {type(model).__name__}; write '
+            f"'{PENULTIMATE}' or a module's name, {hint}"
+        )
+
+
+def as_rows(feature: Any, layer: str) -> Tensor:
+    """A feature with one row a sample.
+
+    Args:
+        feature: ``(N, C)``, tokens ``(B, L, C)`` or a map ``(B, C, H, W)``.
+        layer: Where it comes from, for the message.
+
+    Returns:
+        ``(samples, C)``.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    Examples:
+        >>> [tuple(as_rows(torch.ones(s), 'x').shape) for s in ((4, 8), (4, 3, 8), (4, 8, 2, 2))]
+        [(4, 8), (12, 8), (16, 8)]
+    """
+    if isinstance(feature, Tensor) and feature.dim() == 2:
+        return feature
+    if isinstance(feature, Tensor) and feature.dim() == 3:
+        return feature.flatten(0, 1)
+    if isinstance(feature, Tensor) and feature.dim() == 4:
+        return feature.movedim(1, -1).flatten(0, 2)
+    what = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+    raise ValueError(
+        f'recipe.mimic.layer={layer!r} gives {what}; PCA needs features (N, C), tokens (B, L, C) '
+        'or a map (B, C, H, W)'
+    )
+
+
+def _heads(model: Any) -> list[Any]:
+    return _tasks_of(getattr(model, HEAD, None))
+
+
+def _tasks_of(head: Any) -> list[Any]:
+    """The heads of all tasks, in their order; a task may have sub-tasks."""
+    tasks = getattr(head, 'task_heads', None)
+    return [head] if tasks is None else [h for task in tasks.values() for h in _tasks_of(task)]
+
+
+def _by_task(logits: Any, prefix: str = '') -> dict[str, Tensor]:
+    if isinstance(logits, Mapping):
+        found: dict[str, Tensor] = {}
+        for name, value in logits.items():
+            found.update(_by_task(value, f'{prefix}.{name}' if prefix else str(name)))
+        return found
+    if isinstance(logits, tuple | list):
+        # a distilled head that gives one a token: class and distillation
+        return {prefix: torch.stack([x.float() for x in logits]).mean(0)}
+    return {prefix: logits}

@@ -1,0 +1,28 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Settings that follow from the task."""
+
+import pytest
+
+from gplq_mm.conversion import PRESETS, resolve_recipe, settle_auto
+
+
+@pytest.mark.parametrize('is_detector', [True, False])
+@pytest.mark.parametrize('name', sorted(PRESETS))
+def test_nothing_is_left_auto(name: str, is_detector: bool) -> None:
+    recipe = settle_auto(resolve_recipe(name), is_detector)
+    assert 'auto' not in [*recipe['optim'].values(), *recipe['calibration'].values()]
+    assert resolve_recipe(recipe) == recipe
+
+
+def test_a_given_number_stays() -> None:
+    recipe = resolve_recipe(dict(optim=dict(lr=3e-6), calibration=dict(num_images=7)))
+    settled = settle_auto(recipe, is_detector=False)
+    assert (settled['optim']['lr'], settled['calibration']['num_images']) == (3e-6, 7)
+    assert settled['optim']['scale_lr'] == 1e-3
+
+
+def test_other_settings_cannot_be_auto() -> None:
+    with pytest.raises(ValueError, match=r"weight_decay='auto'"):
+        resolve_recipe(dict(optim=dict(weight_decay='auto')))
+    with pytest.raises(ValueError, match=r"batch_size='auto'"):
+        resolve_recipe(dict(calibration=dict(batch_size='auto')))
