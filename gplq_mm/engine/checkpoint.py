@@ -122,7 +122,10 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             'never calibrated; run tools/train.py with this config first, and test its '
             f'{FINAL_NAME} or {STAGE1_NAME}'
         )
-    differences = recipe_difference(checkpoint[KEY]['recipe'], _recipe(model))
+    made_with, wanted = checkpoint[KEY]['recipe'], _recipe(model)
+    if checkpoint[KEY]['stage'] != 'stage2':
+        made_with, wanted = before_stage2(made_with), before_stage2(wanted)
+    differences = recipe_difference(made_with, wanted)
     differences = [d for d in differences if not d.startswith(_TRAINING_ONLY)]
     if differences:
         raise ValueError(
@@ -141,6 +144,25 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f'{len(uncalibrated)} quantizers of the checkpoint were never calibrated, first '
             f'{uncalibrated[0]}; run tools/train.py with this config'
         )
+
+
+def before_stage2(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe decides a stage-1 model: all but the bits of weights still float.
+
+    So one stage-1 checkpoint serves recipes that differ in these bits only.
+
+    Args:
+        recipe: Resolved recipe.
+    """
+    if recipe['weight'].get('qat'):
+        return dict(recipe)
+    weight = {k: v for k, v in recipe['weight'].items() if k != 'num_bits'}
+    rules = [{k: v for k, v in rule.items() if k != 'weight'} for rule in recipe['rules']]
+    for rule, given in zip(rules, recipe['rules'], strict=True):
+        kept = {k: v for k, v in (given.get('weight') or {}).items() if k != 'num_bits'}
+        rule.update({'weight': kept} if kept else {})
+    rules = [rule for rule in rules if set(rule) - {'name', 'role', 'optional'}]
+    return {**recipe, 'weight': weight, 'rules': rules}
 
 
 def record(model: nn.Module, stage: str, source: Mapping[str, Any]) -> dict[str, Any]:
