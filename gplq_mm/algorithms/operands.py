@@ -245,10 +245,9 @@ def bit_rules(operands: Mapping[str, Operand], bits: Mapping[str, int]) -> list[
         [{'name': 'fc', 'weight': {'num_bits': 3}}]
     """
     wanted: dict[str, dict[str, int]] = {}
-    changed = {operands[key].name for key, value in bits.items() if value != operands[key].num_bits}
     for key, value in bits.items():
         operand = operands[key]
-        if operand.name in changed:
+        if value != operand.num_bits:
             wanted.setdefault(operand.name, {})[operand.kind] = value
     return [_rule(name, kinds) for name, kinds in wanted.items()]
 
