@@ -123,10 +123,10 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f'{FINAL_NAME} or {STAGE1_NAME}'
         )
     made_with, wanted = checkpoint[KEY]['recipe'], _recipe(model)
+    differences = _differences(made_with, wanted)
     if checkpoint[KEY]['stage'] != 'stage2':
-        made_with, wanted = before_stage2(made_with), before_stage2(wanted)
-    differences = recipe_difference(made_with, wanted)
-    differences = [d for d in differences if not d.startswith(_TRAINING_ONLY)]
+        decisive = _differences(before_stage2(made_with), before_stage2(wanted))
+        differences = differences if decisive else []
     if differences:
         raise ValueError(
             'the checkpoint was made with another recipe; checkpoint != config: '
@@ -144,6 +144,11 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f'{len(uncalibrated)} quantizers of the checkpoint were never calibrated, first '
             f'{uncalibrated[0]}; run tools/train.py with this config'
         )
+
+
+def _differences(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    found = recipe_difference(made_with, wanted)
+    return [d for d in found if not d.startswith(_TRAINING_ONLY)]
 
 
 def before_stage2(recipe: Mapping[str, Any]) -> dict[str, Any]:
