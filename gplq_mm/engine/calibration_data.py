@@ -91,6 +91,10 @@ class CalibrationSet:
         for batch in self.batches[rank::size]:
             yield self.collate([self.dataset[i] for i in batch])
 
+    def load(self, number: int) -> Any:
+        """One collated batch by its number over all ranks."""
+        return self.collate([self.dataset[i] for i in self.batches[number]])
+
     def __len__(self) -> int:
         """Number of batches of this rank."""
         rank, size = world()
@@ -113,7 +117,7 @@ class CalibrationSet:
 
         Where the scope ends at backbone or neck, the heads are not run.
         """
-        forward = _features_only if _ends_before_heads(model) else _whole_model
+        forward = _features_only if ends_before_heads(model) else _whole_model
 
         def run() -> None:
             was_training = model.training
@@ -132,7 +136,8 @@ class CalibrationSet:
         return run
 
 
-def _ends_before_heads(model: Any) -> bool:
+def ends_before_heads(model: Any) -> bool:
+    """Whether the scope holds no head, so that features are all there is to look at."""
     prefixes = {name.split('.')[0] for name in model.gplq.coverage.scope}
     return prefixes <= {'backbone', 'neck'} and hasattr(model, 'extract_feat')
 
