@@ -13,6 +13,9 @@ from .distributed import synchronize_observer
 RunPass = Callable[[], None]
 """Runs the model once over this rank's share of the calibration images."""
 
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(name, index, total)`` before each layer or block, index from 0."""
+
 
 def calibrate_activations(model: nn.Module, run_pass: RunPass) -> int:
     """Find scale and zero point of every activation quantizer.
