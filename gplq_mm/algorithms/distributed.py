@@ -48,6 +48,13 @@ def all_reduce_sum(total: Tensor) -> None:
         dist.all_reduce(total)
 
 
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Largest values over all ranks."""
+    if world()[1] > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
 def broadcast_from_0(value: Tensor) -> Tensor:
     """Rank 0's values on all ranks, whatever each one's LAPACK gave."""
     if world()[1] > 1:

@@ -19,7 +19,7 @@ from .compensation import attach_compensation, compensation_cost
 from .float_weights import copy_biases, copy_weights
 from .qwt import BlockResult, QwT
 from .stage2_recipe import resolve_compensation
-from .weight_error import LayerResult, measure_weight_error, summarize
+from .weight_error import LayerResult, mean_weight_mse, measure_weight_error, summarize
 from .weight_ptq import PTQTask, WeightPTQ, build_weight_ptq, write_nearest
 
 
@@ -54,6 +54,7 @@ class Stage2Result:
         return {
             'weights': {
                 **self.summary,
+                'mean_mse': mean_weight_mse(self.layers),
                 'layers': {n: r.as_dict() for n, r in self.layers.items()},
             },
             'compensation': {n: r.as_dict() for n, r in self.blocks.items()},
@@ -79,9 +80,12 @@ def prepare_stage2(model: nn.Module, recipe: Mapping[str, Any]) -> list[str]:
         ValueError: If the recipe names an unknown algorithm or option, or blocks
             that do not exist.
     """
-    build_weight_ptq(recipe['weight']['ptq'])
+    algorithms = build_weight_ptq(recipe['weight']['ptq'])
     options = resolve_compensation(model, recipe)
-    return [] if options is None else attach_compensation(model, options['blocks'])
+    names = [] if options is None else attach_compensation(model, options['blocks'])
+    for algorithm in algorithms:
+        names += [n for n in algorithm.prepare(model) if n not in names]
+    return names
 
 
 @torch.no_grad()
@@ -134,7 +138,8 @@ def run_stage2(
         if options is not None and run_pass is not None:
             attach_compensation(model, options.pop('blocks'))
             qwt = QwT(model, rest, weights, biases=biases, **options)
-            result.blocks = qwt.fit(run_pass, progress)
+            task.blocks.update(qwt.fit(run_pass, progress))
+        result.blocks = dict(task.blocks)
         result.notes = task.notes
     result.side_params = compensation_cost(model)['side_params']
     result.side_flops = _side_flops(model, result.blocks)

@@ -63,13 +63,22 @@ class CallStore:
     Args:
         budget_bytes: Tensors kept in memory.
         folder: Where the temporary folder is made; the system's if None.
+
+    Attributes:
+        bytes_in_memory: Of the tensors that are not on disk.
+        batches: How many calls each batch of images made.
     """
 
     def __init__(self, budget_bytes: int, folder: str | None = None) -> None:
         self.budget_bytes, self.folder = budget_bytes, folder
         self.bytes_in_memory = 0
+        self.batches: list[int] = []
         self._calls: list[Call | Path] = []
         self._disk: tempfile.TemporaryDirectory[str] | None = None
+
+    def like(self) -> 'CallStore':
+        """An empty store with the same settings."""
+        return CallStore(self.budget_bytes, self.folder)
 
     def append(self, call: Call) -> None:
         """Keep a copy of a call."""

@@ -74,6 +74,7 @@ class UnitStream:
         for call, link in zip(self._store, links, strict=True):
             out = run_unit(module, call, device)
             store.append(_filled(link, _first(out)))
+        store.batches = [1] * len(store)
         self._store = store
 
     def _capture(self, index: int) -> None:
@@ -84,6 +85,7 @@ class UnitStream:
         def record(run: Callable[[], Any]) -> None:
             recorder = _Recorder(self.units[index:], store)
             recorder.record(run)
+            store.batches.append(recorder.calls)
             chains.append(recorder.links if recorder.calls == 1 else [])
 
         with intercepted(self.model, record):

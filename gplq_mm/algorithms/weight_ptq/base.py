@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ class PTQTask:
         data_key: Tells one set of calibration images from another in ``folder``.
         budget_bytes: Activations kept in memory; the rest lies on disk.
         notes: What an algorithm could not do, one line each; for the log.
+        blocks: Results of side branches by block, see ``QwT``.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class PTQTask:
     data_key: str = ''
     budget_bytes: int = 1 << 27
     notes: list[str] = field(default_factory=list)
+    blocks: dict[str, Any] = field(default_factory=dict)
 
     def stage1(self) -> AbstractContextManager[None]:
         """While open, the layers are those of stage 1: float weights, quantized activations."""
@@ -71,6 +73,16 @@ class WeightPTQ(ABC):
 
     needs_data: ClassVar[bool] = False
     """Whether ``apply`` calls ``task.run_pass``."""
+    name: ClassVar[str] = ''
+    """What recipes call it."""
+
+    def prepare(self, model: nn.Module) -> list[str]:
+        """Attach what the algorithm adds to a model, before a checkpoint is loaded.
+
+        Returns:
+            Names of the modules that got something; most algorithms add nothing.
+        """
+        return []
 
     @abstractmethod
     def apply(self, task: PTQTask) -> None:

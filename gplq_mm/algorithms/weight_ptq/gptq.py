@@ -86,10 +86,10 @@ class GPTQ(UnitPTQ):
                 task.note(f'{name}: overlapping transposed convolution, rounded to nearest')
                 fall_back(task, name)
                 continue
-            own, cross = self._products(task, unit, name, inputs, reference)
+            own, cross = self.products(task, unit, name, inputs, reference)
             self._quantize_layer(layer, task.float_weights[name], own, cross)
 
-    def _products(
+    def products(
         self,
         task: PTQTask,
         unit: Unit,

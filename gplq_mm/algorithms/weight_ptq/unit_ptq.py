@@ -50,7 +50,7 @@ class UnitPTQ(WeightPTQ):
         """
         assert task.run_pass is not None
         if not self.quantizes:
-            _require_codes(task, type(self).__name__)
+            require_codes(task, self.name)
         units = find_units(task.model, task.layers, task.run_pass)
         if not units:
             raise ValueError(
@@ -124,7 +124,12 @@ def _related(ours: Tensor, theirs: Tensor) -> bool:
     return bool(error <= theirs.double().square().sum())
 
 
-def _require_codes(task: PTQTask, name: str) -> None:
+def require_codes(task: PTQTask, name: str) -> None:
+    """Refuse to mend weights that no algorithm has rounded.
+
+    Raises:
+        ValueError: If a layer's weight quantizer has no scale.
+    """
     bare = [n for n, la in task.layers.items() if not la.weight_quantizer.is_calibrated]
     if bare:
         raise ValueError(
