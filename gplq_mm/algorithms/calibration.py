@@ -13,6 +13,9 @@ from .distributed import synchronize_observer
 RunPass = Callable[[], None]
 """Runs the model once over this rank's share of the calibration images."""
 
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(name, index, total)`` before each layer or block, index from 0."""
+
 
 def observe_activations(model: nn.Module, run_pass: RunPass) -> dict[str, Observer]:
     """Statistics of every activation operand of the float model.
