@@ -6,6 +6,7 @@ from typing import Any
 
 from mmcv.cnn.bricks import wrappers
 from mmcv.cnn.bricks.transformer import FFN, MultiheadAttention
+from mmengine.model import Sequential
 
 from ..conversion import (
     Context,
@@ -15,7 +16,12 @@ from ..conversion import (
     register_roles,
     set_ffn_roles,
 )
-from ..modules import QuantConv2d, QuantConvTranspose2d, QuantLinear
+from ..modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, swap_class
+from ..modules.fused_ffn import SequentialFeedForward
+
+
+class QuantFFNLayers(SequentialFeedForward, Sequential):
+    """``FFN.layers`` as one operator, where the engine says so."""
 
 
 class QuantMMCVLinear(QuantLinear, wrappers.Linear):
@@ -44,6 +50,12 @@ def pass_through(module: Any, name: str, context: Context) -> None:
 def give_ffn_roles(module: Any, name: str, context: Context) -> None:
     """``post_gelu`` or ``post_relu`` behind the FFN's activation."""
     set_ffn_roles(module.layers, child_name(name, 'layers'), context)
+
+
+@register_handler(FFN)
+def convert_ffn(module: Any, name: str, context: Context) -> None:
+    """Its layers are children; their container may run them as one operator."""
+    swap_class(module.layers, QuantFFNLayers)
 
 
 if find_spec('mmcv._ext') is not None:  # mmcv-lite has no operators

@@ -13,6 +13,7 @@ from ..conversion import (
     set_ffn_roles,
 )
 from ..modules import swap_class
+from ..modules.fused_ffn import MlpFeedForward
 from ..modules.rel_pos_attention import RelPosAttention
 
 
@@ -25,6 +26,16 @@ def convert_attention(module: Any, name: str, context: Context) -> None:
     """Both matmuls and both relative position products."""
     swap_class(module, QuantAttention)
     attach_rel_pos_matmuls(module, name, context)
+
+
+class QuantMlp(MlpFeedForward, Mlp):
+    """``Mlp`` as one operator, where the engine says so."""
+
+
+@register_handler(Mlp)
+def convert_mlp(module: Any, name: str, context: Context) -> None:
+    """Its layers are children."""
+    swap_class(module, QuantMlp)
 
 
 @register_roles(Mlp)

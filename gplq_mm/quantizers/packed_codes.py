@@ -32,8 +32,9 @@ def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[
 
     Returns:
         ``(values, packed)``: values equal those of ``fake_quantize_ste`` bit for bit where
-        ``x`` is finite and are NaN elsewhere, in the layout of ``x / scale``; packed is one int8 tensor of the same shape and
-        layout, with a second, flat one of half the size for more than 4 bits.
+        ``x`` is finite and are NaN elsewhere, in the layout of ``x / scale``; packed is one
+        int8 tensor of the same shape and layout, with a second, flat one of half the size
+        for more than 4 bits.
 
     Examples:
         >>> grid = Grid(-8, 7, 0.0)

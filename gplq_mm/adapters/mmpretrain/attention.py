@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from mmengine.model import Sequential
 from mmpretrain.models.backbones.deit3 import DeiT3FFN
 from mmpretrain.models.backbones.vit_eva02 import AttentionWithRoPE
 from mmpretrain.models.utils import BEiTAttention, MultiheadAttention
@@ -26,6 +27,7 @@ from ...modules import (
     swap_class,
 )
 from ...modules.attention import added
+from ...modules.fused_ffn import SequentialFeedForward
 from ...modules.window_attention import gathered_bias
 
 
@@ -136,6 +138,16 @@ def convert_attention(module: Any, name: str, context: Context) -> None:
     """Both matmuls; ``qkv`` and ``proj`` are children."""
     swap_class(module, _QUANTIZED[type(module)])
     attach_matmuls(module, name, context, module.num_heads)
+
+
+class QuantFFNLayers(SequentialFeedForward, Sequential):
+    """``DeiT3FFN.layers`` as one operator, where the engine says so."""
+
+
+@register_handler(DeiT3FFN)
+def convert_ffn(module: Any, name: str, context: Context) -> None:
+    """Its layers are children; their container may run them as one operator."""
+    swap_class(module.layers, QuantFFNLayers)
 
 
 @register_roles(DeiT3FFN)

@@ -16,6 +16,7 @@ from ...conversion import (
 )
 from ...modules import quantized_attention, swap_class
 from ...modules.attention import added
+from ...modules.fused_ffn import MlpFeedForward
 
 
 class BiasAttention:
@@ -127,6 +128,16 @@ def convert_attention(module: Any, name: str, context: Context) -> None:
     """Both matmuls; the projections are children."""
     swap_class(module, _QUANTIZED[type(module)])
     attach_matmuls(module, name, context, module.num_heads)
+
+
+class QuantMlp(MlpFeedForward, hivit.Mlp):
+    """``Mlp`` as one operator, where the engine says so."""
+
+
+@register_handler(hivit.Mlp)
+def convert_mlp(module: Any, name: str, context: Context) -> None:
+    """Its layers are children."""
+    swap_class(module, QuantMlp)
 
 
 @register_roles(hivit.Mlp)
