@@ -151,7 +151,7 @@ def test_bops_are_bounded(config: Path, fp32: Path, mixed: Path, budget: str) ->
 def test_killed_and_resumed_equals_uninterrupted(
     config: Path, fp32: Path, mixed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     write, writes = sensitivity.SensitivityRun.write, []
@@ -160,9 +160,9 @@ def test_killed_and_resumed_equals_uninterrupted(
         write(self)
         writes.append(0)
         if len(writes) == 3:
-            raise Killed
+            raise KilledError
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
         patch.setattr(sensitivity.SensitivityRun, 'write', write_thrice)
         run(config, fp32, tmp_path, '--calibrate')
     half = data_of(tmp_path)
@@ -242,8 +242,14 @@ def test_uncalibrated_and_finished_checkpoints_are_refused(
 @pytest.mark.parametrize(
     ('words', 'message'),
     [
-        (('--mean-weight-bits', 1.5), r'1\.5 mean weight bits cannot be met.*from 2 to 4'),
-        (('--mean-activation-bits', 9), r'9 mean activation bits cannot be met.*from 2 to 4'),
+        (
+            ('--mean-weight-bits', 1.5),
+            r'1\.5 mean weight bits cannot be met.*from 2 mean weight bits to 4',
+        ),
+        (
+            ('--mean-activation-bits', 9),
+            r'9 mean activation bits cannot be met.*from 2 mean activation bits',
+        ),
         (('--bops', 'w9a9'), 'write billions of bit operations'),
         (('--bops', 'w3a3', '--mean-weight-bits', 3), 'give --bops or mean bits, not both'),
         (('--kind', 'weight', '--mean-activation-bits', 3), 'add --kind activation'),
