@@ -39,9 +39,12 @@ class RunReport:
         self.data: dict[str, Any] = read_json(self.path) if resume else {}
         self.macs: MacCount | None = None
 
-    def describe(self, recipe: Mapping[str, Any], coverage: Mapping[str, Any], seed: int) -> None:
-        """State recipe, coverage, versions and seed."""
+    def describe(
+        self, recipe: Mapping[str, Any], coverage: Mapping[str, Any], seed: int, engine: str = ''
+    ) -> None:
+        """State recipe, coverage, versions, seed, and the engine of stage 1."""
         self.data.update(
+            engine=engine,
             recipe=dict(recipe),
             coverage=dict(coverage),
             versions=versions(),
@@ -81,7 +84,7 @@ class RunReport:
 
     def log_table(self) -> None:
         """Log the closing table."""
-        text = f'{scope_line(self.data)}\n{report_table(self.data)}'
+        text = f'{scope_line(self.data)}\n{self.data.get("engine", "")}\n{report_table(self.data)}'
         print_log(f'GPLQ report ({self.path}):\n{text}', logger='current')
 
 

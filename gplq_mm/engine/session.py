@@ -76,7 +76,8 @@ class GPLQSession:
             mimic: What the checkpoint that is resumed from holds of mimicking.
         """
         coverage = self.model.gplq.coverage.as_dict()
-        self.report.describe(self.recipe, coverage, self.runner.seed)
+        engine = self.model.gplq.engine.description
+        self.report.describe(self.recipe, coverage, self.runner.seed, engine)
         fresh = not is_calibrated(self.model)
         float_state = None
         if fresh:

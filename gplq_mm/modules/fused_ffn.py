@@ -32,7 +32,7 @@ class FeedForward(EngineUser):
     """Mixin for modules of two layers with an activation function between them."""
 
     def recomputed(
-        self, x: Tensor, first: nn.Module, act: nn.Module, drops: Sequence[nn.Module], second: Any
+        self, x: Tensor, first: Any, act: nn.Module, drops: Sequence[nn.Module], second: Any
     ) -> Tensor | None:
         """``second(drops(act(first(x))))`` with a backward pass that computes it again.
 
@@ -50,8 +50,8 @@ class FeedForward(EngineUser):
         """
         if self.engine.ffn != 'recompute' or not _can_recompute(first, act, drops, second):
             return None
-        quantizers = (first.input_quantizer, second.input_quantizer)  # type: ignore[union-attr]
-        if not packs(self.engine, *quantizers):  # type: ignore[arg-type]
+        quantizers = (first.input_quantizer, second.input_quantizer)
+        if not packs(self.engine, *quantizers):
             return None
         return recomputed_ffn(first, act, second, x)
 
@@ -169,9 +169,7 @@ def _of_parameters(
     return weight, rows.float().sum(0) if of_bias else None
 
 
-def _can_recompute(
-    first: nn.Module, act: nn.Module, drops: Sequence[nn.Module], second: nn.Module
-) -> bool:
+def _can_recompute(first: Any, act: nn.Module, drops: Sequence[nn.Module], second: Any) -> bool:
     """Whether these modules are what ``recomputed_ffn`` computes, and nobody watches them."""
     layers = isinstance(first, QuantLinear) and isinstance(second, QuantLinear)
     if not layers or type(act) not in ACTIVATIONS:

@@ -1,146 +1,198 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Time a stage-1 training step against the float model's, in one process on the same batches.
+"""Memory and time of stage-1 training steps against float training, in one run.
 
-    python tools/benchmarks/stage1.py CONFIG [--steps 10] [--out stage1.json]
+    python tools/benchmarks/stage1.py vit_blocks_197x192 swin_t_224 --batch 8
+    python tools/benchmarks/stage1.py CONFIG                  # a GPLQ config, on its own images
+    python tools/benchmarks/stage1.py --table --out stage1.json
 
-Steps alternate float, stage 1, float, stage 1, ..., so that the ratio, taken pair by pair,
-holds while the machine's speed drifts. Stage 1 is timed twice: with and without its teacher.
+Engines: `float` training, stage 1 with the `reference` fake quantization, with torch's
+learnable fake quantize in its place (`torchao`), and with packed codes (`fused`); each stage-1
+engine without and with its float teacher. Steps alternate between the engines, ratios are taken
+pair by pair, the median counts. Rows are added to those of other models in `--out`; beside it
+lies the bar chart.
 """
 
 import argparse
-import copy
+import json
 import statistics
-import time
-from itertools import cycle, islice
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.config import Config, DictAction
-from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import Runner
-from torch import nn
+from mmengine.config import DictAction
+from mmengine.logging import MMLogger
+from stage1_chart import draw, label, table
+from stage1_config import workload_of
+from stage1_measure import interleaved, peak_memory, saved_bytes
+from stage1_models import WORKLOADS, Workload
 
-from gplq_mm.algorithms.calibration import calibrate_activations
-from gplq_mm.engine import GPLQOptimWrapperConstructor
-from gplq_mm.engine.calibration_data import CalibrationSet
-from gplq_mm.engine.checkpoint import load_float_, quantization_keys
-from gplq_mm.engine.teacher import attach_teacher, float_state_of, pca_images
-from gplq_mm.evaluation import format_table, write_json
-from gplq_mm.utils.checkpoint_io import read_checkpoint
-from gplq_mm.utils.config import apply_cfg_options
+from gplq_mm.evaluation import read_json, write_json
+
+ENGINES = ('float', 'reference', 'torchao', 'fused')
+Key = tuple[str, bool]
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('config', help='GPLQ config')
-    parser.add_argument('--steps', type=int, default=10, help='counted steps of each engine')
+    parser = argparse.ArgumentParser(description=(__doc__ or '').split('\n')[0])
+    names = ', '.join(WORKLOADS)
+    parser.add_argument('models', nargs='*', help=f'{names}, or GPLQ configs')
+    parser.add_argument('--engines', nargs='+', choices=ENGINES, default=list(ENGINES))
+    parser.add_argument('--teacher', nargs='+', choices=('off', 'on'), default=['off', 'on'])
+    parser.add_argument('--ffn', choices=('layers', 'recompute'), default='layers')
+    parser.add_argument('--batch', type=int, default=2, help='images a step')
+    parser.add_argument('--size', type=int, nargs=2, help='height and width of the images')
+    parser.add_argument('--steps', type=int, default=9, help='counted steps; 0: memory only')
     parser.add_argument('--warmup', type=int, default=2, help='steps not counted')
-    parser.add_argument('--out', type=Path, help='JSON to write')
+    parser.add_argument('--threads', type=int, help='CPU threads; default: as torch finds them')
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--no-peak', action='store_true', help='no process an engine for its peak')
+    parser.add_argument('--no-slope', action='store_true', help='no growth over batch and area')
+    parser.add_argument('--out', type=Path, help='JSON to add the rows to; chart beside it')
+    parser.add_argument('--table', action='store_true', help='print the rows of --out and draw')
+    parser.add_argument('--peak-of', help=argparse.SUPPRESS)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
-    return parser.parse_args()
-
-
-def build_engines(cfg: Config) -> dict[tuple[str, bool], nn.Module]:
-    """Float model, stage-1 model without and with its teacher, from the same FP32 weights."""
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    checkpoint = read_checkpoint(cfg.load_from)
-    calibration = None
-    models: dict[tuple[str, bool], nn.Module] = {}
-    for teacher in (False, True):
-        model_cfg = copy.deepcopy(cfg.model)
-        if not teacher:
-            model_cfg.recipe = without_mimicking(model_cfg.get('recipe', 'w4a4'))
-        model = MODELS.build(model_cfg).to(device)
-        load_float_(model, checkpoint)
-        state = float_state_of(model, quantization_keys(model))
-        calibration = calibration or CalibrationSet(cfg, **model.gplq.recipe['calibration'])
-        calibrate_activations(model, calibration.run_pass(model, 'calibration'))
-        if teacher:
-            images = pca_images(calibration)
-            attach_teacher(model, {'path': cfg.load_from, 'sha256': None}, state, images)
-        models['reference', teacher] = model
-    float_model = MODELS.build(copy.deepcopy(model.gplq.float_cfg)).to(device)
-    float_model.load_state_dict(state)
-    return {('float', False): float_model, **models}
-
-
-def without_mimicking(recipe: Any) -> dict[str, Any]:
-    """The recipe with the task loss only."""
-    return {'base': recipe, 'mimic': None} if isinstance(recipe, str) else {**recipe, 'mimic': None}
-
-
-def train_step(model: nn.Module, batch: Any, optim_wrapper: Any) -> float:
-    """Seconds of one training step."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    model.train_step(copy.deepcopy(batch), optim_wrapper)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    """Print the table and write the JSON."""
+    """Measure each model, print the table, write JSON and chart."""
     args = parse_args()
-    cfg = Config.fromfile(args.config)
-    apply_cfg_options(cfg, args.cfg_options)
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
-    torch.manual_seed(0)
-    engines = build_engines(cfg)
-    reference = engines['reference', False]
-    optimizers = {k: stage1_optimizer(m, reference) for k, m in engines.items()}
-    dataloader = Runner.build_dataloader(copy.deepcopy(cfg.train_dataloader), seed=0)
-    batches = list(islice(dataloader, min(args.steps, 4)))
-    seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in engines}
-    for step, batch in enumerate(islice(cycle(batches), args.warmup + args.steps)):
-        for key, model in engines.items():
-            model.train()
-            taken = train_step(model, batch, optimizers[key])
-            if step >= args.warmup:
-                seconds[key].append(taken)
-    rows = [result(key, seconds, batches[0], cfg) for key in engines]
-    cells = [
-        [
-            r['engine'] + (' + teacher' if r['teacher'] else ''),
-            f'{r["step_seconds"]:.3f}',
-            f'{r["step_ratio"]:.2f}',
-        ]
-        for r in rows
-    ]
-    print(format_table(['engine', 'step (s)', 'ratio'], cells))
+    MMLogger.get_instance('mmengine', log_level='WARNING')
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    report = read_json(args.out) if args.out else {}
+    for name in args.models:
+        workload = find_workload(name, args)
+        if args.peak_of:
+            print(json.dumps(own_peak(workload, args)))
+            return
+        rows = measure(workload, name, args)
+        report['rows'] = merged(report.get('rows', []), rows)
+        if not args.no_slope:
+            report.setdefault('slopes', {})[workload.name] = slopes(workload, args)
+        if args.out:
+            report['torch'] = torch.__version__
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.out, report)
+        print(table(rows), flush=True)
+    if args.table:
+        print(table(report['rows']))
+    for name, growth in report.get('slopes', {}).items():
+        print(f'{name}: ' + '; '.join(f'{k} {slope_text(v)}' for k, v in growth.items()))
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(args.out, {'rows': rows})
+        draw(report['rows'], args.out.with_suffix('.png'))
 
 
-def stage1_optimizer(model: nn.Module, reference: nn.Module) -> Any:
-    """The recipe's optimizer, for the float model too."""
-    if not hasattr(model, 'gplq'):
-        model.gplq = reference.gplq
-    return GPLQOptimWrapperConstructor({})(model)
+def find_workload(name: str, args: argparse.Namespace) -> Workload:
+    """A built-in model, or that of a config."""
+    if name in WORKLOADS:
+        return WORKLOADS[name]()
+    if not Path(name).is_file():
+        raise SystemExit(f'{name} is neither a config nor one of {", ".join(WORKLOADS)}')
+    return workload_of(name, args.cfg_options, args.batch)
 
 
-def result(
-    key: tuple[str, bool],
-    seconds: dict[tuple[str, bool], list[float]],
-    batch: Any,
-    cfg: Config,
-) -> dict[str, Any]:
-    """One row: median step time, median ratio of the pairs."""
-    ratios = [a / b for a, b in zip(seconds[key], seconds['float', False], strict=True)]
-    return {
-        'model': Path(cfg.filename).stem,
-        'engine': key[0],
-        'teacher': key[1],
-        'device': 'cuda' if torch.cuda.is_available() else 'cpu',
-        'batch': len(batch['inputs']),
-        'threads': torch.get_num_threads(),
-        'step_seconds': statistics.median(seconds[key]),
-        'step_ratio': statistics.median(ratios),
-    }
+def combinations(args: argparse.Namespace) -> list[Key]:
+    """Engine and teacher of every row; float training comes first and has no teacher."""
+    keys = [(e, t == 'on') for t in args.teacher for e in args.engines if e != 'float']
+    return [('float', False), *keys]
+
+
+def build(workload: Workload, key: Key, args: argparse.Namespace) -> Any:
+    """The model of a row on its device."""
+    model = workload.build(*key, {'ffn': args.ffn}).to(args.device)
+    teacher = model.__dict__.get('_teacher')
+    if teacher:
+        teacher[0].to(args.device)
+    return model
+
+
+def measure(workload: Workload, name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rows of one model."""
+    keys = combinations(args)
+    models = {key: build(workload, key, args) for key in keys}
+    size = args.size or workload.size
+    batches = [workload.batch(args.batch, *size) for _ in range(2)]
+    saved = {key: saved_bytes(model, batches[0]) for key, model in models.items()}
+    seconds = interleaved(models, batches, args.warmup, args.steps) if args.steps else {}
+    del models
+    peaks = {key: None if args.no_peak else peak_in_process(key, name, args) for key in keys}
+    rows = []
+    for key in keys:
+        pairs = zip(seconds.get(key, []), seconds.get(('float', False), []), strict=True)
+        ratios = [own / base for own, base in pairs]
+        rows.append(
+            {
+                'model': workload.name,
+                'engine': key[0],
+                'teacher': key[1],
+                'device': args.device,
+                'batch': args.batch,
+                'threads': torch.get_num_threads(),
+                'step_ratio': statistics.median(ratios) if ratios else None,
+                'saved_bytes_per_image': saved[key] / args.batch,
+                'saved_ratio': saved[key] / saved['float', False],
+                'peak_memory_bytes': peaks[key],
+                'step_seconds': statistics.median(seconds[key]) if ratios else None,
+                'size': list(size),
+                'ffn': args.ffn if key[0] == 'fused' else None,
+            }
+        )
+    return rows
+
+
+def slopes(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
+    """Saved bytes over the batch (1, 2, 4 images) and over the area (once, twice)."""
+    height, width = args.size or workload.size
+    cases = [(1, height, width), (2, height, width), (4, height, width), (1, height, 2 * width)]
+    found = {}
+    for key in combinations(args):
+        if not key[1]:
+            model = build(workload, key, args)
+            found[label({'engine': key[0], 'teacher': False})] = [
+                saved_bytes(model, workload.batch(*case)) for case in cases
+            ]
+    return found
+
+
+def slope_text(saved: list[int]) -> str:
+    """Growth in words: bytes for each further image, and the factor of twice the area."""
+    one, two, four, wide = saved
+    each = (two - one) / 2**20, (four - two) / 2 / 2**20
+    return f'{each[0]:.2f} / {each[1]:.2f} MiB a further image, twice the area x{wide / one:.2f}'
+
+
+def peak_in_process(key: Key, name: str, args: argparse.Namespace) -> int:
+    """Peak memory of one engine in a process of its own."""
+    which = f'{key[0]}:{"on" if key[1] else "off"}'
+    command = [sys.executable, __file__, name, '--peak-of', which, '--device', args.device]
+    command += ['--batch', str(args.batch), '--ffn', args.ffn]
+    command += ['--threads', str(torch.get_num_threads())]
+    command += ['--size', *map(str, args.size)] if args.size else []
+    options = [f'{k}={v}' for k, v in args.cfg_options.items()]
+    command += ['--cfg-options', *options] if options else []
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def own_peak(workload: Workload, args: argparse.Namespace) -> int:
+    """Peak memory of the engine that ``--peak-of`` names, in this process."""
+    engine, teacher = args.peak_of.split(':')
+    model = build(workload, (engine, teacher == 'on'), args)
+    return peak_memory(model, workload.batch(args.batch, *(args.size or workload.size)))
+
+
+def merged(known: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of other models, devices and batches, then the new ones."""
+
+    def group(row: dict[str, Any]) -> tuple:
+        return row['model'], row['device'], row['batch'], row['threads']
+
+    replaced = {group(row) for row in new}
+    return [row for row in known if group(row) not in replaced] + new
 
 
 if __name__ == '__main__':

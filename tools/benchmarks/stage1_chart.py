@@ -1,0 +1,69 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Bar chart and table of the stage-1 benchmark."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gplq_mm.evaluation import format_table
+
+Rows = Sequence[dict[str, Any]]
+FIGURES = {
+    'saved_ratio': 'bytes saved for backward',
+    'step_ratio': 'step time',
+    'peak_ratio': 'peak memory',
+}
+
+
+def label(row: dict[str, Any]) -> str:
+    """Engine and teacher of a row."""
+    return row['engine'] + (' + teacher' if row['teacher'] else '')
+
+
+def table(rows: Rows) -> str:
+    """The rows as text."""
+    cells = [
+        [
+            f'{row["model"]} {label(row)}',
+            str(row['batch']),
+            f'{row["saved_bytes_per_image"] / 2**20:.2f}',
+            f'{row["saved_ratio"]:.3f}',
+            _figure(row, 'step_seconds', 3),
+            _figure(row, 'step_ratio', 3),
+            f'{row["peak_memory_bytes"] / 2**20:.0f}' if row['peak_memory_bytes'] else '-',
+        ]
+        for row in rows
+    ]
+    titles = ['', 'batch', 'saved MiB an image', 'ratio', 'step (s)', 'ratio', 'peak MiB']
+    return format_table(titles, cells)
+
+
+def draw(rows: Rows, path: Path) -> None:
+    """Write a PNG: for each figure the engines' ratios to float, model by model."""
+    import matplotlib as mpl
+
+    mpl.use('Agg')
+    from matplotlib import pyplot
+
+    models = list(dict.fromkeys(row['model'] for row in rows))
+    labels = [name for name in dict.fromkeys(map(label, rows)) if name != 'float']
+    known = {(row['model'], label(row)): row for row in rows}
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
+    width = 0.8 / max(len(labels), 1)
+    for axis, key in zip(axes, ('saved_ratio', 'step_ratio'), strict=True):
+        for i, name in enumerate(labels):
+            found = [(m, known.get((model, name))) for m, model in enumerate(models)]
+            bars = [(m, row[key]) for m, row in found if row and row[key] is not None]
+            places = [m + (i - (len(labels) - 1) / 2) * width for m, _ in bars]
+            drawn = axis.bar(places, [value for _, value in bars], width, label=name)
+            axis.bar_label(drawn, fmt='%.2f', fontsize=7)
+        axis.axhline(1.0, color='black', linewidth=0.8)
+        axis.set_xticks(range(len(models)), models, fontsize=8)
+        axis.set_title(f'{FIGURES[key]}, float training = 1')
+    axes[0].legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _figure(row: dict[str, Any], key: str, digits: int) -> str:
+    return '-' if row[key] is None else f'{row[key]:.{digits}f}'
