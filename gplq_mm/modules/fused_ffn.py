@@ -22,6 +22,7 @@ from ..quantizers.packed_codes import (
 )
 from .autocast import autocast_state
 from .engine import EngineUser, packs
+from .fused_layer import own_tensor
 from .linear import QuantLinear
 
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU)
@@ -126,7 +127,7 @@ class _RecomputedFFN(torch.autograd.Function):
             hidden = act(F.linear(values.to(x.dtype), first_weight, first_bias))
             on_grid = quantize_values(hidden.float(), second_scale, grids[1]).to(hidden.dtype)
             del hidden
-            return F.linear(on_grid, second_weight, second_bias)
+            return own_tensor(F.linear(on_grid, second_weight, second_bias))
 
     @staticmethod
     @first_order_only

@@ -77,7 +77,7 @@ class _PackedProduct(torch.autograd.Function):
             dtype = autocast or x.dtype
             operands = values.to(dtype), _cast(weight, autocast), _cast(bias, autocast)
             del values
-            return operation.product(*operands)
+            return own_tensor(operation.product(*operands))
 
     @staticmethod
     @first_order_only
@@ -100,6 +100,11 @@ class _PackedProduct(torch.autograd.Function):
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
+
+
+def own_tensor(x: Tensor) -> Tensor:
+    """``x`` as no view of another tensor: an output that in-place operations may change."""
+    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype | None) -> Any:

@@ -28,7 +28,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         """``grad @ weight`` and ``grad.T @ x``."""
         rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         grad_x = (rows @ weight).view(x.shape) if of_x else None
-        return grad_x, rows.t() @ x.reshape(len(rows), -1) if of_weight else None
+        return grad_x, rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None
 
     def product_depth(self) -> int:
         """``in_features``."""
