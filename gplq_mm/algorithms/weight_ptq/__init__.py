@@ -5,6 +5,7 @@ from .adaround import AdaRound
 from .base import PTQTask, RangePTQ, WeightPTQ, write_codes, write_nearest
 from .bias_correction import BiasCorrection
 from .brecq import BRECQ
+from .global_reconstruction import GlobalReconstruction
 from .gptq import GPTQ
 from .minmax import MinMaxPTQ
 from .mse import MSEPTQ
@@ -21,6 +22,7 @@ __all__ = [
     'WEIGHT_PTQ',
     'AdaRound',
     'BiasCorrection',
+    'GlobalReconstruction',
     'MinMaxPTQ',
     'PTQTask',
     'PercentilePTQ',

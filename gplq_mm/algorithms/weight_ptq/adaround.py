@@ -41,7 +41,7 @@ class AdaRound(UnitPTQ):
     def __init__(
         self,
         steps: int = 300,
-        lr: float = 2e-2,
+        lr: float = 5e-2,
         regularization: float = 1.0,
         range: str | None = None,
         max_columns: int = 2048,

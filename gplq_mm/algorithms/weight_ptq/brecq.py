@@ -55,13 +55,13 @@ class BRECQ(UnitPTQ):
     def __init__(
         self,
         steps: int = 200,
-        lr: float = 2e-2,
+        lr: float = 5e-2,
         scale_lr: float = 1e-3,
         bias_lr: float = 1e-2,
         batch_size: int = 32,
         drop: float = 0.5,
         regularization: float = 2.0,
-        commitment: float = 0.5,
+        commitment: float = 0.0,
         start: str = 'gptq',
         max_elements: int = 1 << 18,
     ) -> None:
