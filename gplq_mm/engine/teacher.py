@@ -46,7 +46,7 @@ def attach_teacher(
     if not isinstance(model, Mimicking):
         return
     device = next(model.parameters()).device
-    teacher = MODELS.build(copy.deepcopy(model.gplq.float_cfg))  # type: ignore[union-attr]
+    teacher = MODELS.build(copy.deepcopy(model.gplq.float_cfg))
     state = float_state if float_state is not None else _read_float(source)
     load_float_(teacher, {'state_dict': dict(state)})
     model.attach_teacher(teacher.to(device))

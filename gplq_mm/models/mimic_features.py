@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .mimic_settings import PENULTIMATE
+from .teacher_precision import as_float, teacher_precision
 
 HEAD = 'head'
 
@@ -88,13 +89,24 @@ def watched(recording: Recording, layers: Sequence[str]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def run_teacher(teacher: Any, inputs: Tensor, layers: Sequence[str]) -> Recording:
-    """Forward pass of the teacher, its head included where a watched module is in it."""
+def run_teacher(
+    teacher: Any, inputs: Tensor, layers: Sequence[str], dtype: torch.dtype = torch.float32
+) -> Recording:
+    """Forward pass of the teacher, its head included where a watched module is in it.
+
+    Args:
+        teacher: Float model.
+        inputs: Preprocessed batch.
+        layers: Modules to watch.
+        dtype: What it multiplies in; the recording is float32.
+    """
     recording = Recording(teacher)
-    with watched(recording, layers):
+    with watched(recording, layers), teacher_precision(dtype, inputs.device):
         recording.features = teacher.extract_feat(inputs)
         if any(name.split('.')[0] == HEAD for name in layers):
             recording.outputs[HEAD] = teacher.head(recording.features)
+    recording.features = as_float(recording.features)
+    recording.outputs = as_float(recording.outputs)
     return recording
 
 

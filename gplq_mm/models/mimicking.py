@@ -21,6 +21,7 @@ from .mimic_features import (
 )
 from .mimic_settings import PENULTIMATE
 from .mimic_terms import PCATerm, build_term, module_names
+from .teacher_precision import teacher_dtype
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -41,6 +42,7 @@ class Mimicking(_Base):
     """
 
     mimic: dict[str, Any]
+    gplq: Any
     head: Any
 
     def attach_teacher(self, teacher: nn.Module) -> None:
@@ -115,7 +117,8 @@ class Mimicking(_Base):
                 f'{type(self).__name__}.loss() does not call extract_feat(), which mimicking '
                 'needs; write recipe=dict(mimic=None)'
             )
-        reference = run_teacher(teacher, inputs, layers)
+        dtype = teacher_dtype(self.gplq.engine.teacher, inputs.device)
+        reference = run_teacher(teacher, inputs, layers, dtype)
         losses = {k: _scaled(k, v, self.mimic['task_weight']) for k, v in losses.items()}
         for term in terms:
             name = 'loss_mimic' if len(terms) == 1 else f'loss_mimic_{_label(term, terms)}'

@@ -2,7 +2,7 @@
 """Which implementation the quantized operators train with; the numbers are the same."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from ..quantizers import FakeQuantizer, cpu_kernels
 
 ENGINES = ('fused', 'reference')
 FFN_MODES = ('layers', 'recompute')
+TEACHERS = ('auto', 'float32', 'bfloat16', 'float16')
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Engine:
         ffn: ``layers`` saves the input of the activation function between two quantized
             layers and the packed codes of its output, ``recompute`` neither: the
             backward pass computes the first layer again from its packed input.
+        teacher: What the float teacher multiplies in; ``auto`` is bfloat16 on GPUs
+            that do it in hardware, else float32.
 
     Raises:
         ValueError: If a value is none of these.
@@ -31,9 +34,11 @@ class Engine:
 
     type: Literal['fused', 'reference'] = 'fused'
     ffn: Literal['layers', 'recompute'] = 'layers'
+    teacher: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
 
     def __post_init__(self) -> None:
-        for name, allowed in (('type', ENGINES), ('ffn', FFN_MODES)):
+        choices = (('type', ENGINES), ('ffn', FFN_MODES), ('teacher', TEACHERS))
+        for name, allowed in choices:
             value = getattr(self, name)
             if value not in allowed:
                 raise ValueError(f'engine.{name}={value!r}: write one of {allowed}')
@@ -51,7 +56,7 @@ class Engine:
         return self.type == 'fused'
 
 
-REFERENCE = Engine('reference')
+REFERENCE = Engine('reference', teacher='float32')
 
 
 class EngineUser:
@@ -72,11 +77,14 @@ def resolve_engine(engine: str | Mapping[str, Any] | Engine) -> Engine:
     """
     if isinstance(engine, Engine):
         return engine
+    if engine == 'reference':
+        return REFERENCE
     if isinstance(engine, str):
         return Engine(engine)  # type: ignore[arg-type]
-    unknown = sorted(set(engine) - {'type', 'ffn'})
+    known = [field.name for field in fields(Engine)]
+    unknown = sorted(set(engine) - set(known))
     if unknown:
-        raise ValueError(f"engine has no key {unknown[0]!r}; the keys are ['ffn', 'type']")
+        raise ValueError(f'engine has no key {unknown[0]!r}; the keys are {known}')
     return Engine(**engine)
 
 

@@ -29,6 +29,7 @@ from stage1_measure import interleaved, peak_memory, saved_bytes
 from stage1_models import WORKLOADS, Workload
 
 from gplq_mm.evaluation import read_json, write_json
+from gplq_mm.modules.engine import TEACHERS
 
 ENGINES = ('float', 'reference', 'torchao', 'fused')
 Key = tuple[str, bool]
@@ -42,6 +43,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--engines', nargs='+', choices=ENGINES, default=list(ENGINES))
     parser.add_argument('--teacher', nargs='+', choices=('off', 'on'), default=['off', 'on'])
     parser.add_argument('--ffn', choices=('layers', 'recompute'), default='layers')
+    parser.add_argument('--teacher-dtype', choices=TEACHERS, default='auto')
     parser.add_argument('--batch', type=int, default=2, help='images a step')
     parser.add_argument('--size', type=int, nargs=2, help='height and width of the images')
     parser.add_argument('--steps', type=int, default=9, help='counted steps; 0: memory only')
@@ -103,7 +105,8 @@ def combinations(args: argparse.Namespace) -> list[Key]:
 
 def build(workload: Workload, key: Key, args: argparse.Namespace) -> Any:
     """The model of a row on its device."""
-    model = workload.build(*key, {'ffn': args.ffn}).to(args.device)
+    options = {'ffn': args.ffn, 'teacher': args.teacher_dtype}
+    model = workload.build(*key, options).to(args.device)
     teacher = model.__dict__.get('_teacher')
     if teacher:
         teacher[0].to(args.device)
@@ -139,6 +142,7 @@ def measure(workload: Workload, name: str, args: argparse.Namespace) -> list[dic
                 'step_seconds': statistics.median(seconds[key]) if ratios else None,
                 'size': list(size),
                 'ffn': args.ffn if key[0] == 'fused' else None,
+                'teacher_dtype': args.teacher_dtype if key[1] else None,
             }
         )
     return rows
@@ -170,6 +174,7 @@ def peak_in_process(key: Key, name: str, args: argparse.Namespace) -> int:
     which = f'{key[0]}:{"on" if key[1] else "off"}'
     command = [sys.executable, __file__, name, '--peak-of', which, '--device', args.device]
     command += ['--batch', str(args.batch), '--ffn', args.ffn]
+    command += ['--teacher-dtype', args.teacher_dtype]
     command += ['--threads', str(torch.get_num_threads())]
     command += ['--size', *map(str, args.size)] if args.size else []
     options = [f'{k}={v}' for k, v in args.cfg_options.items()]
