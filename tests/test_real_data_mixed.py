@@ -45,7 +45,7 @@ def quantized_weights(data: Path, rules: list[dict[str, Any]], images: Tensor) -
 def test_mixed_bits_beat_uniform_bits_of_the_same_mean(gplq_data: Path) -> None:
     model = build(gplq_data, 'vit_cifar10', W3)[1]
     images, _ = cifar(gplq_data, 'test', 2000)
-    training, _ = cifar(gplq_data, 'train', 64)
+    training, _ = cifar(gplq_data, 'train', 32)
     calibrate_activations(model, lambda: logits(model, training[:8]))
     operands = find_operands(model, model.gplq.recipe['rules'], ['weight'])
     free = {key: operand for key, operand in operands.items() if not operand.pinned}
