@@ -37,6 +37,7 @@ from .resources import StageMeter
 from .run_report import RunReport
 from .stage2 import apply_stage2
 from .teacher import attach_teacher, check_mimic_images, float_state_of, pca_images
+from .teacher_cache import attach_teacher_cache, check_teacher_cache
 
 SOURCE_NAME = 'gplq_source.json'
 
@@ -59,6 +60,7 @@ class GPLQSession:
         calibration = self.recipe['calibration']
         self.calibration = CalibrationSet(runner.cfg, **calibration)
         check_mimic_images(self.model, self.calibration)
+        check_teacher_cache(self.model, runner)
         self.report = RunReport(runner.work_dir, resume=resumed)
         self.meter: StageMeter | None = None
 
@@ -84,6 +86,7 @@ class GPLQSession:
             float_state = float_state_of(self.model, quantization_keys(self.model))
             self._calibrate()  # first: it is short, and finds what is wrong with the model
         attach_teacher(self.model, source, float_state, pca_images(self.calibration), mimic)
+        attach_teacher_cache(self.model, source)
         if fresh:
             self._score_fp32(evaluate_fp32)
             save_resumable(self.runner, CALIBRATED_NAME)

@@ -21,6 +21,7 @@ from .mimic_features import (
 )
 from .mimic_settings import PENULTIMATE
 from .mimic_terms import PCATerm, build_term, module_names
+from .teacher_cache import TeacherCache
 from .teacher_precision import teacher_dtype
 
 if TYPE_CHECKING:
@@ -51,6 +52,15 @@ class Mimicking(_Base):
         # a list hides the teacher from Module.__setattr__'s registration
         self.__dict__['_teacher'] = [teacher]
         self.__dict__['_terms'] = [build_term(settings) for settings in self.mimic['terms']]
+
+    def attach_cache(self, cache: TeacherCache) -> None:
+        """Give a cache of the teacher's outputs."""
+        self.__dict__['_cache'] = [cache]
+
+    @property
+    def needs_features(self) -> bool:
+        """Whether a term compares more than the head's logits."""
+        return any(term['type'] != 'logits' for term in self.mimic['terms'])
 
     @property
     def teacher(self) -> Any:
@@ -118,7 +128,9 @@ class Mimicking(_Base):
                 'needs; write recipe=dict(mimic=None)'
             )
         dtype = teacher_dtype(self.gplq.engine.teacher, inputs.device)
-        reference = run_teacher(teacher, inputs, layers, dtype)
+        cache = self.__dict__.get('_cache', [None])[0]
+        run = run_teacher if cache is None else cache.run
+        reference = run(teacher, inputs, layers, dtype)
         losses = {k: _scaled(k, v, self.mimic['task_weight']) for k, v in losses.items()}
         for term in terms:
             name = 'loss_mimic' if len(terms) == 1 else f'loss_mimic_{_label(term, terms)}'

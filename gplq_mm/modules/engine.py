@@ -27,6 +27,8 @@ class Engine:
             backward pass computes the first layer again from its packed input.
         teacher: What the float teacher multiplies in; ``auto`` is bfloat16 on GPUs
             that do it in hardware, else float32.
+        teacher_cache: Folder that keeps the teacher's outputs from epoch to epoch, for
+            training pipelines without random transforms; None for no cache.
 
     Raises:
         ValueError: If a value is none of these.
@@ -35,6 +37,7 @@ class Engine:
     type: Literal['fused', 'reference'] = 'fused'
     ffn: Literal['layers', 'recompute'] = 'layers'
     teacher: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
+    teacher_cache: str | None = None
 
     def __post_init__(self) -> None:
         choices = (('type', ENGINES), ('ffn', FFN_MODES), ('teacher', TEACHERS))

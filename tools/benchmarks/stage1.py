@@ -125,8 +125,7 @@ def measure(workload: Workload, name: str, args: argparse.Namespace) -> list[dic
     peaks = {key: None if args.no_peak else peak_in_process(key, name, args) for key in keys}
     rows = []
     for key in keys:
-        pairs = zip(seconds.get(key, []), seconds.get(('float', False), []), strict=True)
-        ratios = [own / base for own, base in pairs]
+        wall, cpu = (ratio(seconds, key, clock) for clock in (0, 1))
         rows.append(
             {
                 'model': workload.name,
@@ -135,17 +134,26 @@ def measure(workload: Workload, name: str, args: argparse.Namespace) -> list[dic
                 'device': args.device,
                 'batch': args.batch,
                 'threads': torch.get_num_threads(),
-                'step_ratio': statistics.median(ratios) if ratios else None,
+                'step_ratio': wall,
                 'saved_bytes_per_image': saved[key] / args.batch,
                 'saved_ratio': saved[key] / saved['float', False],
                 'peak_memory_bytes': peaks[key],
-                'step_seconds': statistics.median(seconds[key]) if ratios else None,
+                'step_seconds': statistics.median(s[0] for s in seconds[key]) if seconds else None,
+                'cpu_ratio': cpu if args.device == 'cpu' else None,
                 'size': list(size),
                 'ffn': args.ffn if key[0] == 'fused' else None,
                 'teacher_dtype': args.teacher_dtype if key[1] else None,
             }
         )
     return rows
+
+
+def ratio(seconds: dict[Key, list[tuple[float, float]]], key: Key, clock: int) -> float | None:
+    """Median of the steps' ratios to the float steps beside them."""
+    if not seconds:
+        return None
+    pairs = zip(seconds[key], seconds['float', False], strict=True)
+    return statistics.median(own[clock] / base[clock] for own, base in pairs)
 
 
 def slopes(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:

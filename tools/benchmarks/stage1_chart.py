@@ -11,7 +11,6 @@ Rows = Sequence[dict[str, Any]]
 FIGURES = {
     'saved_ratio': 'bytes saved for backward',
     'step_ratio': 'step time',
-    'peak_ratio': 'peak memory',
 }
 
 
@@ -30,11 +29,13 @@ def table(rows: Rows) -> str:
             f'{row["saved_ratio"]:.3f}',
             _figure(row, 'step_seconds', 3),
             _figure(row, 'step_ratio', 3),
+            _figure(row, 'cpu_ratio', 3),
             f'{row["peak_memory_bytes"] / 2**20:.0f}' if row['peak_memory_bytes'] else '-',
         ]
         for row in rows
     ]
-    titles = ['', 'batch', 'saved MiB an image', 'ratio', 'step (s)', 'ratio', 'peak MiB']
+    titles = ['', 'batch', 'saved MiB an image', 'ratio', 'step (s)', 'ratio', 'of CPU time']
+    titles += ['peak MiB']
     return format_table(titles, cells)
 
 

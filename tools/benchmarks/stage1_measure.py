@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from gplq_mm.engine import GPLQOptimWrapperConstructor
 from gplq_mm.engine.resources import StageMeter
 
+Times = tuple[float, float]
+
 
 def saved_bytes(model: Any, batch: Any) -> int:
     """Bytes that autograd holds between the forward and the backward pass of one step.
@@ -48,22 +50,25 @@ def optimizer(model: Any) -> Any:
     return OptimWrapper(torch.optim.AdamW(model.parameters(), lr=5e-5, weight_decay=0.0))
 
 
-def train_step(model: Any, batch: Any, optim_wrapper: Any) -> float:
-    """Seconds of one training step."""
+def train_step(model: Any, batch: Any, optim_wrapper: Any) -> Times:
+    """Seconds of one training step: ``(wall time, processor time of this process)``.
+
+    On a machine that does other work too, the second is the steadier one.
+    """
     batch = copy.deepcopy(batch)
     _synchronize(model)
-    start = time.perf_counter()
+    start = time.perf_counter(), time.process_time()
     model.train_step(batch, optim_wrapper)
     _synchronize(model)
-    return time.perf_counter() - start
+    return time.perf_counter() - start[0], time.process_time() - start[1]
 
 
 def interleaved(
     models: dict[Any, nn.Module], batches: list[Any], warmup: int, steps: int
-) -> dict[Any, list[float]]:
+) -> dict[Any, list[Times]]:
     """Seconds of each step: one of every engine in turn, so that drift hits all alike."""
     optimizers = {key: optimizer(model) for key, model in models.items()}
-    seconds: dict[Any, list[float]] = {key: [] for key in models}
+    seconds: dict[Any, list[Times]] = {key: [] for key in models}
     for step in range(warmup + steps):
         for key, model in models.items():
             taken = train_step(model, batches[step % len(batches)], optimizers[key])
