@@ -21,7 +21,7 @@ from ..utils.checkpoint_io import write_checkpoint
 KEY = 'gplq'
 STAGE1_NAME = 'gplq_stage1.pth'
 FINAL_NAME = 'gplq_final.pth'
-_TRAINING_ONLY = ('optim.', 'mimic', 'name', 'calibration.', 'weight.ptq')
+_TRAINING_ONLY = ('optim.', 'mimic', 'name', 'calibration.', 'weight.ptq', 'stage2.num_images')
 """Recipe keys that decide values, not how the values are used."""
 CALIBRATED_NAME = 'gplq_calibrated.pth'
 

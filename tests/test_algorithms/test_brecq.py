@@ -19,6 +19,7 @@ from gplq_mm.conversion import quantized_layers, resolve_recipe
 from tests.helpers.tiny_blocks import images, ptq_on_rank, ptq_state, stage1_stack
 
 BRECQ_FEW = dict(type='brecq', steps=8, lr=0.05)
+GLOBAL_FEW = dict(type='global', steps=7, batches=4)
 
 
 def quantize(model: nn.Module, run: Any, ptq: Any) -> Any:
@@ -112,6 +113,36 @@ def test_a_harmful_optimisation_is_undone() -> None:
     assert [n for n in states[0] if not torch.equal(states[0][n], states[1][n])] == []
 
 
+def features(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(images().flatten(0, 1))
+
+
+def test_global_brings_the_output_closer_to_stage_1_and_keeps_the_grid() -> None:
+    stage1, _ = stage1_stack(2)
+    errors = {}
+    for ptq in ('mse', ['mse', dict(type='global', steps=40, lr=0.05)]):
+        model, run = stage1_stack(2)
+        result = quantize(model, run, ptq)
+        for layer in quantized_layers(model).values():
+            codes, scale = layer.weight_quantizer.codes(layer.weight)
+            assert torch.equal(codes * scale, layer.weight)
+        assert result.notes == []
+        errors[str(ptq)] = (features(model) - features(stage1)).square().mean()
+    plain, learned = errors.values()
+    assert learned < 0.9 * plain
+
+
+def test_global_that_does_harm_is_undone() -> None:
+    states = []
+    for ptq in ('mse', ['mse', dict(type='global', steps=1, lr=50.0, scale_lr=2.0)]):
+        model, run = stage1_stack(2)
+        notes = quantize(model, run, ptq).notes
+        states.append(model.state_dict())
+    assert notes == ['global: the features came no closer; undone']
+    assert [n for n in states[0] if not torch.equal(states[0][n], states[1][n])] == []
+
+
 def test_soft_weights_start_at_the_float_weights_or_at_the_codes_and_are_removed() -> None:
     model, run = stage1_stack(3)
     floats = {n: la.weight.detach().clone() for n, la in quantized_layers(model).items()}
@@ -176,7 +207,7 @@ def test_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    ptq = ['repq', 'gptq', BRECQ_FEW, 'bias_correction', 'qwt_v2']
+    ptq = ['repq', 'gptq', BRECQ_FEW, GLOBAL_FEW, 'bias_correction', 'qwt_v2']
     torch.multiprocessing.spawn(ptq_on_rank, (ptq, 2, port, str(tmp_path)), nprocs=2)
     alone = ptq_state(ptq, images(9))
     for rank in range(2):
@@ -189,6 +220,7 @@ def test_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
     [
         (dict(type='brecq', start='best'), "start='best'"),
         (dict(type='brecq', drop=2), 'a drop from 0 to 1'),
+        (dict(type='global', batches=0), 'write positive numbers'),
         (dict(type='adaround', steps=0), 'write positive numbers'),
         (dict(type='adaround', range='hessian'), "range='hessian'"),
     ],

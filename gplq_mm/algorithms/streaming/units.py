@@ -19,7 +19,13 @@ from .interception import intercepted, run_until_reached
 MAX_LAYERS = 16
 """Largest number of quantized layers of a unit that is no transformer block."""
 
-_Trace = dict[str, tuple[tuple[str, ...], int]]  # layer -> (modules around it, calls)
+
+@dataclass
+class _Trace:
+    """What one forward pass called: layers in order with the modules around them, and how often."""
+
+    around: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    runs: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -32,12 +38,14 @@ class Unit:
             mask head, classifier head, single layer.
         layers: The layers to quantize in it by full name, in the order in which they run.
         calls: How often a call of the unit calls each layer.
+        runs: How often a forward pass of the model calls the unit.
     """
 
     name: str
     module: nn.Module
     layers: dict[str, QuantizedLayer] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    runs: int = 1
 
 
 @torch.no_grad()
@@ -63,11 +71,11 @@ def find_units(
     seen: set[str] = set()
 
     def observe(run: Callable[[], Any]) -> None:
-        trace: _Trace = {}
+        trace = _Trace()
         if len(seen) < len(layers):
             with _traced(model, layers, trace):
                 run_until_reached(run)
-        seen.update(trace)
+        seen.update(trace.around)
         traces.append(trace)
 
     with intercepted(model, observe):
@@ -86,9 +94,9 @@ def _traced(
     def enter(name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             stack.append(name)
+            trace.runs[name] = trace.runs.get(name, 0) + 1
             if name in layers:
-                calls = trace[name][1] if name in trace else 0
-                trace[name] = (tuple(stack), calls + 1)
+                trace.around.setdefault(name, tuple(stack))
 
         return hook
 
@@ -116,21 +124,23 @@ def _of_all_ranks(traces: list[_Trace]) -> list[_Trace]:
 
 
 def _merge(traces: Sequence[_Trace]) -> _Trace:
-    merged: _Trace = {}
+    merged = _Trace()
     for trace in traces:
-        for name, found in trace.items():
-            merged.setdefault(name, found)
+        for name, around in trace.around.items():
+            merged.around.setdefault(name, around)
+        for name, runs in trace.runs.items():
+            merged.runs.setdefault(name, runs)
     return merged
 
 
 def _group(model: nn.Module, layers: Mapping[str, QuantizedLayer], trace: _Trace) -> list[Unit]:
     units: dict[str, Unit] = {}
     modules = dict(model.named_modules())
-    for name, (around, calls) in trace.items():
+    for name, around in trace.around.items():
         owner = _unit_name(modules, around, layers)
-        unit = units.setdefault(owner, Unit(owner, modules[owner]))
+        unit = units.setdefault(owner, Unit(owner, modules[owner], runs=trace.runs[owner]))
         unit.layers[name] = layers[name]
-        unit.calls[name] = calls
+        unit.calls[name] = max(trace.runs[name] // unit.runs, 1)
     return list(units.values())
 
 
