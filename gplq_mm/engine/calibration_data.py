@@ -29,6 +29,7 @@ class CalibrationSet:
         seed: Seed of the draw.
         batch_size: Images a forward pass. Batches, not images, are dealt to the
             ranks, so N ranks see just the batches that one would.
+        all_if_fewer: Take the whole training set where it has fewer images.
 
     Raises:
         ValueError: If a dataloader is missing, the training set is smaller than
@@ -36,7 +37,9 @@ class CalibrationSet:
             in the validation or test set.
     """
 
-    def __init__(self, cfg: Config, num_images: int, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, cfg: Config, num_images: int, seed: int, batch_size: int, all_if_fewer: bool = False
+    ) -> None:
         reference = cfg.get('val_dataloader') or cfg.get('test_dataloader')
         if not cfg.get('train_dataloader') or not reference:
             raise ValueError(
@@ -48,6 +51,8 @@ class CalibrationSet:
         self.collate = _collate_function(reference)
         self._cfg = cfg
         self._order = np.random.default_rng(seed).permutation(len(self.dataset))
+        if all_if_fewer:
+            num_images = min(num_images, len(self.dataset))
         self._choose(num_images, batch_size, 'calibration')
 
     def sample(

@@ -351,7 +351,8 @@ def _image_set(
     size = options.batch_size or min(loader.get('batch_size', 1), math.ceil(number / SHARES))
     if options.metric == 'loss':
         cfg = with_labels(cfg)
-    return CalibrationSet(cfg, number, options.seed, size)
+    fewer = options.num_images is None and recipe['calibration'].get('all_if_fewer', False)
+    return CalibrationSet(cfg, number, options.seed, size, fewer)
 
 
 def _rounding_only(ptq: Any) -> list[WeightPTQ]:
