@@ -95,7 +95,6 @@ def test_stage_1_replaces_the_schedule_of_the_base(name):
     assert cfg.randomness == dict(seed=0)
     assert cfg.default_hooks.checkpoint.by_epoch is False
     assert cfg.model.train_cfg is None  # no Mixup, no CutMix
-    assert cfg.model.backbone.drop_path_rate == 0
     if name in IMAGENET:
         assert cfg.train_dataloader.batch_size == cfg.auto_scale_lr.base_batch_size == 128
         assert cfg.data_root == cfg.train_dataloader.dataset.data_root.rstrip('/')

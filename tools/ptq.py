@@ -1,21 +1,26 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Stage 2 alone: quantize the weights of a stage-1 checkpoint, score it, write the final one.
 
+Several algorithms are compared in one table, each from the same checkpoint; `+` joins those
+that run one after the other. The rows lie in the work dir, in gplq_stage2.json.
+
 Example:
-    python tools/ptq.py CONFIG work_dirs/x/gplq_stage1.pth --ptq mse percentile
+    python tools/ptq.py CONFIG work_dirs/x/gplq_stage1.pth --ptq mse gptq gptq+bias_correction
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from gplq_mm.engine import stage2
+from gplq_mm.algorithms.weight_ptq import build_weight_ptq
 from gplq_mm.engine.launch import add_arguments, build_runner, read_config, run_tool
 from gplq_mm.engine.preflight import ConfigError, check_checkpoint, check_data, is_gplq
+from gplq_mm.engine.ptq_comparison import PTQComparison
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -27,7 +32,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='+',
         metavar='NAME',
         default=[None],
-        help="weight algorithm in place of the recipe's; several are tried one after the other",
+        help="weight algorithm in place of the recipe's, or several joined by + that run one after "
+        'the other (repq+gptq); with more than one NAME each starts from the checkpoint',
+    )
+    parser.add_argument(
+        '--bits', type=int, help="weight bits in place of the recipe's, 2 to 8; rules' bits stay"
     )
     parser.add_argument(
         '--out', metavar='FILE', help='final checkpoint; gplq_final.pth in the work dir by default'
@@ -39,8 +48,8 @@ def check(cfg: Config, args: argparse.Namespace) -> None:
     """Refuse what would fail after a long start.
 
     Raises:
-        ConfigError: If the config is no GPLQ config, ``--out`` stands for several files, or
-            the checkpoint or the data is not there.
+        ConfigError: If the config is no GPLQ config, ``--out`` stands for several files, an
+            algorithm is unknown, or the checkpoint or the data is not there.
     """
     if not is_gplq(cfg):
         raise ConfigError(
@@ -49,6 +58,13 @@ def check(cfg: Config, args: argparse.Namespace) -> None:
         )
     if args.out and len(args.ptq) > 1:
         raise ConfigError('--out names one file; with several --ptq leave it out')
+    for name in filter(None, args.ptq):
+        try:
+            build_weight_ptq(name.split('+'))
+        except ValueError as error:
+            raise ConfigError(f'--ptq {name}: {error}') from None
+    if args.bits is not None and not 2 <= args.bits <= 8:
+        raise ConfigError(f'--bits {args.bits}: write a number from 2 to 8')
     check_checkpoint(args.checkpoint)
     check_data(cfg, ('train', 'val'))
 
@@ -60,13 +76,6 @@ def final_name(args: argparse.Namespace, cfg: Config, ptq: str | None) -> str:
     return f'{cfg.work_dir}/gplq_final{f"_{ptq}" if len(args.ptq) > 1 else ""}.pth'
 
 
-def log_scores(scores: dict[str, dict[str, float]]) -> None:
-    """Log the metrics of several algorithms side by side."""
-    for name, metrics in scores.items():
-        line = '  '.join(f'{key} {value:.4f}' for key, value in metrics.items())
-        print_log(f'{name}: {line}', logger='current')
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     cfg = read_config(args)
@@ -74,13 +83,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     cfg.load_from, cfg.resume = args.checkpoint, False
     runner: Runner = build_runner(cfg)
     runner.call_hook('before_run')
-    scores = {}
+    runner.load_checkpoint(args.checkpoint)
+    comparison = PTQComparison(runner, args.checkpoint, Path(args.config).stem)
     for name in args.ptq:
-        runner.load_checkpoint(args.checkpoint)  # each algorithm starts from stage 1
-        out = final_name(args, cfg, name)
-        scores[name or 'recipe'] = stage2.run(runner, ptq=name, out=out)
+        comparison.run(name, final_name(args, cfg, name), args.bits)
+        print_log(f'stage 2 compared:\n{comparison.table()}', logger='current')
     runner.call_hook('after_run')
-    log_scores(scores)
 
 
 if __name__ == '__main__':

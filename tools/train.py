@@ -28,6 +28,8 @@ from gplq_mm.engine.preflight import (
     is_gplq,
 )
 
+CONSTRUCTOR = 'gplq_mm.GPLQOptimWrapperConstructor'
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Train a model: GPLQ by a GPLQ config')
@@ -50,10 +52,14 @@ def set_amp(cfg: Config) -> None:
     """Turn on automatic mixed precision, dynamic loss scale unless the config gives one.
 
     Raises:
-        ConfigError: If there is no accelerator, without which MMEngine has none.
+        ConfigError: If there is no accelerator and the optimizer is not GPLQ's, which has
+            bfloat16 there; MMEngine alone has no mixed precision on a CPU.
     """
-    if get_device() == 'cpu':
-        raise ConfigError('--amp: MMEngine has mixed precision on accelerators only; leave it out')
+    if get_device() == 'cpu' and cfg.optim_wrapper.get('constructor') != CONSTRUCTOR:
+        raise ConfigError(
+            '--amp: MMEngine has mixed precision on accelerators only; leave it out, or write '
+            f"optim_wrapper=dict(constructor='{CONSTRUCTOR}') in a GPLQ config"
+        )
     cfg.optim_wrapper.type = 'AmpOptimWrapper'
     cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
 

@@ -8,7 +8,7 @@ data_root = 'data/imagenet'
 load_from = 'checkpoints/dinov2-s_imagenet.pth'
 model = dict(
     type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None,
-    backbone=dict(drop_path_rate=0.0, frozen_stages=-1))
+    backbone=dict(frozen_stages=-1))
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 train_dataloader = dict(batch_size=128)
 custom_hooks = _base_.stage1_hooks

@@ -9,7 +9,7 @@ _base_ = [
 load_from = None
 model = dict(
     type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None,
-    backbone=dict(drop_path_rate=0.0), head=dict(num_classes=_base_.num_classes))
+    head=dict(num_classes=_base_.num_classes))
 train_cfg = dict(_delete_=True, type='gplq_mm.ResumableEpochLoop', max_epochs=10, val_interval=5)
 custom_hooks = _base_.stage1_hooks
 default_hooks = dict(checkpoint=_base_.stage1_checkpoint)

@@ -7,25 +7,28 @@ import torch
 from torch import nn
 
 from ..conversion import quantized_layers, quantizers
-from ..quantizers import FakeQuantizer, build_observer
+from ..quantizers import FakeQuantizer, Observer, build_observer
 from .distributed import synchronize_observer
 
 RunPass = Callable[[], None]
 """Runs the model once over this rank's share of the calibration images."""
 
+Progress = Callable[[str, int, int], None]
+"""Called as ``progress(name, index, total)`` before each layer or block, index from 0."""
 
-def calibrate_activations(model: nn.Module, run_pass: RunPass) -> int:
-    """Find scale and zero point of every activation quantizer.
 
-    All ranges are observed on the float model (quantizers pass their input
-    through while observed), in one pass or, if an observer needs it, two.
+def observe_activations(model: nn.Module, run_pass: RunPass) -> dict[str, Observer]:
+    """Statistics of every activation operand of the float model.
+
+    Quantizers pass their input through while observed. One pass, or, if an observer
+    needs it, two.
 
     Args:
         model: Converted model, on its device.
         run_pass: Runs the model over the images; the same images every call.
 
     Returns:
-        Number of quantizers calibrated.
+        Observers by the quantizer's name, the same on all ranks.
 
     Raises:
         ValueError: If a tensor holds NaN or infinity, or if a quantizer was never
@@ -39,13 +42,31 @@ def calibrate_activations(model: nn.Module, run_pass: RunPass) -> int:
         for index in range(passes):
             _run_observed_pass(found, run_pass, index)
         _require_reached(found)
-        qparams = {n: q.observer.calculate_qparams() for n, q in found.items() if q.observer}
+        return {n: q.observer for n, q in found.items() if q.observer}
     finally:
         for quantizer in found.values():
             quantizer.observer = None
-    for name, quantizer in found.items():
+
+
+def calibrate_activations(model: nn.Module, run_pass: RunPass) -> int:
+    """Find scale and zero point of every activation quantizer, see ``observe_activations``.
+
+    Args:
+        model: Converted model, on its device.
+        run_pass: Runs the model over the images; the same images every call.
+
+    Returns:
+        Number of quantizers calibrated.
+
+    Raises:
+        ValueError: If a tensor holds NaN or infinity, or if a quantizer was never
+            reached (each named).
+    """
+    observers = observe_activations(model, run_pass)
+    qparams = {name: observer.calculate_qparams() for name, observer in observers.items()}
+    for name, quantizer in quantizers(model, 'activation').items():
         quantizer.set_qparams(*qparams[name])
-    return len(found)
+    return len(qparams)
 
 
 @torch.no_grad()

@@ -147,6 +147,13 @@ def _compensated_class(cls: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[cls]
 
 
+def detach_compensation(model: nn.Module) -> None:
+    """Take all side branches away; the blocks are of their own class again."""
+    for block in compensated_blocks(model).values():
+        del block.compensation
+        block.__class__ = type(block).__mro__[2]
+
+
 def compensated_blocks(model: nn.Module) -> dict[str, CompensatedBlock]:
     """Blocks with a side branch, fitted or not, by name, in model order."""
     return {n: m for n, m in model.named_modules() if isinstance(m, CompensatedBlock)}

@@ -42,6 +42,27 @@ def synchronize_observer(quantizer: FakeQuantizer) -> None:
     observer.num_updates = int(updates)
 
 
+def all_reduce_sum(total: Tensor) -> None:
+    """Sum a tensor over all ranks, in place; exact for integers and parts of an ``ExactSum``."""
+    if world()[1] > 1:
+        dist.all_reduce(total)
+
+
+def all_reduce_max(value: Tensor) -> Tensor:
+    """Largest values over all ranks."""
+    if world()[1] > 1:
+        dist.all_reduce(value, dist.ReduceOp.MAX)
+    return value
+
+
+def broadcast_from_0(value: Tensor) -> Tensor:
+    """Rank 0's values on all ranks, whatever each one's LAPACK gave."""
+    if world()[1] > 1:
+        value = value.contiguous()
+        dist.broadcast(value, 0)
+    return value
+
+
 def _all_reduce(
     value: Tensor | None, how: str, observer: Observer, rows: int, device: torch.device
 ) -> Tensor:

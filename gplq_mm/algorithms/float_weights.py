@@ -4,7 +4,8 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..modules import QuantizedLayer
 
@@ -17,9 +18,16 @@ def copy_weights(layers: Mapping[str, QuantizedLayer]) -> dict[str, nn.Parameter
     }
 
 
+def copy_biases(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
+    """Copies of the layers' biases, of those that have one."""
+    return {n: la.bias.detach().clone() for n, la in layers.items() if la.bias is not None}
+
+
 @contextmanager
 def float_weights(
-    layers: Mapping[str, QuantizedLayer], weights: Mapping[str, nn.Parameter]
+    layers: Mapping[str, QuantizedLayer],
+    weights: Mapping[str, nn.Parameter],
+    biases: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
     """While open, the layers are those of stage 1: float weights, quantized activations.
 
@@ -29,15 +37,37 @@ def float_weights(
     Args:
         layers: The layers whose weights stage 2 quantized.
         weights: What ``copy_weights`` returned before stage 2 wrote codes.
+        biases: What ``copy_biases`` returned then; None where biases did not change.
     """
+    changed = _changed_biases(layers, biases or {})
     current = {name: layer.weight for name, layer in layers.items()}
     enabled = {name: layer.weight_quantizer.enabled for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.weight = weights[name]
             layer.weight_quantizer.enabled = False
+        for name in changed:
+            _write_bias(layers[name], (biases or {})[name])
         yield
     finally:
         for name, layer in layers.items():
             layer.weight = current[name]
             layer.weight_quantizer.enabled = enabled[name]
+        for name, bias in changed.items():
+            _write_bias(layers[name], bias)
+
+
+def _changed_biases(
+    layers: Mapping[str, QuantizedLayer], biases: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Present values of the biases that are not those of stage 1."""
+    return {
+        name: layers[name].bias.detach().clone()
+        for name, bias in biases.items()
+        if name in layers and not torch.equal(layers[name].bias, bias)
+    }
+
+
+@torch.no_grad()
+def _write_bias(layer: QuantizedLayer, bias: Tensor) -> None:
+    layer.bias.copy_(bias)

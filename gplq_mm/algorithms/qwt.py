@@ -15,12 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..modules import QuantizedLayer
-from .calibration import RunPass
+from .calibration import Progress, RunPass
 from .compensation import CompensatedBlock, compensated_blocks, compensation_off
 from .distributed import world
 from .float_weights import float_weights
 from .least_squares import NormalEquations
-from .weight_ptq.base import Progress
+from .streaming.interception import Reached, intercepted
 
 TARGETS = ('stage1', 'block')
 
@@ -47,10 +47,6 @@ class BlockResult:
         return asdict(self)
 
 
-class _Reached(Exception):  # noqa: N818
-    """Leaves the model's forward as soon as the block has run."""
-
-
 @dataclass
 class _Call:
     args: tuple[Any, ...]
@@ -73,6 +69,7 @@ class QwT:
         model: Converted, quantized model in evaluation mode with attached branches.
         layers: The layers that stage 2 quantized.
         weights: Their stage-1 weights.
+        biases: Their stage-1 biases; None where stage 2 changed none.
         ridge: See ``NormalEquations.solve``.
         target: ``stage1``: the block's output in the stage-1 model (corrects what
             earlier blocks left); ``block``: the float-weight block's output on the
@@ -89,6 +86,7 @@ class QwT:
         weights: Mapping[str, nn.Parameter],
         ridge: float = 1e-4,
         target: str = 'stage1',
+        biases: Mapping[str, Tensor] | None = None,
     ) -> None:
         if target not in TARGETS or not ridge >= 0:
             raise ValueError(
@@ -96,7 +94,7 @@ class QwT:
                 f'least 0 and a target of {TARGETS}'
             )
         self.model, self.layers, self.weights = model, layers, weights
-        self.ridge, self.target = ridge, target
+        self.ridge, self.target, self.biases = ridge, target, biases
 
     @torch.no_grad()
     def fit(self, run_pass: RunPass, progress: Progress | None = None) -> dict[str, BlockResult]:
@@ -139,7 +137,7 @@ class QwT:
                 wanted = self._wanted_output(block, call, run)
                 sums.add(call.x, wanted.double() - call.output.double())
 
-        with _intercepted(self.model, add):
+        with intercepted(self.model, add):
             run_pass()
         sums.reduce()
         if sums.images == 0:
@@ -167,7 +165,7 @@ class QwT:
 
     @contextmanager
     def _stage1(self) -> Iterator[None]:
-        with compensation_off(self.model), float_weights(self.layers, self.weights):
+        with compensation_off(self.model), float_weights(self.layers, self.weights, self.biases):
             yield
 
 
@@ -177,33 +175,16 @@ def _run_until(block: nn.Module, run: Callable[[], Any]) -> _Call | None:
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         calls.append(_Call(args, kwargs, output))
-        raise _Reached
+        raise Reached
 
     handle = block.register_forward_hook(hook, with_kwargs=True)
     try:
         run()
-    except _Reached:
+    except Reached:
         pass
     finally:
         handle.remove()
     return calls[0] if calls else None
-
-
-@contextmanager
-def _intercepted(model: nn.Module, handle: Callable[[Callable[[], Any]], None]) -> Iterator[None]:
-    """While open, calling the model calls ``handle`` with the forward to run, and gives None."""
-    original, own = model.forward, vars(model).get('forward')
-
-    def forward(*args: Any, **kwargs: Any) -> None:
-        handle(lambda: original(*args, **kwargs))
-
-    vars(model)['forward'] = forward
-    try:
-        yield
-    finally:
-        vars(model).pop('forward')
-        if own is not None:
-            vars(model)['forward'] = own
 
 
 def _check_call(name: str, call: _Call, width: int) -> None:

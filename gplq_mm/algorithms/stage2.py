@@ -14,14 +14,13 @@ from torch import nn
 from ..conversion import quantized_layers
 from ..modules import QuantizedLayer
 from ..quantizers import UncalibratedError
-from .calibration import RunPass
+from .calibration import Progress, RunPass
 from .compensation import attach_compensation, compensation_cost
-from .float_weights import copy_weights
+from .float_weights import copy_biases, copy_weights
 from .qwt import BlockResult, QwT
 from .stage2_recipe import resolve_compensation
-from .weight_error import LayerResult, measure_weight_error, summarize
+from .weight_error import LayerResult, mean_weight_mse, measure_weight_error, summarize
 from .weight_ptq import PTQTask, WeightPTQ, build_weight_ptq, write_nearest
-from .weight_ptq.base import Progress
 
 
 @dataclass
@@ -35,6 +34,7 @@ class Stage2Result:
         side_params: Float32 numbers that the fitted branches store.
         side_flops: Float operations that they add for one calibration image (mean;
             a multiply-add counts 2).
+        notes: What an algorithm could not do, one line each.
     """
 
     layers: dict[str, LayerResult]
@@ -42,6 +42,7 @@ class Stage2Result:
     seconds: float = 0.0
     side_params: int = 0
     side_flops: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -53,12 +54,14 @@ class Stage2Result:
         return {
             'weights': {
                 **self.summary,
+                'mean_mse': mean_weight_mse(self.layers),
                 'layers': {n: r.as_dict() for n, r in self.layers.items()},
             },
             'compensation': {n: r.as_dict() for n, r in self.blocks.items()},
             'seconds': self.seconds,
             'side_params': self.side_params,
             'side_flops': self.side_flops,
+            'notes': self.notes,
         }
 
 
@@ -77,9 +80,12 @@ def prepare_stage2(model: nn.Module, recipe: Mapping[str, Any]) -> list[str]:
         ValueError: If the recipe names an unknown algorithm or option, or blocks
             that do not exist.
     """
-    build_weight_ptq(recipe['weight']['ptq'])
+    algorithms = build_weight_ptq(recipe['weight']['ptq'])
     options = resolve_compensation(model, recipe)
-    return [] if options is None else attach_compensation(model, options['blocks'])
+    names = [] if options is None else attach_compensation(model, options['blocks'])
+    for algorithm in algorithms:
+        names += [n for n in algorithm.prepare(model) if n not in names]
+    return names
 
 
 @torch.no_grad()
@@ -89,6 +95,7 @@ def run_stage2(
     run_pass: RunPass | None = None,
     progress: Progress | None = None,
     logger: logging.Logger | None = None,
+    **task_options: Any,
 ) -> Stage2Result:
     """Quantize the weights of a stage-1 model, in place.
 
@@ -100,6 +107,7 @@ def run_stage2(
             algorithms with ``needs_data``.
         progress: Called as ``progress(name, index, total)`` before each step.
         logger: Gets one line a part.
+        **task_options: ``seed``, ``folder``, ``data_key`` and ``budget_bytes`` of ``PTQTask``.
 
     Returns:
         Errors and costs.
@@ -115,20 +123,24 @@ def run_stage2(
     options = resolve_compensation(model, recipe)
     layers = quantized_layers(model)
     _check(layers, algorithms, options is not None, run_pass)
-    weights = copy_weights(layers)
+    weights, biases = copy_weights(layers), copy_biases(layers)
     trained = {n: la for n, la in layers.items() if la.weight_quantizer.is_calibrated}
     rest = {n: la for n, la in layers.items() if n not in trained}
     with _evaluating(model):
         for name, layer in trained.items():
             write_nearest(layer, weights[name])
+        task = PTQTask(model, rest, weights, run_pass, progress, biases, **task_options)
         for algorithm in algorithms:
-            algorithm.apply(PTQTask(model, rest, weights, run_pass, progress))
+            algorithm.apply(task)
         result = Stage2Result(
             {n: measure_weight_error(layer, weights[n]) for n, layer in layers.items()}
         )
         if options is not None and run_pass is not None:
             attach_compensation(model, options.pop('blocks'))
-            result.blocks = QwT(model, rest, weights, **options).fit(run_pass, progress)
+            qwt = QwT(model, rest, weights, biases=biases, **options)
+            task.blocks.update(qwt.fit(run_pass, progress))
+        result.blocks = dict(task.blocks)
+        result.notes = task.notes
     result.side_params = compensation_cost(model)['side_params']
     result.side_flops = _side_flops(model, result.blocks)
     result.seconds = time.perf_counter() - start
@@ -194,6 +206,8 @@ def _log(logger: logging.Logger, result: Stage2Result) -> None:
         summary['worst_layer'],
         result.seconds,
     )
+    for note in result.notes:
+        logger.info('stage 2: %s', note)
     if result.blocks:
         logger.info(
             'compensation: %d of %d blocks, %d float parameters, %d float operations an image',

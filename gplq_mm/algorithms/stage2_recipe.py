@@ -30,8 +30,12 @@ def resolve_compensation(model: nn.Module, recipe: Mapping[str, Any]) -> dict[st
     """
     stage2 = dict(recipe.get('stage2') or {})
     setting = stage2.pop('compensation', None)
+    stage2.pop('num_images', None)
     if stage2:
-        raise ValueError(f'recipe.stage2 has no key {min(stage2)!r}; the keys are [compensation]')
+        raise ValueError(
+            f'recipe.stage2 has no key {min(stage2)!r}; the keys are [compensation, num_images]'
+        )
+    stage2_images(recipe)
     if setting is None:
         return None
     options = {'type': setting} if isinstance(setting, str) else dict(setting)
@@ -45,6 +49,25 @@ def resolve_compensation(model: nn.Module, recipe: Mapping[str, Any]) -> dict[st
     if kind == 'auto' and (_is_detector(model) or not any(map(is_block, model.modules()))):
         return None
     return {**_DEFAULTS, **options}
+
+
+def stage2_images(recipe: Mapping[str, Any]) -> int | None:
+    """Images that stage 2 uses; None for those of the calibration.
+
+    Raises:
+        ValueError: If ``stage2.num_images`` is no positive integer.
+
+    Examples:
+        >>> stage2_images(dict(stage2=dict(num_images=128))), stage2_images({})
+        (128, None)
+    """
+    number = (recipe.get('stage2') or {}).get('num_images')
+    if number is not None and (not isinstance(number, int) or number < 1):
+        raise ValueError(
+            f'recipe.stage2.num_images={number!r}: write a positive integer, or leave it out to '
+            'use the images of the calibration'
+        )
+    return number
 
 
 def _is_detector(model: nn.Module) -> bool:

@@ -48,6 +48,16 @@ def measure_weight_error(layer: QuantizedLayer, float_weight: Tensor) -> LayerRe
     return LayerResult(layer.weight_quantizer.spec.num_bits, mse, sqnr)
 
 
+def mean_weight_mse(layers: Mapping[str, LayerResult]) -> float:
+    """Mean over the layers of their mean squared weight error.
+
+    Examples:
+        >>> mean_weight_mse({'a': LayerResult(4, 0.25, 20.0), 'b': LayerResult(4, 0.5, 10.0)})
+        0.375
+    """
+    return sum(r.weight_mse for r in layers.values()) / max(len(layers), 1)
+
+
 def summarize(layers: Mapping[str, LayerResult]) -> dict[str, Any]:
     """``mean_sqnr_db``, and ``min_sqnr_db`` with its ``worst_layer``; None without noise.
 

@@ -47,4 +47,6 @@ def settle_auto(recipe: Mapping[str, Any], is_detector: bool) -> dict[str, Any]:
     for (section, key), value in (_DETECTOR if is_detector else _CLASSIFIER).items():
         if settled.get(section, {}).get(key) == AUTO:
             settled[section][key] = value
+            if key == 'num_images':  # nobody asked for a number: a small set gives what it has
+                settled[section]['all_if_fewer'] = True
     return settled

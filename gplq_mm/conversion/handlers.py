@@ -148,7 +148,9 @@ def build_quantizer(
     spec = spec_from_settings(settings, axis)
     _check_observer(spec, name)
     per_channel = isinstance(spec.granularity, PerChannel)
-    return FakeQuantizer(spec, size if per_channel else None, kind)  # type: ignore[arg-type]
+    quantizer = FakeQuantizer(spec, size if per_channel else None, kind)  # type: ignore[arg-type]
+    quantizer.role = role
+    return quantizer
 
 
 def _check_observer(spec: QuantSpec, name: str) -> None:

@@ -40,6 +40,27 @@ def matches(rule: Mapping[str, Any], name: str, role: str) -> bool:
     return fnmatchcase(name, rule.get('name', '*')) and rule.get('role', role) == role
 
 
+def sets_bits(rules: Iterable[Mapping[str, Any]], kind: str, name: str, role: str) -> bool:
+    """Whether a rule, not the recipe's own setting, decides an operand's bits.
+
+    Args:
+        rules: Rules of the recipe.
+        kind: ``activation`` or ``weight``.
+        name: Dotted name of the operand, as rules see it.
+        role: One of ``ROLES``.
+
+    Examples:
+        >>> sets_bits([dict(role='image', num_bits=8)], 'weight', 'stem', 'image')
+        True
+        >>> sets_bits([dict(name='stem', activation=dict(num_bits=8))], 'weight', 'stem', 'input')
+        False
+    """
+    return any(
+        matches(rule, name, role) and ('num_bits' in rule or 'num_bits' in (rule.get(kind) or {}))
+        for rule in rules
+    )
+
+
 def in_scope(name: str, scope: Sequence[str]) -> bool:
     """Whether a dotted name lies in one of the scope's prefixes; ``''`` is the whole model.
 

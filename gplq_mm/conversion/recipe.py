@@ -31,7 +31,7 @@ _RATES = ('lr', 'scale_lr', 'weight_decay', 'scale_weight_decay')
 _KEYS: dict[str, set[str] | None] = {
     'activation': _SETTING_KEYS | {'enabled'},
     'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
-    'calibration': {'num_images', 'seed', 'batch_size'},
+    'calibration': {'num_images', 'seed', 'batch_size', 'all_if_fewer'},
     'optim': {*_RATES, 'betas', 'train', 'drop_rates'},
     'stage2': None,
 }

@@ -29,6 +29,7 @@ class CalibrationSet:
         seed: Seed of the draw.
         batch_size: Images a forward pass. Batches, not images, are dealt to the
             ranks, so N ranks see just the batches that one would.
+        all_if_fewer: Take the whole training set where it has fewer images.
 
     Raises:
         ValueError: If a dataloader is missing, the training set is smaller than
@@ -36,7 +37,9 @@ class CalibrationSet:
             in the validation or test set.
     """
 
-    def __init__(self, cfg: Config, num_images: int, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, cfg: Config, num_images: int, seed: int, batch_size: int, all_if_fewer: bool = False
+    ) -> None:
         reference = cfg.get('val_dataloader') or cfg.get('test_dataloader')
         if not cfg.get('train_dataloader') or not reference:
             raise ValueError(
@@ -48,6 +51,8 @@ class CalibrationSet:
         self.collate = _collate_function(reference)
         self._cfg = cfg
         self._order = np.random.default_rng(seed).permutation(len(self.dataset))
+        if all_if_fewer:
+            num_images = min(num_images, len(self.dataset))
         self._choose(num_images, batch_size, 'calibration')
 
     def sample(
@@ -91,6 +96,10 @@ class CalibrationSet:
         for batch in self.batches[rank::size]:
             yield self.collate([self.dataset[i] for i in batch])
 
+    def load(self, number: int) -> Any:
+        """One collated batch by its number over all ranks."""
+        return self.collate([self.dataset[i] for i in self.batches[number]])
+
     def __len__(self) -> int:
         """Number of batches of this rank."""
         rank, size = world()
@@ -113,7 +122,7 @@ class CalibrationSet:
 
         Where the scope ends at backbone or neck, the heads are not run.
         """
-        forward = _features_only if _ends_before_heads(model) else _whole_model
+        forward = _features_only if ends_before_heads(model) else _whole_model
 
         def run() -> None:
             was_training = model.training
@@ -132,7 +141,8 @@ class CalibrationSet:
         return run
 
 
-def _ends_before_heads(model: Any) -> bool:
+def ends_before_heads(model: Any) -> bool:
+    """Whether the scope holds no head, so that features are all there is to look at."""
     prefixes = {name.split('.')[0] for name in model.gplq.coverage.scope}
     return prefixes <= {'backbone', 'neck'} and hasattr(model, 'extract_feat')
 

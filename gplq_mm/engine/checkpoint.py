@@ -21,7 +21,7 @@ from ..utils.checkpoint_io import write_checkpoint
 KEY = 'gplq'
 STAGE1_NAME = 'gplq_stage1.pth'
 FINAL_NAME = 'gplq_final.pth'
-_TRAINING_ONLY = ('optim.', 'mimic', 'name', 'calibration.', 'weight.ptq')
+_TRAINING_ONLY = ('optim.', 'mimic', 'name', 'calibration.', 'weight.ptq', 'stage2.num_images')
 """Recipe keys that decide values, not how the values are used."""
 CALIBRATED_NAME = 'gplq_calibrated.pth'
 
@@ -122,8 +122,11 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             'never calibrated; run tools/train.py with this config first, and test its '
             f'{FINAL_NAME} or {STAGE1_NAME}'
         )
-    differences = recipe_difference(checkpoint[KEY]['recipe'], _recipe(model))
-    differences = [d for d in differences if not d.startswith(_TRAINING_ONLY)]
+    made_with, wanted = checkpoint[KEY]['recipe'], _recipe(model)
+    differences = _differences(made_with, wanted)
+    if checkpoint[KEY]['stage'] != 'stage2':
+        decisive = _differences(before_stage2(made_with), before_stage2(wanted))
+        differences = differences if decisive else []
     if differences:
         raise ValueError(
             'the checkpoint was made with another recipe; checkpoint != config: '
@@ -141,6 +144,30 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f'{len(uncalibrated)} quantizers of the checkpoint were never calibrated, first '
             f'{uncalibrated[0]}; run tools/train.py with this config'
         )
+
+
+def _differences(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    found = recipe_difference(made_with, wanted)
+    return [d for d in found if not d.startswith(_TRAINING_ONLY)]
+
+
+def before_stage2(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe decides a stage-1 model: all but the bits of weights still float.
+
+    So one stage-1 checkpoint serves recipes that differ in these bits only.
+
+    Args:
+        recipe: Resolved recipe.
+    """
+    if recipe['weight'].get('qat'):
+        return dict(recipe)
+    weight = {k: v for k, v in recipe['weight'].items() if k != 'num_bits'}
+    rules = [{k: v for k, v in rule.items() if k != 'weight'} for rule in recipe['rules']]
+    for rule, given in zip(rules, recipe['rules'], strict=True):
+        kept = {k: v for k, v in (given.get('weight') or {}).items() if k != 'num_bits'}
+        rule.update({'weight': kept} if kept else {})
+    rules = [rule for rule in rules if set(rule) - {'name', 'role', 'optional'}]
+    return {**recipe, 'weight': weight, 'rules': rules}
 
 
 def record(model: nn.Module, stage: str, source: Mapping[str, Any]) -> dict[str, Any]:

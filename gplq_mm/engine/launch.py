@@ -64,10 +64,10 @@ def read_config(args: argparse.Namespace) -> Config:
     needed = {lib for lib in _LIBRARIES if scope == lib or f"'{lib}." in str(cfg.get('model'))}
     if needed:
         check_versions('mmcv', *sorted(needed))
-    if scope == 'mmpretrain':
-        set_mmpretrain_dataloaders(cfg)
     if args.cfg_options:
         apply_cfg_options(cfg, args.cfg_options)
+    if scope == 'mmpretrain':  # last: without workers there are none to keep
+        set_mmpretrain_dataloaders(cfg)
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif not cfg.get('work_dir'):

@@ -64,7 +64,8 @@ class QuantizedSource:
             ValueError: If the checkpoint is uncalibrated, stops before stage 2, or does not
                 fit the model.
         """
-        recipe = {**self.checkpoint[KEY]['recipe'], 'mimic': None}
+        own = self.checkpoint[KEY]['recipe']
+        recipe = {**own, 'mimic': None, 'optim': {**own['optim'], 'drop_rates': 'keep'}}
         cfg = {'type': 'gplq_mm.GPLQ', 'model': self.float_cfg, 'recipe': recipe}
         model = self._build(cfg)
         check_quantized(model, self.checkpoint)

@@ -2,21 +2,53 @@
 """Stage 2 within a run: weights of a calibrated stage-1 model, scored and saved."""
 
 import copy
+import dataclasses
+import hashlib
 import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from mmengine.config import Config
 from mmengine.dist import is_main_process
-from mmengine.logging import print_log
+from mmengine.logging import MMLogger, print_log
 from mmengine.runner import Runner
 
 from ..algorithms.stage2 import run_stage2
+from ..algorithms.stage2_recipe import stage2_images
+from ..algorithms.weight_ptq import build_weight_ptq
+from ..algorithms.weight_ptq.registry import PTQConfig
 from ..conversion import quantizers
+from ..quantizers import integer_range
 from .calibration_data import CalibrationSet
 from .checkpoint import FINAL_NAME, record, save_snapshot, snapshot, unwrap
 from .evaluate import evaluate
+from .output_probe import OutputProbe
 from .resources import StageMeter
 from .run_report import RunReport
+
+UNITS_FOLDER = 'gplq_stage2_units'
+"""Folder in the work dir for what a killed stage 2 has finished."""
+
+
+def stage2_set(
+    cfg: Config, recipe: Mapping[str, Any], calibration: CalibrationSet
+) -> CalibrationSet:
+    """Images of stage 2: as many as the recipe says, at most the training set.
+
+    Args:
+        cfg: The run's config.
+        recipe: Resolved recipe; ``stage2.num_images`` decides.
+        calibration: Taken where the recipe says nothing.
+    """
+    wanted = stage2_images(recipe)
+    if wanted is None or wanted == len(calibration.indices):
+        return calibration
+    number = min(wanted, len(calibration.dataset))
+    if number < wanted:
+        print_log(f'stage 2: {wanted} images asked for, the training set has {number}', 'current')
+    return CalibrationSet(cfg, **{**recipe['calibration'], 'num_images': number})
 
 
 def apply_stage2(
@@ -24,31 +56,55 @@ def apply_stage2(
 ) -> None:
     """Quantize the weights of the runner's stage-1 model and score it.
 
+    Finished parts of the model lie in the work dir until the whole is done, so that a
+    killed run goes on.
+
     Args:
         runner: Runner whose model holds stage-1 weights and calibrated activations.
         recipe: Resolved recipe.
-        calibration: Images for algorithms that need data.
+        calibration: Images for algorithms that need data, unless the recipe asks for
+            another number.
         report: Has counted the stage-1 model's operations; gets cost, weight errors
             and metrics under ``stage2``.
     """
     model = unwrap(runner.model)
+    images = stage2_set(runner.cfg, recipe, calibration)
+    folder = os.path.join(runner.work_dir, UNITS_FOLDER)
+    probe = OutputProbe(model, images)
     with StageMeter() as meter:
-        run_pass = calibration.run_pass(model, 'stage 2')
-        result = run_stage2(model, recipe, run_pass, progress=_log_progress)
-    report.update('stage2', **result.as_dict())
+        run_pass = images.run_pass(model, 'stage 2')
+        result = run_stage2(
+            model,
+            recipe,
+            run_pass,
+            _log_progress,
+            MMLogger.get_current_instance(),
+            seed=recipe['calibration']['seed'],
+            folder=folder,
+            data_key=_data_key(images),
+        )
+    report.update('stage2', **result.as_dict(), sqnr_db=probe.sqnr_db())
     report.update('stage2', seconds=meter.seconds, peak_memory_bytes=meter.peak_memory_bytes)
     report.update_cost('stage2', model, result.side_flops // 2)
     if runner.val_loop is not None:
         report.update('stage2', metrics=evaluate(runner, runner.val_loop, 'stage 2'))
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(runner: Runner, ptq: str | None = None, out: str | None = None) -> dict[str, float]:
+def run(
+    runner: Runner,
+    ptq: PTQConfig | None = None,
+    out: str | None = None,
+    bits: int | None = None,
+) -> dict[str, float]:
     """Stage 2 alone, on a runner that has loaded a stage-1 checkpoint.
 
     Args:
         runner: Runner with the checkpoint loaded; need not have trained.
-        ptq: Weight algorithm in place of the recipe's.
+        ptq: Weight algorithm or algorithms in place of the recipe's.
         out: Final checkpoint; ``gplq_final.pth`` in the work dir if None.
+        bits: Weight bits in place of the recipe's.
 
     Returns:
         Metrics of the quantized model.
@@ -61,6 +117,10 @@ def run(runner: Runner, ptq: str | None = None, out: str | None = None) -> dict[
     recipe = copy.deepcopy(model.gplq.recipe)
     if ptq is not None:
         recipe['weight']['ptq'] = ptq
+    if bits is not None:
+        set_weight_bits(model, bits)
+        recipe = {**recipe, 'weight': {**recipe['weight'], 'num_bits': bits}}
+    build_weight_ptq(recipe['weight']['ptq'])
     calibration = CalibrationSet(runner.cfg, **recipe['calibration'])
     report = RunReport(runner.work_dir, resume=True)
     coverage = model.gplq.coverage.as_dict()
@@ -73,6 +133,35 @@ def run(runner: Runner, ptq: str | None = None, out: str | None = None) -> dict[
     save_snapshot(final, out or os.path.join(runner.work_dir, FINAL_NAME))
     report.log_table()
     return report.data['stage2']['metrics']
+
+
+def set_weight_bits(model: Any, bits: int) -> None:
+    """Change the bits of all weights that have the recipe's; those of rules stay.
+
+    Args:
+        model: Converted stage-1 model.
+        bits: 2 to 8.
+
+    Raises:
+        ValueError: If ``bits`` is out of range, or the weights were trained on a grid.
+    """
+    weight = model.gplq.recipe['weight']
+    limits = integer_range(bits, weight['signed'])
+    if weight['qat']:
+        raise ValueError(
+            'the weights of this checkpoint were trained on their grid (weight.qat=True), its bits '
+            'are fixed; leave --bits out'
+        )
+    for quantizer in quantizers(model, 'weight').values():
+        if quantizer.spec.num_bits == weight['num_bits']:
+            quantizer.spec = dataclasses.replace(quantizer.spec, num_bits=bits)
+            quantizer.quant_range.copy_(torch.tensor(limits, dtype=torch.int32))
+
+
+def _data_key(images: CalibrationSet) -> str:
+    """Changes with the images and their batches."""
+    text = repr((images.paths, images.batches))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _require_stage1(model: Any) -> None:

@@ -30,13 +30,22 @@ def bits_label(recipe: Mapping[str, Any], stage: str) -> str:
         >>> recipe = dict(activation=dict(num_bits=4), weight=dict(num_bits=3, qat=False))
         >>> [bits_label(recipe, stage) for stage in STAGES]
         ['FP32', 'W32A4', 'W3A4']
+        >>> bits_label({**recipe, 'rules': [dict(name='fc', weight=dict(num_bits=2))]}, 'stage2')
+        'WmixA4'
     """
-    activation, weight = recipe['activation']['num_bits'], recipe['weight']['num_bits']
+    activation, weight = (_common_bits(recipe, kind) for kind in ('activation', 'weight'))
     if stage == 'fp32':
         return 'FP32'
     if stage == 'stage1' and not recipe['weight'].get('qat'):
         return f'W32A{activation}'
     return f'W{weight}A{activation}'
+
+
+def _common_bits(recipe: Mapping[str, Any], kind: str) -> int | str:
+    """Bits of a kind, or ``mix`` where rules for single layers give other ones."""
+    common = recipe[kind]['num_bits']
+    own = [{**r, **(r.get(kind) or {})} for r in recipe.get('rules', []) if 'name' in r]
+    return 'mix' if any(r.get('num_bits', common) != common for r in own) else common
 
 
 def scope_line(report: Mapping[str, Any]) -> str:

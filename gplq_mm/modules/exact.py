@@ -15,7 +15,7 @@ FLOAT32_EXACT = 1 << 24
 
 def accumulator_bound(lhs: FakeQuantizer, rhs: FakeQuantizer, depth: int) -> int:
     """Largest magnitude of a sum of ``depth`` products of centred codes."""
-    return _max_code(lhs) * _max_code(rhs) * depth
+    return max_code(lhs) * max_code(rhs) * depth
 
 
 def accumulator_dtype(lhs: FakeQuantizer, rhs: FakeQuantizer, depth: int) -> torch.dtype:
@@ -57,7 +57,8 @@ def use_codes(x: Tensor, *quantizers: FakeQuantizer) -> bool:
     return all(q.is_active for q in quantizers)
 
 
-def _max_code(quantizer: FakeQuantizer) -> int:
+def max_code(quantizer: FakeQuantizer) -> int:
+    """Largest magnitude of a centred code."""
     qmin, qmax = quantizer.spec.quant_range
     if quantizer.spec.symmetric:
         return max(-qmin, qmax)

@@ -42,6 +42,7 @@ class FakeQuantizer(nn.Module):
         enabled: Whether to quantize.
         observer: Set while calibrating.
         name: Dotted path in the model, set by the conversion; used in errors.
+        role: What it quantizes (``conversion.match.ROLES``), set by the conversion.
 
     Examples:
         >>> q = FakeQuantizer(QuantSpec(num_bits=4))
@@ -62,6 +63,7 @@ class FakeQuantizer(nn.Module):
         self.spec = spec
         self.kind = kind
         self.name = ''
+        self.role = ''
         self.enabled = True
         self.observer: Observer | None = None
         shape = spec.granularity.scale_shape(size)
@@ -194,7 +196,10 @@ class FakeQuantizer(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         loaded = state_dict.get(prefix + 'quant_range')
-        if loaded is not None and loaded.tolist() != self.quant_range.tolist():
+        if self.kind == 'weight' and not bool(state_dict.get(prefix + 'calibrated', True)):
+            # a weight that is still float has no codes: stage 2 may give it other bits
+            state_dict[prefix + 'quant_range'] = self.quant_range
+        elif loaded is not None and loaded.tolist() != self.quant_range.tolist():
             raise ValueError(
                 f'{prefix}quant_range: the checkpoint was quantized to the codes '
                 f'{loaded.tolist()}, this config asks for {self.quant_range.tolist()}; use the '

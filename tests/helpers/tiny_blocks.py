@@ -96,3 +96,21 @@ def stage2_on_rank(rank, world, port, folder):
     )
     torch.save(stage2_state(images(25)[rank::world]), f'{folder}/{rank}.pt')
     dist.destroy_process_group()
+
+
+def ptq_state(ptq, data, folder=None):
+    """State after stage 2 with the algorithms ``ptq`` on ``data``."""
+    model, run = stage1_stack(2, data=data)
+    recipe = resolve_recipe(dict(base='w2a2', scope='all', weight=dict(ptq=ptq)))
+    run_stage2(model, recipe, run, folder=folder)
+    return model.state_dict()
+
+
+def ptq_on_rank(rank, ptq, world, port, folder):
+    """One process of a group of ``world``; saves its state to ``folder/rank.pt``."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo', init_method=f'tcp://127.0.0.1:{port}', rank=rank, world_size=world
+    )
+    torch.save(ptq_state(ptq, images(9)[rank::world]), f'{folder}/{rank}.pt')
+    dist.destroy_process_group()

@@ -201,7 +201,7 @@ def test_codes_outside_the_range_are_refused():
 @pytest.mark.parametrize(
     ('config', 'message'),
     [
-        ('mze', r"'mze' is unknown; write one of \['minmax', 'mse', 'percentile'\].*'mse'"),
+        ('mze', r"'mze' is unknown; write one of \[.*'minmax'.*\].*'mse'"),
         (dict(type='mse', step=3), r"'mse' does not take the options .*step"),
         ([], 'empty'),
         (dict(type='mse', steps=1), 'at least 2'),

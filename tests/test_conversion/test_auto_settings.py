@@ -19,6 +19,7 @@ def test_a_given_number_stays() -> None:
     settled = settle_auto(recipe, is_detector=False)
     assert (settled['optim']['lr'], settled['calibration']['num_images']) == (3e-6, 7)
     assert settled['optim']['scale_lr'] == 1e-3
+    assert 'all_if_fewer' not in settled['calibration']
 
 
 def test_other_settings_cannot_be_auto() -> None:

@@ -99,6 +99,11 @@ def test_too_few_images(cfg: Config) -> None:
         draw(cfg, num_images=41)
 
 
+def test_a_small_training_set_is_taken_whole_where_nobody_gave_a_number(cfg: Config) -> None:
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        assert sorted(CalibrationSet(cfg, 41, 0, 4, all_if_fewer=True).indices) == list(range(40))
+
+
 @pytest.mark.parametrize('missing', [['train_dataloader'], ['val_dataloader', 'test_dataloader']])
 def test_a_missing_dataloader(cfg: Config, missing: list[str]) -> None:
     for name in missing:

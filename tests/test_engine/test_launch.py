@@ -50,6 +50,16 @@ def test_read_config_applies_arguments_and_moves_the_data_root(folder: Path) -> 
     assert (cfg.data_root, cfg.ann) == ('/mnt/d/', '/mnt/d/a.json')
 
 
+def test_dataloader_defaults_follow_the_command_line(folder: Path) -> None:
+    (folder / 'cls.py').write_text(
+        "default_scope = 'mmpretrain'\ntrain_dataloader = dict(num_workers=4)"
+    )
+    assert read_config(parse('cls.py')).train_dataloader.persistent_workers is True
+    option = 'train_dataloader.num_workers=0'
+    cfg = read_config(parse('cls.py', '--cfg-options', option))
+    assert cfg.train_dataloader.persistent_workers is False
+
+
 @pytest.mark.parametrize(
     ('text', 'says'),
     [

@@ -94,7 +94,7 @@ def test_only_stochastic_depth_follows_the_mode(final):
     on = {type(m).__name__ for m in model.backbone.modules() if m.training}
     assert on == {'DropPath'}
     assert model.head.training
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(32, 3, 32, 32)
     assert not torch.equal(model.extract_feat(images)[-1], model.extract_feat(images)[-1])
     model.eval()
     assert not any(m.training for m in model.modules())

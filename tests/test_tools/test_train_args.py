@@ -44,10 +44,13 @@ def test_resume_takes_a_path_or_nothing(words: str, resume: str | None) -> None:
     assert train.parse_args(['c.py', *words.split()]).resume == resume
 
 
-def test_amp_needs_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_amp_on_a_cpu_needs_our_constructor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, 'get_device', lambda: 'cpu')
     with pytest.raises(ConfigError, match='--amp: MMEngine has mixed precision on accelerators'):
         train.set_amp(Config(dict(optim_wrapper=dict())))
+    cfg = Config(dict(optim_wrapper=dict(constructor=train.CONSTRUCTOR)))
+    train.set_amp(cfg)
+    assert cfg.optim_wrapper.type == 'AmpOptimWrapper'
 
 
 def test_amp_keeps_the_constructor_and_the_loss_scale(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,10 @@
 """What a weight PTQ algorithm is, and how it writes its result into a layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,8 @@ from torch import Tensor, nn
 from ...modules import QuantizedLayer
 from ...quantizers import QuantSpec
 from ...quantizers.spec import reduce_dims
-from ..calibration import RunPass
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(name, index, total)`` before each layer or block, index from 0."""
+from ..calibration import Progress, RunPass
+from ..float_weights import float_weights
 
 
 @dataclass
@@ -31,13 +30,37 @@ class PTQTask:
         run_pass: Runs the model once over this rank's calibration images; None for
             algorithms that need no data.
         progress: Called before each layer.
+        float_biases: Their stage-1 biases, where a layer has one.
+        seed: Decides all that is drawn at random.
+        folder: Where finished units are kept, so that a killed run goes on; None for
+            nowhere.
+        data_key: Tells one set of calibration images from another in ``folder``.
+        budget_bytes: Activations kept in memory; the rest lies on disk.
+        notes: What an algorithm could not do, one line each; for the log.
+        blocks: Results of side branches by block, see ``QwT``.
     """
 
     model: nn.Module
     layers: Mapping[str, QuantizedLayer]
-    float_weights: Mapping[str, Tensor]
+    float_weights: Mapping[str, nn.Parameter]
     run_pass: RunPass | None = None
     progress: Progress | None = None
+    float_biases: Mapping[str, Tensor] = field(default_factory=dict)
+    seed: int = 0
+    folder: str | None = None
+    data_key: str = ''
+    budget_bytes: int = 1 << 27
+    notes: list[str] = field(default_factory=list)
+    blocks: dict[str, Any] = field(default_factory=dict)
+
+    def stage1(self) -> AbstractContextManager[None]:
+        """While open, the layers are those of stage 1: float weights, quantized activations."""
+        return float_weights(self.layers, self.float_weights, self.float_biases)
+
+    def note(self, text: str) -> None:
+        """Keep a line for the log."""
+        if text not in self.notes:
+            self.notes.append(text)
 
     def report(self, name: str, index: int, total: int) -> None:
         """Tell the caller what is quantized next."""
@@ -50,6 +73,16 @@ class WeightPTQ(ABC):
 
     needs_data: ClassVar[bool] = False
     """Whether ``apply`` calls ``task.run_pass``."""
+    name: ClassVar[str] = ''
+    """What recipes call it."""
+
+    def prepare(self, model: nn.Module) -> list[str]:
+        """Attach what the algorithm adds to a model, before a checkpoint is loaded.
+
+        Returns:
+            Names of the modules that got something; most algorithms add nothing.
+        """
+        return []
 
     @abstractmethod
     def apply(self, task: PTQTask) -> None:

@@ -16,6 +16,7 @@ def register_weight_ptq(name: str) -> Callable[[type[WeightPTQ]], type[WeightPTQ
 
     def add(cls: type[WeightPTQ]) -> type[WeightPTQ]:
         WEIGHT_PTQ[name] = cls
+        cls.name = name
         return cls
 
     return add

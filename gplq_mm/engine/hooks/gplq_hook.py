@@ -100,7 +100,7 @@ class GPLQHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
         """Keep the latest stage-1 metrics."""
-        if self.session is not None and metrics:
+        if self.session is not None and metrics is not None:  # {} where nothing was found
             self.session.record_stage1(metrics)
 
     def after_train(self, runner: Runner) -> None:

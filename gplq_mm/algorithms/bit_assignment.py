@@ -1,0 +1,286 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Bits for each operand under a budget, from measured sensitivities.
+
+A multiple-choice knapsack: one choice of bits an operand (or a group of operands whose
+costs multiply), the least total damage at a total cost within the budget. Solved by
+dynamic programming over the cost, exactly where the costs have few distinct values.
+Source: HAWQ-V2 (arXiv 1911.03852) poses it so; its Pareto front is the same program.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+
+import torch
+from torch import Tensor
+
+Damages = Mapping[str, Mapping[int, float]]
+Errors = Mapping[str, Mapping[int, Tensor]]
+CELLS = 1 << 16
+"""Steps of cost that the program distinguishes; finer costs are rounded up, so that the
+budget holds, and what is left over is then spent one operand after the other."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One possible setting of an operand or of a group.
+
+    Attributes:
+        bits: Bits by operand key.
+        cost: In whatever the budget counts, an integer.
+        damage: As measured; 0 is none.
+        error: Sketch of the outputs' error, ``(SKETCH,)``; None where none was taken.
+    """
+
+    bits: Mapping[str, int]
+    cost: int
+    damage: float
+    error: Tensor | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Product:
+    """Multiply-accumulates of two operands: a layer, or a matmul of two activations.
+
+    Attributes:
+        macs: Number of them.
+        lhs: Key of one operand, or its fixed bits.
+        rhs: Key of the other, or its fixed bits.
+    """
+
+    macs: int
+    lhs: str | int
+    rhs: str | int
+
+    def free(self) -> list[str]:
+        """Operands whose bits are not fixed."""
+        return [side for side in (self.lhs, self.rhs) if isinstance(side, str)]
+
+    def bit_operations(self, bits: Mapping[str, int]) -> int:
+        """``macs * bits * bits``."""
+        lhs = bits[self.lhs] if isinstance(self.lhs, str) else self.lhs
+        rhs = bits[self.rhs] if isinstance(self.rhs, str) else self.rhs
+        return self.macs * lhs * rhs
+
+
+def monotone(damage: Mapping[int, float]) -> dict[int, float]:
+    """Damage that never rises with the bits and is never negative.
+
+    More bits can be measured a little worse than fewer, by chance; they are then taken
+    to be as good, and the assignment prefers the cheaper.
+
+    Args:
+        damage: Measured damage by bits.
+
+    Examples:
+        >>> monotone({2: 0.5, 3: 0.1, 4: 0.2, 8: -0.1})
+        {2: 0.5, 3: 0.1, 4: 0.1, 8: 0.0}
+    """
+    found, least = {}, math.inf
+    for bits in sorted(damage):
+        least = min(least, max(damage[bits], 0.0))
+        found[bits] = least
+    return found
+
+
+def size_groups(damages: Damages, sizes: Mapping[str, int], errors: Errors) -> list[list[Choice]]:
+    """Choices where a budget counts bits: ``size * bits`` for each operand alone.
+
+    Args:
+        damages: Damage by bits, by operand key.
+        sizes: Weights or elements by operand key.
+        errors: Sketches by bits, by operand key; may be empty.
+    """
+    return [
+        [
+            Choice({key: b}, sizes[key] * b, d, _sum_errors(errors, {key: b}))
+            for b, d in monotone(damage).items()
+        ]
+        for key, damage in damages.items()
+    ]
+
+
+def product_groups(
+    damages: Damages, products: Sequence[Product], errors: Errors
+) -> list[list[Choice]]:
+    """Choices where a budget counts bit operations.
+
+    Operands that meet in a product are chosen together, in all combinations.
+
+    Args:
+        damages: Damage by bits, by operand key.
+        products: All products of those operands.
+        errors: Sketches by bits, by operand key; may be empty.
+    """
+    smooth = {key: monotone(damage) for key, damage in damages.items()}
+    groups = []
+    for keys in _connected(list(smooth), products):
+        own = [p for p in products if set(p.free()) & set(keys)]
+        choices = []
+        for values in product(*(smooth[key] for key in keys)):
+            bits = dict(zip(keys, values, strict=True))
+            cost = sum(p.bit_operations(bits) for p in own)
+            damage = sum(smooth[k][b] for k, b in bits.items())
+            choices.append(Choice(bits, cost, damage, _sum_errors(errors, bits)))
+        groups.append(choices)
+    return groups
+
+
+def _sum_errors(errors: Errors, bits: Mapping[str, int]) -> Tensor | None:
+    found = [errors[key][value] for key, value in bits.items() if key in errors]
+    return torch.stack(found).sum(0) if found else None
+
+
+def assign_bits(
+    groups: Sequence[Sequence[Choice]],
+    budget: float,
+    describe: Callable[[float], str] = '{:g}'.format,
+) -> list[Choice]:
+    """The choice of each group: least total damage, total cost within the budget.
+
+    It is the optimum where costs need at most ``CELLS`` steps. Otherwise costs are
+    rounded up, and the result is never worse than any setting that gives all operands
+    the same bits.
+
+    Args:
+        groups: Possible choices of each group.
+        budget: Bound of the total cost.
+        describe: Turns a total cost into what the user wrote, for messages.
+
+    Raises:
+        ValueError: If there is nothing to choose, or the budget lies outside what the
+            choices can reach.
+
+    Examples:
+        >>> fine, coarse = Choice({'fc': 4}, 4, 0.1), Choice({'fc': 2}, 2, 0.5)
+        >>> assign_bits([[fine, coarse]], 3)[0].bits
+        {'fc': 2}
+    """
+    check_budget(groups, budget, describe)
+    fronts = [pareto(group) for group in groups]
+    plans = [_solve(fronts, budget), *uniform_plans(groups, budget)]
+    best = min(plans, key=_total_damage)
+    return _spend_rest(fronts, best, budget)
+
+
+def check_budget(
+    groups: Sequence[Sequence[Choice]],
+    budget: float,
+    describe: Callable[[float], str] = '{:g}'.format,
+) -> None:
+    """Refuse a budget that no setting meets exactly or from below, or that bounds nothing.
+
+    Args:
+        groups: Possible choices of each group; their damage is not looked at.
+        budget: Bound of the total cost.
+        describe: As for ``assign_bits``.
+
+    Raises:
+        ValueError: If there is nothing to choose, or the budget lies outside what the
+            choices can reach.
+    """
+    if not groups or not all(groups):
+        raise ValueError('no operand has candidate bits; measure at least one, e.g. bits=[2, 3, 4]')
+    least = sum(min(c.cost for c in group) for group in groups)
+    most = sum(max(c.cost for c in group) for group in groups)
+    if not least <= budget <= most:
+        raise ValueError(
+            f'a budget of {describe(budget)} cannot be met; the candidate bits reach from '
+            f'{describe(least)} to {describe(most)}: write a budget in between, or other bits'
+        )
+
+
+def total_cost(choices: Sequence[Choice]) -> int:
+    """Sum of the costs."""
+    return sum(choice.cost for choice in choices)
+
+
+def _total_damage(choices: Sequence[Choice]) -> float:
+    return math.fsum(choice.damage for choice in choices)
+
+
+def pareto(group: Sequence[Choice]) -> list[Choice]:
+    """Choices that no other one beats, cost ascending and damage falling."""
+    front: list[Choice] = []
+    for choice in sorted(group, key=lambda c: (c.cost, c.damage)):
+        if not front or choice.damage < front[-1].damage:
+            front.append(choice)
+    return front
+
+
+def _solve(fronts: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
+    """Dynamic program: ``table[c]`` is the least damage at extra cost of at most ``c`` steps."""
+    extras = [[choice.cost - front[0].cost for choice in front] for front in fronts]
+    room = math.floor(budget) - sum(front[0].cost for front in fronts)
+    room = min(room, sum(extra[-1] for extra in extras))
+    unit = math.gcd(*(cost for extra in extras for cost in extra)) or 1
+    step = unit * max(1, math.ceil(room // unit / CELLS))
+    table = torch.zeros(room // step + 1, dtype=torch.float64)
+    taken = []
+    for front, extra in zip(fronts, extras, strict=True):
+        table, choice = _add_group(table, front, [-(-cost // step) for cost in extra])
+        taken.append(choice)
+    cell, plan = len(table) - 1, []
+    for front, extra, choice in reversed(list(zip(fronts, extras, taken, strict=True))):
+        index = int(choice[cell])
+        plan.append(front[index])
+        cell -= -(-extra[index] // step)
+    return plan[::-1]
+
+
+def _add_group(
+    table: Tensor, front: Sequence[Choice], steps: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Table with one more group, and the index of its choice in each cell."""
+    best = table + front[0].damage
+    index = torch.zeros(len(table), dtype=torch.int16)
+    for number in range(1, len(front)):
+        if steps[number] >= len(table):
+            break
+        with_it = table[: len(table) - steps[number]] + front[number].damage
+        better = with_it < best[steps[number] :]
+        best[steps[number] :] = torch.where(better, with_it, best[steps[number] :])
+        index[steps[number] :][better] = number
+    return best, index
+
+
+def uniform_plans(groups: Sequence[Sequence[Choice]], budget: float) -> list[list[Choice]]:
+    """Plans that give every operand the same bits and fit the budget."""
+    widths = {bits for group in groups for choice in group for bits in choice.bits.values()}
+    plans = []
+    for width in sorted(widths):
+        plan = [c for group in groups for c in group if set(c.bits.values()) == {width}]
+        if len(plan) == len(groups) and total_cost(plan) <= budget:
+            plans.append(plan)
+    return plans
+
+
+def _spend_rest(
+    fronts: Sequence[Sequence[Choice]], plan: Sequence[Choice], budget: float
+) -> list[Choice]:
+    """Take the step that saves the most damage a unit of cost, as long as one fits."""
+    plan = list(plan)
+    while True:
+        rest = budget - total_cost(plan)
+        gains = [
+            ((now.damage - new.damage) / max(new.cost - now.cost, 1e-9), number, new)
+            for number, now in enumerate(plan)
+            for new in fronts[number]
+            if new.damage < now.damage and new.cost - now.cost <= rest
+        ]
+        if not gains:
+            return plan
+        _, number, new = max(gains, key=lambda gain: gain[0])
+        plan[number] = new
+
+
+def _connected(keys: Sequence[str], products: Sequence[Product]) -> list[list[str]]:
+    """Operands by group: those that meet in a product, directly or through others."""
+    group_of = {key: {key} for key in keys}
+    for item in products:
+        merged: set[str] = set().union(*(group_of[key] for key in item.free()))
+        for key in merged:
+            group_of[key] = merged
+    unique = {id(group): group for group in group_of.values()}
+    return [[key for key in keys if key in group] for group in unique.values()]

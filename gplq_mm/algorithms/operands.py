@@ -1,0 +1,318 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Operands: the quantized tensors of a model one by one, and trying other bits on them."""
+
+import glob
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..conversion import quantized_layers
+from ..conversion.match import sets_bits
+from ..modules import QuantizedLayer, QuantMatMul
+from ..quantizers import FakeQuantizer, Observer, QuantSpec, integer_range
+from .weight_ptq import PTQTask, WeightPTQ
+
+KINDS = ('weight', 'activation')
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One quantized tensor: a layer's weight or input, or one side of a matmul.
+
+    Attributes:
+        name: As rules see it: the layer's name, or ``<matmul>.lhs``, ``<matmul>.rhs``.
+        kind: ``weight`` or ``activation``.
+        path: Dotted name of its quantizer.
+        role: What it is, one of ``conversion.match.ROLES``.
+        num_bits: Its present bits.
+        pinned: Whether a rule of the recipe, not its general setting, gave the bits.
+        weights: Number of weights; 0 for an activation.
+    """
+
+    name: str
+    kind: str
+    path: str
+    role: str
+    num_bits: int
+    pinned: bool
+    weights: int = 0
+
+    @property
+    def key(self) -> str:
+        """Unique name, ``weight:backbone.fc`` or ``activation:backbone.fc``."""
+        return f'{self.kind}:{self.name}'
+
+    @property
+    def module(self) -> str:
+        """Dotted name of the layer or matmul that it enters."""
+        return self.path.rpartition('.')[0]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """An operand at some width: what a quantizer (and a layer) must hold.
+
+    Attributes:
+        spec: Spec with these bits.
+        scale: As stored by the quantizer.
+        zero_point: Same shape.
+        weight: Values on the grid, shape of the layer's weight; None for an activation.
+    """
+
+    spec: QuantSpec
+    scale: Tensor
+    zero_point: Tensor
+    weight: Tensor | None = None
+
+
+def find_operands(
+    model: nn.Module, rules: Sequence[Mapping[str, Any]] = (), kinds: Sequence[str] = KINDS
+) -> dict[str, Operand]:
+    """All operands of some kinds by their key, in model order.
+
+    Args:
+        model: Converted model.
+        rules: Rules of its recipe; they tell which operands are pinned.
+        kinds: ``weight``, ``activation`` or both.
+
+    Raises:
+        ValueError: If a kind is unknown, there is none, or the model has no such operand.
+    """
+    unknown = sorted(set(kinds) - set(KINDS))
+    if unknown or not kinds:
+        raise ValueError(f'kind={unknown or list(kinds)}: write one or both of {list(KINDS)}')
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, FakeQuantizer) and module.kind in kinds:
+            operand = _operand(model, path, module, rules)
+            found[operand.key] = operand
+    if not found:
+        raise ValueError(f'the model has no quantized {" or ".join(kinds)}; convert it first')
+    return found
+
+
+def check_bits(bits: Sequence[int]) -> list[int]:
+    """Candidate bits, ascending and each once.
+
+    Raises:
+        ValueError: If there is none, or one is not from 2 to 8.
+
+    Examples:
+        >>> check_bits([8, 2, 4, 2])
+        [2, 4, 8]
+    """
+    if not bits:
+        raise ValueError('no candidate bits; write at least one, e.g. bits=[2, 3, 4, 8]')
+    for value in bits:
+        integer_range(value, True)
+    return sorted(set(bits))
+
+
+@torch.no_grad()
+def weight_precisions(
+    model: nn.Module, operand: Operand, bits: Sequence[int], algorithms: Sequence[WeightPTQ]
+) -> dict[int, Precision]:
+    """A layer's weight at each of some widths; the layer is left as it was.
+
+    Args:
+        model: Converted model, weights float.
+        operand: A weight.
+        bits: Candidate bits.
+        algorithms: Weight PTQ algorithms that need no data, in order.
+    """
+    layer = quantized_layers(model)[operand.module]
+    weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    found = {}
+    for value in bits:
+        with _restoring(layer.weight_quantizer, layer):
+            _set_spec(layer.weight_quantizer, value)
+            for algorithm in algorithms:
+                algorithm.apply(PTQTask(model, {operand.module: layer}, {operand.module: weight}))
+            found[value] = _present(layer.weight_quantizer, layer)
+    return found
+
+
+def activation_precisions(observer: Observer, bits: Sequence[int]) -> dict[int, Precision]:
+    """An activation at each of some widths, all from one observation.
+
+    Args:
+        observer: As ``observe_activations`` returned it.
+        bits: Candidate bits.
+    """
+    own, found = observer.spec, {}
+    try:
+        for value in bits:
+            observer.spec = replace(own, num_bits=value)
+            found[value] = Precision(observer.spec, *observer.calculate_qparams())
+    finally:
+        observer.spec = own
+    return found
+
+
+@contextmanager
+def quantized_as(model: nn.Module, chosen: Mapping[str, Precision]) -> Iterator[None]:
+    """While open, some operands are quantized at given widths; exactly restored at the end.
+
+    Args:
+        model: Converted model.
+        chosen: Precision by the path of the quantizer.
+    """
+    with ExitStack() as stack:
+        for path, precision in chosen.items():
+            quantizer = model.get_submodule(path)
+            layer = _layer_of(model, path) if precision.weight is not None else None
+            assert isinstance(quantizer, FakeQuantizer)
+            stack.enter_context(_restoring(quantizer, layer))
+            _set_spec(quantizer, precision.spec.num_bits)
+            quantizer.set_qparams(precision.scale, precision.zero_point)
+            quantizer.enabled = True
+            if layer is not None and precision.weight is not None:
+                _write(layer, precision.weight)
+        yield
+
+
+@contextmanager
+def baseline(model: nn.Module, quantize_activations: bool) -> Iterator[None]:
+    """While open, weights are float, and activations too unless they are to be quantized."""
+    found = [m for m in model.modules() if isinstance(m, FakeQuantizer)]
+    enabled = [q.enabled for q in found]
+    training = {module: module.training for module in model.modules()}
+    try:
+        for quantizer in found:
+            quantizer.enabled = quantizer.kind == 'activation' and quantize_activations
+        model.eval()
+        yield
+    finally:
+        for quantizer, value in zip(found, enabled, strict=True):
+            quantizer.enabled = value
+        for module, mode in training.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def count_elements(
+    model: nn.Module, operands: Mapping[str, Operand], run: Callable[[], Any]
+) -> dict[str, int]:
+    """Elements of each activation operand in one forward pass, by key.
+
+    Args:
+        model: Converted model, quantizers on.
+        operands: Those to count; weights are left out.
+        run: Runs the model once.
+    """
+    sides = {o.path: key for key, o in operands.items() if o.kind == 'activation'}
+    counts = dict.fromkeys(sides.values(), 0)
+
+    def hook_of(name: str, order: Sequence[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            for side, value in zip(order, inputs, strict=False):
+                key = sides.get(f'{name}.{side}')
+                if key is not None:
+                    counts[key] += value.numel()
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(hook_of(name, _inputs(module)))
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLayer | QuantMatMul)
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return counts
+
+
+def bit_rules(operands: Mapping[str, Operand], bits: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Recipe rules that give operands their bits; none for those that have them already.
+
+    Args:
+        operands: By key, as ``find_operands`` returned them.
+        bits: Bits by key.
+
+    Returns:
+        Rules to append to the recipe's own.
+
+    Examples:
+        >>> fc = Operand('fc', 'weight', 'fc.weight_quantizer', 'input', 4, False)
+        >>> bit_rules({fc.key: fc}, {fc.key: 3})
+        [{'name': 'fc', 'weight': {'num_bits': 3}}]
+    """
+    wanted: dict[str, dict[str, int]] = {}
+    for key, value in bits.items():
+        operand = operands[key]
+        if value != operand.num_bits:
+            wanted.setdefault(operand.name, {})[operand.kind] = value
+    return [_rule(name, kinds) for name, kinds in wanted.items()]
+
+
+def _rule(name: str, kinds: Mapping[str, int]) -> dict[str, Any]:
+    rule: dict[str, Any] = {'name': glob.escape(name)}
+    if len(kinds) == len(KINDS) and len(set(kinds.values())) == 1:
+        return {**rule, 'num_bits': next(iter(kinds.values()))}
+    return {**rule, **{kind: {'num_bits': value} for kind, value in kinds.items()}}
+
+
+def _operand(
+    model: nn.Module, path: str, quantizer: FakeQuantizer, rules: Sequence[Mapping[str, Any]]
+) -> Operand:
+    parent, _, side = path.rpartition('.')
+    is_layer = side in ('input_quantizer', 'weight_quantizer')
+    name = parent if is_layer else f'{parent}.{side.removesuffix("_quantizer")}'
+    weights = _layer_of(model, path).weight.numel() if quantizer.kind == 'weight' else 0
+    pinned = sets_bits(rules, quantizer.kind, name, quantizer.role)
+    return Operand(
+        name, quantizer.kind, path, quantizer.role, quantizer.spec.num_bits, pinned, weights
+    )
+
+
+def _layer_of(model: nn.Module, path: str) -> QuantizedLayer:
+    layer = model.get_submodule(path.rpartition('.')[0])
+    assert isinstance(layer, QuantizedLayer)
+    return layer
+
+
+def _inputs(module: nn.Module) -> tuple[str, ...]:
+    if isinstance(module, QuantMatMul):
+        return ('lhs_quantizer', 'rhs_quantizer')
+    return ('input_quantizer',)
+
+
+def _set_spec(quantizer: FakeQuantizer, num_bits: int) -> None:
+    quantizer.spec = replace(quantizer.spec, num_bits=num_bits)
+    quantizer.quant_range.copy_(torch.tensor(quantizer.spec.quant_range))
+
+
+def _present(quantizer: FakeQuantizer, layer: QuantizedLayer | None) -> Precision:
+    weight = None if layer is None else layer.weight.detach().clone()
+    scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point.clone()
+    return Precision(quantizer.spec, scale, zero_point, weight)
+
+
+@torch.no_grad()
+def _write(layer: QuantizedLayer, weight: Tensor) -> None:
+    layer.weight.copy_(weight)
+
+
+@contextmanager
+def _restoring(quantizer: FakeQuantizer, layer: QuantizedLayer | None) -> Iterator[None]:
+    before = _present(quantizer, layer)
+    was_calibrated, was_enabled = quantizer.is_calibrated, quantizer.enabled
+    try:
+        yield
+    finally:
+        _set_spec(quantizer, before.spec.num_bits)
+        quantizer.set_qparams(torch.ones_like(before.scale), before.zero_point)
+        if not was_calibrated:
+            quantizer.reset()
+        with torch.no_grad():
+            quantizer.scale.copy_(before.scale)  # as it was, also where stage 1 made it negative
+        quantizer.enabled = was_enabled
+        if layer is not None and before.weight is not None:
+            _write(layer, before.weight)

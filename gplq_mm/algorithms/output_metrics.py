@@ -1,0 +1,187 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""How far a model's outputs, or its loss, are from those of a reference."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Outputs = Sequence[Tensor]
+METRICS: dict[str, type['Metric']] = {}
+
+
+class Metric(ABC):
+    """How far outputs are from the reference's.
+
+    ``terms`` of single batches are summed, over ranks too, and ``damage`` turns the
+    sums into one number: 0 without a difference, larger is worse, and additive
+    (for a first guess) over operands.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    """What ``score`` is, for people."""
+
+    def __init_subclass__(cls) -> None:
+        METRICS[cls.name] = cls
+
+    @abstractmethod
+    def terms(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """Terms of one batch, ``(K,)`` float64."""
+
+    @abstractmethod
+    def damage(self, sums: Tensor) -> float:
+        """Damage from the sums, ``(K,)``, over all batches."""
+
+    def errors(self, reference: Outputs, outputs: Outputs) -> Outputs:
+        """Error of each output; none where damage is no square of an error.
+
+        The damage is, to second order, the sum of their squares, each times its square
+        ``error_weights``: so the errors of several operands tell their joint damage.
+        """
+        return ()
+
+    def error_weights(self, sums: Tensor) -> Tensor:
+        """Factor of each output's error, ``(outputs,)``."""
+        return sums.new_zeros(0)
+
+    def score(self, damage: float) -> float | None:
+        """Damage in the unit that people read; None where there is no damage to state."""
+        return damage
+
+
+class SQNR(Metric):
+    """Noise power over signal power, the mean over the output tensors.
+
+    Its score is the signal to quantization noise ratio in dB.
+    """
+
+    name = 'sqnr'
+    unit = 'output SQNR (dB)'
+
+    def terms(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """Noise and signal power of each output tensor, interleaved."""
+        pairs = zip(reference, outputs, strict=True)
+        powers = [p for r, o in pairs for p in (_power(o.double() - r.double()), _power(r))]
+        return torch.stack(powers)
+
+    def damage(self, sums: Tensor) -> float:
+        """Mean noise-to-signal ratio of the outputs that are not all zero."""
+        noise, signal = sums[::2], sums[1::2]
+        known = signal > 0
+        return float((noise[known] / signal[known]).mean()) if bool(known.any()) else 0.0
+
+    def errors(self, reference: Outputs, outputs: Outputs) -> Outputs:
+        """Plain differences."""
+        return [o.double() - r.double() for r, o in zip(reference, outputs, strict=True)]
+
+    def error_weights(self, sums: Tensor) -> Tensor:
+        """Each output relative to its own signal."""
+        signal = sums[1::2]
+        known = signal > 0
+        return torch.where(known, (signal.clamp_min(1e-300) * known.sum()).rsqrt(), 0.0)
+
+    def score(self, damage: float) -> float | None:
+        """Decibels.
+
+        Examples:
+            >>> SQNR().score(0.01)
+            20.0
+        """
+        return -10 * math.log10(damage) if damage > 0 else None
+
+
+class KL(Metric):
+    """Mean Kullback-Leibler divergence of the class probabilities from the reference's.
+
+    Args:
+        sigmoid: Each score is a probability of its own (dense detectors) instead of a
+            softmax over dimension 1.
+    """
+
+    name = 'kl'
+    unit = 'KL of the outputs (nats)'
+
+    def __init__(self, sigmoid: bool = False) -> None:
+        self.sigmoid = sigmoid
+
+    def terms(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """Summed divergence and number of distributions."""
+        pairs = [(r.double(), o.double()) for r, o in zip(reference, outputs, strict=True)]
+        divergence = self._bernoulli if self.sigmoid else self._categorical
+        total = torch.stack([divergence(r, o) for r, o in pairs]).sum()
+        sizes = [r.numel() // (1 if self.sigmoid else r.shape[1]) for r, _ in pairs]
+        return torch.stack([total, total.new_tensor(sum(sizes))])
+
+    def damage(self, sums: Tensor) -> float:
+        """Mean divergence; rounding may not make it negative."""
+        return max(float(sums[0] / sums[1]), 0.0)
+
+    def errors(self, reference: Outputs, outputs: Outputs) -> Outputs:
+        """Differences of the scores in the metric of the Fisher information."""
+        errors = []
+        for r, o in zip(reference, outputs, strict=True):
+            difference = o.double() - r.double()
+            if self.sigmoid:
+                p = r.double().sigmoid()
+                errors.append((p * (1 - p)).sqrt() * difference)
+            else:
+                p = r.double().softmax(1)
+                errors.append(p.sqrt() * (difference - (p * difference).sum(1, keepdim=True)))
+        return errors
+
+    def error_weights(self, sums: Tensor) -> Tensor:
+        """Half of the mean square, for every output."""
+        return (2 * sums[1:]).rsqrt()
+
+    @staticmethod
+    def _categorical(reference: Tensor, outputs: Tensor) -> Tensor:
+        p, q = F.log_softmax(reference, 1), F.log_softmax(outputs, 1)
+        return (p.exp() * (p - q)).sum()
+
+    @staticmethod
+    def _bernoulli(reference: Tensor, outputs: Tensor) -> Tensor:
+        total = reference.new_zeros(())
+        for sign in (1, -1):
+            p, q = F.logsigmoid(sign * reference), F.logsigmoid(sign * outputs)
+            total = total + (p.exp() * (p - q)).sum()
+        return total
+
+
+class Loss(Metric):
+    """Rise of the task loss; outputs are the loss alone, a scalar a batch."""
+
+    name = 'loss'
+    unit = 'rise of the task loss'
+
+    def terms(self, reference: Outputs, outputs: Outputs) -> Tensor:
+        """Summed difference and number of batches."""
+        difference = outputs[0].double() - reference[0].double()
+        return torch.stack([difference, torch.ones_like(difference)])
+
+    def damage(self, sums: Tensor) -> float:
+        """Mean rise; negative where the loss fell."""
+        return float(sums[0] / sums[1])
+
+
+def build_metric(name: str, **options: Any) -> Metric:
+    """The metric of a name.
+
+    Raises:
+        ValueError: If there is none of that name.
+
+    Examples:
+        >>> build_metric('sqnr').unit
+        'output SQNR (dB)'
+    """
+    if name not in METRICS:
+        raise ValueError(f'metric={name!r} is unknown; write one of {sorted(METRICS)}')
+    return METRICS[name](**options)
+
+
+def _power(x: Tensor) -> Tensor:
+    return x.double().square().sum()

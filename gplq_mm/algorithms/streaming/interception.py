@@ -1,0 +1,58 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Take over a model's forward passes, and leave them early."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from torch import nn
+
+_ENTRIES = ('forward', 'extract_feat')
+"""Methods by which a pass over images may call a model."""
+
+
+class Reached(Exception):  # noqa: N818
+    """Leaves the model's forward as soon as all that is wanted was seen."""
+
+
+@contextmanager
+def intercepted(model: nn.Module, handle: Callable[[Callable[[], Any]], None]) -> Iterator[None]:
+    """While open, calling the model calls ``handle`` with the forward to run, and gives None.
+
+    Args:
+        model: Its ``forward`` and, where it has one, its ``extract_feat`` are taken over;
+            a call of the one from the other is the model's own.
+        handle: Called once for each batch of images.
+    """
+    own = {name: vars(model).get(name) for name in _ENTRIES if hasattr(model, name)}
+    inside = False
+
+    def take_over(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            if inside:
+                return original(*args, **kwargs)
+            inside = True
+            try:
+                handle(lambda: original(*args, **kwargs))
+            finally:
+                inside = False
+            return None
+
+        return call
+
+    try:
+        for name in own:
+            vars(model)[name] = take_over(getattr(model, name))
+        yield
+    finally:
+        for name, value in own.items():
+            vars(model).pop(name, None)
+            if value is not None:
+                vars(model)[name] = value
+
+
+def run_until_reached(run: Callable[[], Any]) -> None:
+    """Run ``run`` until it ends or a hook raises ``Reached``."""
+    with suppress(Reached):
+        run()

@@ -1,0 +1,290 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""GPTQ: round column by column, each error made up for by the columns not yet rounded.
+
+Source: arXiv 2210.17323, algorithm 1; the target of ``asymmetric`` is that of
+arXiv 2504.02692 (GPTAQ), equation 5, in closed form.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...modules import QuantizedLayer
+from ..distributed import all_reduce_sum, broadcast_from_0
+from ..streaming import CallStore, Reached, Unit
+from ..streaming.interception import run_until_reached
+from ..streaming.stream import run_unit
+from .base import PTQTask, folded, write_codes
+from .layout import (
+    CodeProducts,
+    column_splits,
+    columns,
+    from_rows,
+    is_matrix_product,
+    rows_of_qparams,
+    to_rows,
+)
+from .ranges import RANGES, check_range, set_range
+from .registry import register_weight_ptq
+from .unit_ptq import UnitPTQ, codes_of, fall_back
+
+_BLOCK = 128
+
+
+@register_weight_ptq('gptq')
+class GPTQ(UnitPTQ):
+    """Rounding that minimises the error of each layer's output, ``|| (W - W^) X ||^2``.
+
+    X are the layer's input codes in the model whose layers before are quantized already,
+    so the Hessian X X^T is an exact sum of integers. A per-channel input scale is folded
+    into W. A transposed convolution whose kernels overlap is no matrix product: it is
+    rounded to nearest, with a note.
+
+    Args:
+        range: ``mse``, ``percentile``, ``minmax``, or ``hessian`` for the squared error
+            weighted by the Hessian's diagonal; None keeps the scale of an algorithm before,
+            or else takes ``mse``.
+        damping: Added to the diagonal, relative to its mean.
+        act_order: Round the columns with the largest inputs first.
+        asymmetric: Approach the output of the stage-1 model on its own inputs, so that a
+            layer also makes up for the errors of those before; False for the output of
+            the float layer on the quantized model's inputs.
+        max_columns: Columns whose products are kept; wider layers are cut into parts.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    def __init__(
+        self,
+        range: str | None = None,
+        damping: float = 0.01,
+        act_order: bool = True,
+        asymmetric: bool = False,
+        max_columns: int = 2048,
+    ) -> None:
+        check_range('gptq', range, (*RANGES, 'hessian'))
+        if not damping >= 0 or max_columns < 1:
+            raise ValueError(
+                f'gptq damping={damping!r}, max_columns={max_columns!r}: write a damping of at '
+                'least 0, e.g. 0.01, and at least one column'
+            )
+        self.range, self.damping, self.act_order = range, damping, act_order
+        self.asymmetric, self.max_columns = asymmetric, max_columns
+        self.needs_reference = asymmetric
+
+    @torch.no_grad()
+    def quantize_unit(
+        self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
+    ) -> None:
+        """As in the base class: layer by layer, in the order in which they run."""
+        for name, layer in unit.layers.items():
+            if not is_matrix_product(layer):
+                task.note(f'{name}: overlapping transposed convolution, rounded to nearest')
+                fall_back(task, name)
+                continue
+            own, cross = self.products(task, unit, name, inputs, reference)
+            self._quantize_layer(layer, task.float_weights[name], own, cross)
+
+    def products(
+        self,
+        task: PTQTask,
+        unit: Unit,
+        name: str,
+        inputs: CallStore,
+        reference: CallStore | None,
+    ) -> tuple[CodeProducts, CodeProducts | None]:
+        """Sums of ``q q^T`` and, with a reference, of ``(p - q) q^T``; p: stage-1 codes."""
+        layer = unit.layers[name]
+        device = layer.weight.device
+        splits = column_splits(to_rows(layer, layer.weight).shape[2], self.max_columns)
+        own = CodeProducts(layer, splits, device)
+        cross = CodeProducts(layer, splits, device) if reference is not None else None
+        for index in range(len(inputs)):
+            codes = layer_codes(unit, name, inputs, index)
+            wanted = codes
+            if reference is not None:
+                with task.stage1():
+                    wanted = layer_codes(unit, name, reference, index)
+            for q, p in zip(codes, wanted, strict=True):
+                for left, right in zip(columns(layer, q), columns(layer, p), strict=True):
+                    own.add(left, left)
+                    if cross is not None:
+                        cross.add(right - left, left)
+        for total in [*own.sums, *(cross.sums if cross else [])]:
+            all_reduce_sum(total)
+        return own, cross
+
+    def _quantize_layer(
+        self,
+        layer: QuantizedLayer,
+        weight: Tensor,
+        own: CodeProducts,
+        cross: CodeProducts | None,
+    ) -> None:
+        quantizer = layer.weight_quantizer
+        if self.range is not None or not quantizer.is_calibrated:
+            diagonal = torch.cat([h.diagonal(dim1=1, dim2=2) for h in own.sums], 1)  # (G, K)
+            rows = to_rows(layer, weight)
+            importance = from_rows(layer, diagonal[:, None].expand(rows.shape).float())
+            set_range(layer, weight, self.range or 'mse', importance)
+        rows = to_rows(layer, folded(layer, weight)).double()
+        scale, zero = quantizer.qparams(weight)
+        scale, zero = (rows_of_qparams(layer, t).double() for t in (scale, zero))
+        qmin, qmax = quantizer.spec.quant_range
+        codes = torch.empty_like(rows)
+        for index, (a, b) in enumerate(own.splits):
+            hessian = damped(own.sums[index], self.damping)
+            part = rows[..., a:b]
+            if cross is not None:
+                part = retargeted(part, hessian, cross.sums[index])
+            grid = (scale, zero, (qmin, qmax))
+            found = gptq_codes(part, hessian, *grid, self.act_order)
+            codes[..., a:b] = not_worse(part, found, own.sums[index], *grid)
+        codes = broadcast_from_0(codes)
+        write_codes(layer, from_rows(layer, codes).to(weight.dtype).contiguous())
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """Hessian with dead inputs decoupled and its diagonal raised.
+
+    Args:
+        hessian: ``(groups, columns, columns)``.
+        damping: Relative to the mean of the diagonal.
+    """
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    mean = diagonal.mean(1, keepdim=True)
+    mean = torch.where(mean > 0, mean, 1.0)
+    raised = torch.where(diagonal > 0, diagonal, mean) + damping * mean
+    return hessian - torch.diag_embed(diagonal) + torch.diag_embed(raised)
+
+
+def retargeted(rows: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
+    """Weights whose output on the quantized inputs is nearest to the stage-1 output.
+
+    ``W + W (sum (p - q) q^T) H^-1``.
+    """
+    change = torch.cholesky_solve((rows @ cross).transpose(1, 2), stable_cholesky(hessian))
+    return rows + change.transpose(1, 2)
+
+
+def gptq_codes(
+    rows: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_range: tuple[int, int],
+    act_order: bool = False,
+) -> Tensor:
+    """Centred codes of weight rows.
+
+    Args:
+        rows: ``(groups, rows, columns)``, float64.
+        hessian: ``(groups, columns, columns)``, damped.
+        scale: ``(groups, rows, 1)``.
+        zero_point: Same shape.
+        quant_range: ``(qmin, qmax)``.
+        act_order: Columns in descending order of the Hessian's diagonal.
+
+    Returns:
+        Same shape as ``rows``.
+    """
+    if act_order:
+        order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=1, descending=True, stable=True)
+        inverse_order = order.argsort(dim=1)
+        hessian = hessian.gather(1, order[:, :, None].expand_as(hessian))
+        hessian = hessian.gather(2, order[:, None].expand_as(hessian))
+        rows = rows.gather(2, order[:, None].expand_as(rows))
+    inverse = torch.cholesky_inverse(stable_cholesky(hessian))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    left, codes = rows.clone(), torch.empty_like(rows)
+    for start in range(0, rows.shape[2], _BLOCK):
+        end = min(start + _BLOCK, rows.shape[2])
+        errors = torch.empty_like(rows[..., start:end])
+        for i in range(start, end):
+            column = left[..., i : i + 1]
+            code = nearest_codes(column, scale, zero_point, quant_range)
+            error = (column - code * scale) / factor[:, i : i + 1, i : i + 1]
+            left[..., i:end] -= error * factor[:, i : i + 1, i:end]
+            codes[..., i : i + 1] = code
+            errors[..., i - start : i - start + 1] = error
+        left[..., end:] -= errors @ factor[:, start:end, end:]
+    return codes.gather(2, inverse_order[:, None].expand_as(codes)) if act_order else codes
+
+
+def nearest_codes(
+    rows: Tensor, scale: Tensor, zero_point: Tensor, quant_range: tuple[int, int]
+) -> Tensor:
+    """Centred codes by rounding to nearest; arguments as in ``gptq_codes``."""
+    low, high = quant_range[0] - zero_point, quant_range[1] - zero_point
+    return torch.minimum(torch.maximum(torch.round(rows / scale), low), high)
+
+
+def not_worse(
+    rows: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    quant_range: tuple[int, int],
+) -> Tensor:
+    """The rows of ``codes``, rounded to nearest where that gives the smaller output error."""
+    nearest = nearest_codes(rows, scale, zero_point, quant_range)
+    error, plain = (output_error(rows, c * scale, hessian) for c in (codes, nearest))
+    return torch.where(error <= plain, codes, nearest)
+
+
+def stable_cholesky(matrix: Tensor) -> Tensor:
+    """Lower Cholesky factor; a singular matrix is damped until it and its inverse have one.
+
+    Args:
+        matrix: ``(groups, columns, columns)``, symmetric.
+
+    Raises:
+        ValueError: If the matrix holds NaN or infinity.
+    """
+    mean = matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    for damping in (0.0, *(10.0**p for p in range(-9, 3))):
+        lower, failed = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
+        if failed.any():
+            continue
+        inverse = torch.cholesky_inverse(lower)
+        if not torch.linalg.cholesky_ex(inverse)[1].any() and inverse.isfinite().all():
+            return lower
+    raise ValueError('gptq: the Hessian holds NaN or infinity; check the calibration images')
+
+
+def output_error(rows: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
+    """Squared output error of each row, ``(groups, rows, 1)``: ``(w - v) H (w - v)^T``."""
+    difference = rows - values
+    return ((difference @ hessian) * difference).sum(2, keepdim=True)
+
+
+@contextmanager
+def _inputs_caught(unit: Unit, name: str, caught: list[Tensor]) -> Iterator[None]:
+    """While open, ``caught`` gets a layer's inputs; leaves the unit when all calls are there."""
+    wanted = unit.calls[name]
+
+    def hook(_: Any, args: tuple[Any, ...]) -> None:
+        caught.append(args[0])
+        if len(caught) == wanted:
+            raise Reached
+
+    handle = unit.layers[name].register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def layer_codes(unit: Unit, name: str, inputs: CallStore, index: int) -> list[Tensor]:
+    """Input codes of a layer in one call of its unit, one tensor a call of the layer."""
+    layer, caught = unit.layers[name], list[Tensor]()
+    call = inputs[index]
+    with _inputs_caught(unit, name, caught):
+        run_until_reached(lambda: run_unit(unit.module, call, layer.weight.device))
+    return [codes_of(layer, x) for x in caught]

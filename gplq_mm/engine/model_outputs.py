@@ -1,0 +1,123 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What sensitivity compares: the raw outputs or the loss of an MMEngine model for a batch."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..algorithms.output_metrics import Metric, Outputs, build_metric
+from .calibration_data import ends_before_heads
+
+PROPOSALS = 100
+"""Proposals an image at which a two-stage detector's heads are compared."""
+IndexedBatch = tuple[int, Any]
+
+
+def build_comparison(
+    model: Any, metric: str, seed: int = 0
+) -> tuple[Metric, Callable[[IndexedBatch], Outputs]]:
+    """A metric and the function that gives what it compares.
+
+    ``sqnr`` compares features where the scope ends before the heads, else what the
+    heads give; ``kl`` compares class scores; ``loss`` is the task loss, samplers seeded.
+    The heads of a two-stage detector see the proposals that the first call for a batch
+    found, so that their outputs can be compared.
+
+    Args:
+        model: Converted MMEngine model, not wrapped.
+        metric: ``sqnr``, ``kl`` or ``loss``.
+        seed: For random samplers inside the loss.
+
+    Raises:
+        ValueError: If the metric is unknown or the model has no class scores for ``kl``.
+    """
+    if metric == 'loss':
+        return build_metric(metric), _TaskLoss(model, seed)
+    if metric != 'kl':
+        return build_metric(metric), _RawOutputs(model)
+    sigmoid = _gives_sigmoid(model)
+    return build_metric('kl', sigmoid=sigmoid), _ClassScores(model)
+
+
+class _RawOutputs:
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.features_only = ends_before_heads(model)
+        self.proposals: dict[int, list[Any]] = {}
+
+    def __call__(self, indexed: IndexedBatch) -> Outputs:
+        index, batch = indexed
+        data = self.model.data_preprocessor(batch, False)
+        if self.features_only:
+            return list(flatten(self.model.extract_feat(data['inputs'])))
+        if hasattr(self.model, 'roi_head'):
+            return list(flatten(self.two_stage(index, data)))
+        return list(flatten(self.model(data['inputs'], data.get('data_samples'), mode='tensor')))
+
+    def two_stage(self, index: int, data: Mapping[str, Any]) -> Sequence[Any]:
+        """Outputs of the first stage, and of the second at the remembered proposals."""
+        samples, features = data['data_samples'], self.model.extract_feat(data['inputs'])
+        first = self.model.rpn_head(features)
+        if index not in self.proposals:
+            found = self.model.rpn_head.predict(features, samples, rescale=False)
+            self.proposals[index] = [proposals[:PROPOSALS] for proposals in found]
+        return [first, self.model.roi_head.forward(features, self.proposals[index], samples)]
+
+
+class _ClassScores(_RawOutputs):
+    def __init__(self, model: Any) -> None:
+        super().__init__(model)
+        self.features_only = False
+
+    def __call__(self, indexed: IndexedBatch) -> Outputs:
+        index, batch = indexed
+        data = self.model.data_preprocessor(batch, False)
+        if hasattr(self.model, 'roi_head'):
+            _, second = self.two_stage(index, data)
+            return list(flatten(second[0]))
+        outputs = self.model(data['inputs'], data.get('data_samples'), mode='tensor')
+        return list(flatten(outputs if isinstance(outputs, Tensor) else outputs[0]))
+
+
+class _TaskLoss:
+    def __init__(self, model: Any, seed: int) -> None:
+        self.model = model
+        self.seed = seed
+
+    def __call__(self, indexed: IndexedBatch) -> Outputs:
+        index, batch = indexed
+        data = self.model.data_preprocessor(batch, False)
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed + index)
+            losses = self.model.loss(data['inputs'], data['data_samples'])
+        return [self.model.parse_losses(losses)[0]]
+
+
+def flatten(value: Any) -> Iterator[Tensor]:
+    """Floating-point tensors of nested lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from flatten(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from flatten(item)
+
+
+def _gives_sigmoid(model: Any) -> bool:
+    """Whether class scores are sigmoids (dense heads); False where they are a softmax."""
+    if hasattr(model, 'roi_head'):
+        return False
+    head = getattr(model, 'bbox_head', None)
+    if head is None and (hasattr(model, 'head') or hasattr(model, 'decode_head')):
+        return False
+    if getattr(head, 'use_sigmoid_cls', False):
+        return True
+    raise ValueError(
+        f"metric='kl': {type(model).__name__} gives no class scores whose probabilities are "
+        "known here; write metric='sqnr' or metric='loss'"
+    )

@@ -1,0 +1,174 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Several weight algorithms from one stage-1 checkpoint, side by side."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from mmengine.runner import Runner
+
+from ..algorithms.compensation import compensated_blocks, detach_compensation
+from ..conversion import quantizers
+from ..evaluation import REPORT_NAME, format_table, read_json, write_json
+from ..evaluation.report import bits_label
+from . import stage2
+from .checkpoint import STAGE1_NAME, unwrap
+from .evaluate import evaluate
+
+ROWS_NAME = 'gplq_stage2.json'
+_TITLES = {
+    'metric': ('metric', 1.0, '{}'),
+    'fp32': ('FP32', 1.0, '{:.4g}'),
+    'stage1': ('stage 1', 1.0, '{:.4g}'),
+    'stage2': ('stage 2', 1.0, '{:.4g}'),
+    'weight_mse': ('weight MSE', 1.0, '{:.3g}'),
+    'sqnr_db': ('output SQNR (dB)', 1.0, '{:.2f}'),
+    'seconds': ('time (s)', 1.0, '{:.1f}'),
+    'peak_memory_bytes': ('peak memory (MiB)', 2**20, '{:.0f}'),
+    'side_flops': ('side branch FLOPs', 1.0, '{:,.0f}'),
+    'side_params': ('side branch parameters', 1.0, '{:,.0f}'),
+}
+"""Column of the table: its title, the unit in the row's unit, the format."""
+
+
+class PTQComparison:
+    """Runs stage 2 again and again from the weights that the runner has now.
+
+    Args:
+        runner: Runner with a stage-1 checkpoint loaded.
+        checkpoint: That checkpoint; ``gplq_report.json`` beside it gives the metrics of
+            FP32 and stage 1, which are measured if it is absent (stage 1) or left out
+            (FP32).
+        model_name: For the rows.
+    """
+
+    def __init__(self, runner: Runner, checkpoint: str, model_name: str) -> None:
+        self.runner, self.model_name = runner, model_name
+        self.model = unwrap(runner.model)
+        self.state = {k: v.clone() for k, v in self.model.state_dict().items()}
+        self.specs = {n: q.spec for n, q in quantizers(self.model, 'weight').items()}
+        self.attached = bool(compensated_blocks(self.model))
+        self.fp32, self.stage1 = self._earlier_metrics(checkpoint)
+        self.rows: list[dict[str, Any]] = []
+
+    def run(self, ptq: str | None, out: str, bits: int | None) -> dict[str, float]:
+        """One algorithm, or several joined by ``+``; adds its rows, writes its checkpoint.
+
+        Args:
+            ptq: As on the command line; None for the recipe's.
+            out: Final checkpoint.
+            bits: Weight bits in place of the recipe's.
+
+        Returns:
+            Metrics of the quantized model.
+        """
+        self._restore()
+        names = None if ptq is None else ptq.split('+')
+        config = names[0] if names and len(names) == 1 else names
+        metrics = stage2.run(self.runner, config, out, bits)
+        report = read_json(Path(self.runner.work_dir, REPORT_NAME))
+        self.rows += self._rows(ptq or ptq_label(report['recipe']['weight']['ptq']), report)
+        write_json(Path(self.runner.work_dir, ROWS_NAME), {'rows': self.rows})
+        return metrics
+
+    def table(self) -> str:
+        """The rows as a text table."""
+        return comparison_table(self.rows)
+
+    def _restore(self) -> None:
+        """The stage-1 model again."""
+        if not self.attached:
+            detach_compensation(self.model)
+        for name, quantizer in quantizers(self.model, 'weight').items():
+            quantizer.spec = self.specs[name]
+            quantizer.quant_range.copy_(torch.tensor(quantizer.spec.quant_range, dtype=torch.int32))
+        self.model.load_state_dict(self.state)
+
+    def _earlier_metrics(self, checkpoint: str) -> tuple[dict[str, float], dict[str, float]]:
+        path = Path(checkpoint)
+        report = read_json(path.with_name(REPORT_NAME)) if path.name == STAGE1_NAME else {}
+        fp32 = report.get('fp32', {}).get('metrics', {})
+        stage1 = report.get('stage1', {}).get('metrics', {})
+        if not stage1 and self.runner.val_loop is not None:
+            print_log('stage 1: no report beside the checkpoint, scoring it', logger='current')
+            stage1 = evaluate(self.runner, self.runner.val_loop, 'stage 1')
+        return fp32, stage1
+
+    def _rows(self, ptq: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+        found = report['stage2']
+        shared = {
+            'model': self.model_name,
+            'dataset': dataset_name(self.runner.cfg),
+            'bits': bits_label(report['recipe'], 'stage2'),
+            'ptq': ptq,
+        }
+        costs = {
+            'weight_mse': found['weights']['mean_mse'],
+            **{k: found[k] for k in ('sqnr_db', 'seconds', 'peak_memory_bytes')},
+            **{k: found[k] for k in ('side_flops', 'side_params')},
+        }
+        return [
+            {
+                **shared,
+                'metric': name,
+                'fp32': self.fp32.get(name),
+                'stage1': self.stage1.get(name),
+                'stage2': found['metrics'][name],
+                **costs,
+            }
+            for name in main_metrics(found['metrics'])
+        ]
+
+
+def main_metrics(metrics: Mapping[str, float]) -> list[str]:
+    """The mAPs of a detector, else the first metric.
+
+    Examples:
+        >>> main_metrics({'coco/bbox_mAP': 1, 'coco/bbox_mAP_50': 2, 'coco/segm_mAP': 3})
+        ['coco/bbox_mAP', 'coco/segm_mAP']
+        >>> main_metrics({'accuracy/top1': 70.0, 'accuracy/top5': 90.0})
+        ['accuracy/top1']
+    """
+    return [name for name in metrics if name.endswith('mAP')] or list(metrics)[:1]
+
+
+def ptq_label(config: Any) -> str:
+    """Name of an algorithm or a combination.
+
+    Examples:
+        >>> ptq_label('mse'), ptq_label(['repq', dict(type='gptq', damping=0.1)])
+        ('mse', 'repq+gptq(damping=0.1)')
+    """
+    if isinstance(config, str):
+        return config
+    if isinstance(config, Mapping):
+        options = ','.join(f'{k}={v}' for k, v in config.items() if k != 'type')
+        return f'{config["type"]}({options})' if options else str(config['type'])
+    return '+'.join(ptq_label(entry) for entry in config)
+
+
+def dataset_name(cfg: Mapping[str, Any]) -> str:
+    """Folder of the validation images, else the data set's type."""
+    dataset = (cfg.get('val_dataloader') or cfg['train_dataloader'])['dataset']
+    while 'dataset' in dataset:
+        dataset = dataset['dataset']
+    root = os.path.basename(os.path.normpath(dataset.get('data_root') or '.'))
+    return root if root != '.' else str(dataset['type'])
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as a text table, a line an algorithm and metric."""
+    titles = ['bits', 'ptq', *(title for title, _, _ in _TITLES.values())]
+    lines = [[row['bits'], row['ptq'], *(_cell(row, key) for key in _TITLES)] for row in rows]
+    return format_table(titles, lines)
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    _, unit, text = _TITLES[key]
+    value = row.get(key)
+    if value is None or isinstance(value, str):
+        return value or '-'
+    return text.format(value / unit)

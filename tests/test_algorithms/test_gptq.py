@@ -1,0 +1,251 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""GPTQ against a direct implementation, its refusals, and equality of ranks and resumed runs."""
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gplq_mm.algorithms.calibration import calibrate_activations
+from gplq_mm.algorithms.stage2 import run_stage2
+from gplq_mm.algorithms.weight_ptq import GPTQ
+from gplq_mm.algorithms.weight_ptq.gptq import retargeted
+from gplq_mm.conversion import convert_, quantized_layers, resolve_recipe
+from tests.helpers.tiny_blocks import (
+    images,
+    ptq_on_rank,
+    ptq_state,
+    run_pass,
+    stage1_stack,
+)
+
+LAYERS = {
+    'linear': (lambda: nn.Linear(6, 4), (2, 9, 6)),
+    'conv': (lambda: nn.Conv2d(4, 5, 3, stride=2, padding=1), (2, 4, 9, 8)),
+    'grouped': (lambda: nn.Conv2d(4, 6, (1, 3), groups=2, dilation=2), (2, 4, 7, 9)),
+    'depthwise': (lambda: nn.Conv2d(4, 4, 3, groups=4, padding='same'), (1, 4, 6, 7)),
+    'transposed': (lambda: nn.ConvTranspose2d(4, 3, 2, 2), (2, 4, 5, 6)),
+    'grouped_transposed': (lambda: nn.ConvTranspose2d(4, 6, 2, 2, groups=2), (2, 4, 5, 6)),
+}
+
+
+def one_layer(kind: str, granularity: str = 'per_tensor', bits: int = 3) -> tuple[Any, Any, Tensor]:
+    """A calibrated one-layer model, its pass, and the input codes of all images."""
+    make, shape = LAYERS[kind]
+    data = torch.randn(4, *shape)
+    model = nn.Sequential(make()).eval()
+    activation = dict(granularity=granularity, num_bits=4)
+    convert_(
+        model, dict(base='w3a3', scope='all', weight=dict(num_bits=bits), activation=activation)
+    )
+    run = run_pass(model, data)
+    calibrate_activations(model, run)
+    return model, run, model[0].input_quantizer.codes(data.flatten(0, 1))[0].detach()
+
+
+def quantize(model: nn.Module, run: Any, **options: Any) -> Any:
+    recipe = dict(base='w3a3', scope='all', weight=dict(ptq=dict(type='gptq', **options)))
+    return run_stage2(model, resolve_recipe(recipe), run)
+
+
+def dense_problem(layer: Any, codes: Tensor, weight: Tensor) -> list[tuple[np.ndarray, ...]]:
+    """For each group: rows of weights, columns x tokens of inputs, scale of each row."""
+    scale = layer.weight_quantizer.scale.double()
+    groups = getattr(layer, 'groups', 1)
+    weight, codes = weight.double(), codes.double()
+    if isinstance(layer, nn.Linear):
+        return [(weight.numpy(), codes.flatten(0, -2).T.numpy(), scale.numpy())]
+    parts = []
+    for g, x in enumerate(codes.chunk(groups, 1)):
+        if isinstance(layer, nn.ConvTranspose2d):
+            w = weight.chunk(groups, 0)[g].permute(1, 2, 3, 0).flatten(0, 2)
+            parts.append((w, x.permute(1, 0, 2, 3).flatten(1), scale.repeat_interleave(4)))
+            continue
+        w = weight.chunk(groups, 0)[g]
+        left, right, top, bottom = layer._reversed_padding_repeated_twice
+        cols = F.unfold(
+            F.pad(x, (left, right, top, bottom)), layer.kernel_size, layer.dilation, 0, layer.stride
+        )
+        parts.append((w.flatten(1), cols.permute(1, 0, 2).flatten(1), scale.chunk(groups)[g]))
+    return [tuple(t.numpy() for t in part) for part in parts]
+
+
+def brain_surgeon(w: np.ndarray, x: np.ndarray, scale: np.ndarray, bits: int = 3) -> np.ndarray:
+    """Codes by the textbook update: invert the Hessian of the columns that are left, each time."""
+    hessian, low, high = x @ x.T, -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    target, scale = w, np.broadcast_to(scale, len(w))
+    nearest = np.clip(np.rint(w / scale[:, None]), low, high)
+    mean = hessian.diagonal().mean()
+    dead = np.flatnonzero(hessian.diagonal() == 0)
+    hessian[dead, dead] = mean
+    hessian += 0.01 * mean * np.eye(len(hessian))
+    w, codes = w.copy(), np.zeros_like(w)
+    for i in range(w.shape[1]):
+        inverse = np.linalg.inv(hessian[i:, i:])
+        codes[:, i] = np.clip(np.rint(w[:, i] / scale), low, high)
+        error = (w[:, i] - codes[:, i] * scale) / inverse[0, 0]
+        w[:, i:] -= error[:, None] * inverse[0][None]
+    errors = [
+        (((target - c * scale[:, None]) @ x) ** 2).sum(1, keepdims=True) for c in (codes, nearest)
+    ]
+    return np.where(errors[0] <= errors[1], codes, nearest)
+
+
+@pytest.mark.parametrize('granularity', ['per_tensor', 'per_channel'])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_codes_are_those_of_a_direct_dense_implementation(kind: str, granularity: str) -> None:
+    model, run, codes = one_layer(kind, granularity)
+    layer = model[0]
+    folded = layer.folded_weight(layer.weight.detach().clone()).detach()
+    quantize(model, run, act_order=False)
+    ours = layer.weight_quantizer.codes(layer.folded_weight())[0].detach()
+    expected = [brain_surgeon(*part) for part in dense_problem(layer, codes, folded)]
+    got = [part[0] for part in dense_problem(layer, codes, ours)]
+    for mine, theirs in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize('act_order', [True, False])
+@pytest.mark.parametrize('kind', LAYERS)
+def test_the_output_error_is_below_that_of_rounding(kind: str, act_order: bool) -> None:
+    model, run, codes = one_layer(kind, bits=2)
+    nearest = copy.deepcopy(model)
+    weight = model[0].weight.detach().clone()
+    quantize(model, run, act_order=act_order)
+    data = nearest[0].input_quantizer.scale * codes
+    run_stage2(nearest, resolve_recipe(dict(base='w3a3', scope='all')), None)
+    wanted = nearest[0].product(data, weight, None)
+    errors = [
+        (la.product(data, la.weight, None) - wanted).square().sum() for la in (model[0], nearest[0])
+    ]
+    assert errors[0] <= errors[1] * (1 + 1e-6)
+
+
+def test_wide_layers_are_solved_in_parts() -> None:
+    model, run, codes = one_layer('linear')
+    weight = model[0].weight.detach().clone()
+    quantize(model, run, act_order=False, max_columns=4)
+    layer = model[0]
+    w, x, scale = dense_problem(layer, codes, weight)[0]
+    halves = [brain_surgeon(w[:, p], x[p], scale) for p in (slice(0, 3), slice(3, 6))]
+    ours = layer.weight_quantizer.codes(layer.weight)[0].detach().numpy()
+    np.testing.assert_array_equal(ours, np.concatenate(halves, 1))
+
+
+def test_asymmetric_target_is_the_least_squares_solution() -> None:
+    rows, p, q = (torch.randn(1, n, k).double() for n, k in ((3, 5), (40, 5), (40, 5)))
+    hessian, cross = q.transpose(1, 2) @ q, (p - q).transpose(1, 2) @ q
+    got = retargeted(rows, hessian, cross)[0].T
+    expected = np.linalg.lstsq(q[0].numpy(), (p[0] @ rows[0].T).numpy(), rcond=None)[0]
+    np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9)
+
+
+def test_asymmetric_brings_the_output_closer() -> None:
+    errors = {}
+    for asymmetric in (False, True):
+        model, run = stage1_stack(2, data=images(48))
+        with torch.no_grad():
+            wanted = model(images(48).flatten(0, 1))
+            quantize(model, run, asymmetric=asymmetric)
+            errors[asymmetric] = (model(images(48).flatten(0, 1)) - wanted).square().mean()
+    assert errors[True] < errors[False]
+
+
+@pytest.mark.parametrize('asymmetric', [True, False])
+@pytest.mark.parametrize('damping', [0.0, 0.01])
+def test_singular_hessian_dead_channels_and_zero_rows(damping: float, asymmetric: bool) -> None:
+    """One image with three tokens, equal channels, channels that are always zero."""
+    data = torch.randn(1, 1, 3, 8)
+    data[..., 1], data[..., 2] = data[..., 0], 0
+    model, run = stage1_stack(3, data=data)
+    with torch.no_grad():
+        model.stem.weight[1] = 0
+        model.layers[0].ffn[0].weight.zero_()  # what follows gets constant inputs
+    before = model.stem.weight[:, 2].detach().clone()
+    result = quantize(model, run, damping=damping, asymmetric=asymmetric)
+    for name, layer in quantized_layers(model).items():
+        assert layer.weight.isfinite().all(), name
+        assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight), name
+    assert model.stem.weight[1].eq(0).all()
+    step = model.stem.weight_quantizer.scale
+    assert ((model.stem.weight[:, 2] - before).abs() <= 4 * step).all()
+    assert result.notes == []
+
+
+def test_overlapping_transposed_convolution_is_rounded_with_a_note() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, 2)).eval()
+    convert_(model, dict(base='w4a4', scope='all'))
+    data = torch.randn(2, 1, 4, 5, 5)
+    run = run_pass(model, data)
+    calibrate_activations(model, run)
+    result = quantize(model, run)
+    assert result.notes == ['0: overlapping transposed convolution, rounded to nearest']
+    assert model[0].weight_quantizer.is_calibrated
+
+
+def test_the_scale_of_an_algorithm_before_is_kept() -> None:
+    scales = {}
+    for ptq in ('minmax', ['minmax', 'gptq'], 'gptq', dict(type='gptq', range='minmax')):
+        model, run = stage1_stack()
+        run_stage2(model, resolve_recipe(dict(base='w3a3', scope='all', weight=dict(ptq=ptq))), run)
+        scales[str(ptq)] = model.layers[0].ffn[0].weight_quantizer.scale.clone()
+    first, second, alone, option = scales.values()
+    assert torch.equal(first, second) and torch.equal(first, option)
+    assert not torch.equal(first, alone)
+
+
+def test_killed_and_run_again_gives_the_bits_of_an_uninterrupted_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = ptq_state('gptq', images())
+    quantized: list[str] = []
+    original = GPTQ.quantize_unit
+
+    def dies(self: GPTQ, task: Any, unit: Any, *args: Any) -> None:
+        if unit.name == 'layers.1' and len(quantized) < 3:
+            raise KeyboardInterrupt
+        quantized.append(unit.name)
+        original(self, task, unit, *args)
+
+    monkeypatch.setattr(GPTQ, 'quantize_unit', dies)
+    with pytest.raises(KeyboardInterrupt):
+        ptq_state('gptq', images(), str(tmp_path))
+    assert quantized == ['stem', 'layers.0']
+    quantized.append('killed')
+    resumed = ptq_state('gptq', images(), str(tmp_path))
+    assert quantized == ['stem', 'layers.0', 'killed', 'layers.1', 'head']
+    assert [n for n in alone if not torch.equal(alone[n], resumed[n])] == []
+    ptq_state('gptq', images(seed=9), str(tmp_path))  # another model: nothing is taken over
+    assert quantized[5:] == ['stem', 'layers.0', 'layers.1', 'head']
+
+
+def test_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(ptq_on_rank, ('gptq', 2, port, str(tmp_path)), nprocs=2)
+    alone = ptq_state('gptq', images(9))
+    for rank in range(2):
+        state = torch.load(tmp_path / f'{rank}.pt', weights_only=True)
+        assert [n for n in alone if not torch.equal(alone[n], state[n])] == []
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (dict(range='msee'), "gptq range='msee': write one of"),
+        (dict(damping=-1), 'damping of at least 0'),
+        (dict(max_columns=0), 'at least one column'),
+        (dict(order=True), 'does not take the options'),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    model, run = stage1_stack()
+    with pytest.raises(ValueError, match=message):
+        quantize(model, run, **options)
