@@ -37,7 +37,9 @@ def training_step(
     generator = torch.Generator().manual_seed(5)
     loss = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs)
     loss.backward()
-    grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+    grads = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()
+    }
     return outputs, x.grad, grads
 
 
