@@ -48,29 +48,28 @@ def packed_attention(
     Returns:
         ``(B, heads, N, D')``.
     """
-    probabilities = q.new_empty(()).expand(*q.shape[:-1], k.shape[-1])
-    scales, grids = [], []
-    for quantizer, x in zip(quantizers, (q, k, probabilities, v), strict=True):
-        scale, zero_point = quantizer.qparams(x)
-        scales.append(scale)
-        grids.append(quantizer.grid(zero_point))
-    return _PackedAttention.apply(q, k, v, *scales, logits, grids, *extras)
+    shapes = (q.shape, k.shape, torch.Size((*q.shape[:-1], k.shape[-1])), v.shape)
+    operands = [x.operand(shape) for x, shape in zip(quantizers, shapes, strict=True)]
+    scales = [quantizer.scale for quantizer in quantizers]
+    return _PackedAttention.apply(q, k, v, *scales, logits, operands, *extras)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        scales, (logits, grids), extras = rest[:4], rest[4:6], rest[6:]
+        parameters, (logits, operands), extras = rest[:4], rest[4:6], rest[6:]
+        scales = [o.scale(p) for o, p in zip(operands, parameters, strict=True)]
+        grids = [operand.grid for operand in operands]
         values, packed, ends = [], [], [4]
         for x, index in zip((q, k, v), _SAVED, strict=True):
             on_grid, codes = quantize_packed(x.float(), scales[index], grids[index])
             values.append(on_grid.to(x.dtype))
             packed += codes
             ends.append(4 + len(packed))
-        ctx.logits, ctx.grids, ctx.dtypes = logits, grids, (q.dtype, k.dtype, v.dtype)
+        ctx.logits, ctx.operands, ctx.dtypes = logits, operands, (q.dtype, k.dtype, v.dtype)
         ctx.autocast = autocast_state(q)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*scales, *packed, *extras)
+        ctx.save_for_backward(*parameters, *packed, *extras)
         ctx.ends = ends
         weights = logits(values[0], values[1], *extras).softmax(dim=-1)
         on_grid = quantize_values(weights.float(), scales[2], grids[2])
@@ -80,17 +79,19 @@ class _PackedAttention(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        scales, extras = saved[:4], saved[ctx.ends[-1] :]
+        parameters, extras = saved[:4], saved[ctx.ends[-1] :]
+        scales = [o.scale(p) for o, p in zip(ctx.operands, parameters, strict=True)]
+        grids = [operand.grid for operand in ctx.operands]
         codes = {i: saved[ctx.ends[n] : ctx.ends[n + 1]] for n, i in enumerate(_SAVED)}
         wanted = ctx.needs_input_grad[9:]
         with torch.autocast(**ctx.autocast):
             q, k, v = (
-                unpack_values(codes[i], scales[i], ctx.grids[i]).to(dtype)
+                unpack_values(codes[i], scales[i], grids[i]).to(dtype)
                 for i, dtype in zip(_SAVED, ctx.dtypes, strict=True)
             )
             logits, back = _logits_with_graph(ctx.logits, q, k, extras, wanted)
             weights = logits.softmax(dim=-1)
-            on_grid = quantize_values(weights.float(), scales[2], ctx.grids[2])
+            on_grid = quantize_values(weights.float(), scales[2], grids[2])
             grad = grad.contiguous()
             grad_v = on_grid.to(weights.dtype).transpose(-2, -1) @ grad
             del on_grid
@@ -98,7 +99,7 @@ class _PackedAttention(torch.autograd.Function):
                 weights.float(),
                 grad @ v.transpose(-2, -1),
                 scales[2],
-                ctx.grids[2],
+                grids[2],
                 ctx.needs_input_grad[5],
             )
             del weights, logits
@@ -106,10 +107,11 @@ class _PackedAttention(torch.autograd.Function):
         grads, grad_scales = [], {2: grad_scale}
         for i, grad_x, dtype in zip(_SAVED, (grad_q, grad_k, grad_v), ctx.dtypes, strict=True):
             grad_x, grad_scales[i] = packed_backward(
-                codes[i], grad_x, scales[i], ctx.grids[i], ctx.needs_input_grad[3 + i]
+                codes[i], grad_x, scales[i], grids[i], ctx.needs_input_grad[3 + i]
             )
             grads.append(grad_x.to(dtype))
-        return (*grads, *(grad_scales[i] for i in range(4)), None, None, *grad_extras)
+        of_scales = [o.gradient(grad_scales[i], parameters[i]) for i, o in enumerate(ctx.operands)]
+        return (*grads, *of_scales, None, None, *grad_extras)
 
 
 def _logits_with_graph(

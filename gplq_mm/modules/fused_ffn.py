@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers.first_order import first_order_only
-from ..quantizers.grid import Grid
+from ..quantizers.grid import Operand
 from ..quantizers.packed_codes import (
     packed_backward,
     quantize_packed,
@@ -86,20 +86,18 @@ class MlpFeedForward(FeedForward):
 
 def recomputed_ffn(first: Any, act: nn.Module, second: Any, x: Tensor) -> Tensor:
     """``second(act(first(x)))`` of two quantized layers; saves the packed codes of ``x``."""
-    hidden = x.new_empty(()).expand(*x.shape[:-1], first.out_features)
-    first_scale, first_zero = first.input_quantizer.qparams(x)
-    second_scale, second_zero = second.input_quantizer.qparams(hidden)
-    grids = first.input_quantizer.grid(first_zero), second.input_quantizer.grid(second_zero)
+    hidden = torch.Size((*x.shape[:-1], first.out_features))
+    operands = first.input_quantizer.operand(x.shape), second.input_quantizer.operand(hidden)
     return _RecomputedFFN.apply(
         x,
-        first_scale,
+        first.input_quantizer.scale,
         first.effective_weight(),
         first.bias,
-        second_scale,
+        second.input_quantizer.scale,
         second.effective_weight(),
         second.bias,
         act,
-        grids,
+        operands,
     )
 
 
@@ -108,45 +106,45 @@ class _RecomputedFFN(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        first_scale: Tensor,
+        first: Tensor,
         first_weight: Tensor,
         first_bias: Tensor | None,
-        second_scale: Tensor,
+        second: Tensor,
         second_weight: Tensor,
         second_bias: Tensor | None,
         act: nn.Module,
-        grids: tuple[Grid, Grid],
+        operands: tuple[Operand, Operand],
     ) -> Tensor:
-        values, packed = quantize_packed(x.float(), first_scale, grids[0])
-        ctx.act, ctx.grids, ctx.dtype, ctx.autocast = act, grids, x.dtype, autocast_state(x)
+        values, packed = quantize_packed(x.float(), operands[0].scale(first), operands[0].grid)
+        ctx.act, ctx.operands, ctx.dtype, ctx.autocast = act, operands, x.dtype, autocast_state(x)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(
-            first_scale, first_weight, first_bias, second_scale, second_weight, *packed
-        )
+        ctx.save_for_backward(first, first_weight, first_bias, second, second_weight, *packed)
         with torch.autocast(**ctx.autocast):
             hidden = act(F.linear(values.to(x.dtype), first_weight, first_bias))
-            on_grid = quantize_values(hidden.float(), second_scale, grids[1]).to(hidden.dtype)
+            on_grid = quantize_values(
+                hidden.float(), operands[1].scale(second), operands[1].grid
+            ).to(hidden.dtype)
             del hidden
             return own_tensor(F.linear(on_grid, second_weight, second_bias))
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        first_scale, first_weight, first_bias, second_scale, second_weight, *packed = (
-            ctx.saved_tensors
-        )
+        first, first_weight, first_bias, second, second_weight, *packed = ctx.saved_tensors
+        ours, theirs = ctx.operands
+        first_scale, second_scale = ours.scale(first), theirs.scale(second)
         needs = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 9
         with torch.autocast(**ctx.autocast):
-            x = unpack_values(packed, first_scale, ctx.grids[0]).to(ctx.dtype)
+            x = unpack_values(packed, first_scale, ours.grid).to(ctx.dtype)
             before = F.linear(x, first_weight, first_bias).requires_grad_()
             with torch.enable_grad():
                 hidden = ctx.act(before.clone() if getattr(ctx.act, 'inplace', False) else before)
-            on_grid, codes = quantize_packed(hidden.detach().float(), second_scale, ctx.grids[1])
+            on_grid, codes = quantize_packed(hidden.detach().float(), second_scale, theirs.grid)
             grads[5], grads[6] = _of_parameters(grad, on_grid.to(hidden.dtype), needs[5], needs[6])
             del on_grid
             grad, grads[4] = packed_backward(
-                codes, grad @ second_weight, second_scale, ctx.grids[1], needs[4]
+                codes, grad @ second_weight, second_scale, theirs.grid, needs[4]
             )
             del codes
             (grad,) = torch.autograd.grad(hidden, before, grad.to(hidden.dtype))
@@ -156,8 +154,9 @@ class _RecomputedFFN(torch.autograd.Function):
                 grad_x = grad @ first_weight
                 del grad
                 grads[0], grads[1] = packed_backward(
-                    packed, grad_x, first_scale, ctx.grids[0], needs[1]
+                    packed, grad_x, first_scale, ours.grid, needs[1]
                 )
+        grads[1], grads[4] = ours.gradient(grads[1], first), theirs.gradient(grads[4], second)
         return tuple(grads)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..quantizers import FakeQuantizer
 from ..quantizers.first_order import first_order_only
-from ..quantizers.grid import Grid
+from ..quantizers.grid import Operand
 from ..quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -47,12 +47,11 @@ def packed_product(
         weight: Weight as it is multiplied, saved as it is.
         bias: Added to the output, or None.
     """
-    scale, zero_point = quantizer.qparams(x)
+    operand = quantizer.operand(x.shape)
     dtype = None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    grid = quantizer.grid(zero_point)
-    return _PackedProduct.apply(x, scale, weight, bias, grid, operation, dtype)
+    return _PackedProduct.apply(x, quantizer.scale, weight, bias, operand, operation, dtype)
 
 
 class _PackedProduct(torch.autograd.Function):
@@ -65,12 +64,12 @@ class _PackedProduct(torch.autograd.Function):
         scale: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        grid: Grid,
+        operand: Operand,
         operation: LinearOperation,
         autocast: torch.dtype | None,
     ) -> Tensor:
-        values, packed = quantize_packed(x.float(), scale, grid)
-        ctx.grid, ctx.operation, ctx.dtypes = grid, operation, (x.dtype, autocast)
+        values, packed = quantize_packed(x.float(), operand.scale(scale), operand.grid)
+        ctx.operand, ctx.operation, ctx.dtypes = operand, operation, (x.dtype, autocast)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale, weight, *packed)
         with torch.autocast(x.device.type, enabled=False):
@@ -82,23 +81,27 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scale, weight, *packed = ctx.saved_tensors
+        parameter, weight, *packed = ctx.saved_tensors
+        operand, scale = ctx.operand, ctx.operand.scale(parameter)
         x_dtype, autocast = ctx.dtypes
         of_x, of_scale, of_weight, of_bias = ctx.needs_input_grad[:4]
         grad_x = grad_scale = grad_weight = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if of_bias:
                 grad_bias = _sum_over_outputs(grad, ctx.operation.channel_axis)
-            values = unpack_values(packed, scale, ctx.grid).to(autocast or x_dtype)
+            values = unpack_values(packed, scale, operand.grid).to(autocast or x_dtype)
             grad_values, grad_weight = ctx.operation.gradients(
                 grad, values, _cast(weight, autocast), of_x or of_scale, of_weight
             )
             del values
             if grad_values is not None:
-                grad_x, grad_scale = packed_backward(packed, grad_values, scale, ctx.grid, of_scale)
+                grad_x, grad_scale = packed_backward(
+                    packed, grad_values, scale, operand.grid, of_scale
+                )
                 grad_x = grad_x.to(x_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
+        grad_scale = operand.gradient(grad_scale, parameter)
         return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..quantizers import FakeQuantizer
 from ..quantizers.first_order import first_order_only
 from ..quantizers.functional import sum_to_shape
-from ..quantizers.grid import Grid
+from ..quantizers.grid import Operand
 from ..quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
 from .autocast import autocast_state
 
@@ -28,12 +28,9 @@ def packed_matmul(
     Returns:
         ``(..., N, M)``.
     """
-    scales, grids = [], []
-    for quantizer, x in ((lhs_quantizer, lhs), (rhs_quantizer, rhs)):
-        scale, zero_point = quantizer.qparams(x)
-        scales.append(scale)
-        grids.append(quantizer.grid(zero_point))
-    return _PackedMatMul.apply(lhs, rhs, *scales, grids)
+    operands = lhs_quantizer.operand(lhs.shape), rhs_quantizer.operand(rhs.shape)
+    scales = lhs_quantizer.scale, rhs_quantizer.scale
+    return _PackedMatMul.apply(lhs, rhs, *scales, operands)
 
 
 class _PackedMatMul(torch.autograd.Function):
@@ -44,11 +41,12 @@ class _PackedMatMul(torch.autograd.Function):
         rhs: Tensor,
         lhs_scale: Tensor,
         rhs_scale: Tensor,
-        grids: list[Grid],
+        operands: tuple[Operand, Operand],
     ) -> Tensor:
-        left, left_packed = quantize_packed(lhs.float(), lhs_scale, grids[0])
-        right, right_packed = quantize_packed(rhs.float(), rhs_scale, grids[1])
-        ctx.grids, ctx.split, ctx.dtypes = grids, len(left_packed), (lhs.dtype, rhs.dtype)
+        scales = operands[0].scale(lhs_scale), operands[1].scale(rhs_scale)
+        left, left_packed = quantize_packed(lhs.float(), scales[0], operands[0].grid)
+        right, right_packed = quantize_packed(rhs.float(), scales[1], operands[1].grid)
+        ctx.operands, ctx.split, ctx.dtypes = operands, len(left_packed), (lhs.dtype, rhs.dtype)
         ctx.autocast = autocast_state(lhs)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(lhs_scale, rhs_scale, *left_packed, *right_packed)
@@ -57,18 +55,20 @@ class _PackedMatMul(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lhs_scale, rhs_scale, *packed = ctx.saved_tensors
+        lhs_parameter, rhs_parameter, *packed = ctx.saved_tensors
         left, right = packed[: ctx.split], packed[ctx.split :]
+        ours, theirs = ctx.operands
+        lhs_scale, rhs_scale = ours.scale(lhs_parameter), theirs.scale(rhs_parameter)
         with torch.autocast(**ctx.autocast):
-            values = unpack_values(right, rhs_scale, ctx.grids[1]).to(ctx.dtypes[1])
+            values = unpack_values(right, rhs_scale, theirs.grid).to(ctx.dtypes[1])
             grad_lhs = sum_to_shape(grad @ values.transpose(-2, -1), left[0].shape)
-            values = unpack_values(left, lhs_scale, ctx.grids[0]).to(ctx.dtypes[0])
+            values = unpack_values(left, lhs_scale, ours.grid).to(ctx.dtypes[0])
             grad_rhs = sum_to_shape(values.transpose(-2, -1) @ grad, right[0].shape)
-        grad_lhs, of_lhs_scale = packed_backward(
-            left, grad_lhs, lhs_scale, ctx.grids[0], ctx.needs_input_grad[2]
+        grad_lhs, of_lhs = packed_backward(
+            left, grad_lhs, lhs_scale, ours.grid, ctx.needs_input_grad[2]
         )
-        grad_rhs, of_rhs_scale = packed_backward(
-            right, grad_rhs, rhs_scale, ctx.grids[1], ctx.needs_input_grad[3]
+        grad_rhs, of_rhs = packed_backward(
+            right, grad_rhs, rhs_scale, theirs.grid, ctx.needs_input_grad[3]
         )
-        lhs_dtype, rhs_dtype = ctx.dtypes
-        return grad_lhs.to(lhs_dtype), grad_rhs.to(rhs_dtype), of_lhs_scale, of_rhs_scale, None
+        of_scales = ours.gradient(of_lhs, lhs_parameter), theirs.gradient(of_rhs, rhs_parameter)
+        return grad_lhs.to(ctx.dtypes[0]), grad_rhs.to(ctx.dtypes[1]), *of_scales, None

@@ -128,12 +128,17 @@ class _Layout:
         if scale.numel() > 1:
             axis = next(d - scale.dim() for d, size in enumerate(scale.shape) if size > 1)
             outer, channels, inner = _around(x, x.dim() + axis)
-        zero_point = grid.zero_point
-        if not isinstance(zero_point, Tensor):
-            zero_point = torch.full((channels,), zero_point)
-        self._kept = scale.contiguous(), zero_point.contiguous()  # alive while C looks at them
+        # both are kept alive while C looks at them
+        self._scale, zero_point = scale.contiguous(), grid.zero_point
+        if isinstance(zero_point, Tensor):
+            self._zero_point: Any = zero_point.contiguous()
+            address = self._zero_point.data_ptr()
+        else:
+            self._zero_point = (ctypes.c_float * channels)(*[zero_point] * channels)
+            address = ctypes.addressof(self._zero_point)
         self.grid = CGrid(
-            *(t.data_ptr() for t in self._kept),
+            self._scale.data_ptr(),
+            address,
             outer,
             channels,
             inner,

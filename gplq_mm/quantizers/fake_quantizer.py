@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .grid import Grid
+from .grid import Grid, Operand
 from .learned_scale import (
     centered_codes_ste,
     fake_quantize_ste,
@@ -127,18 +127,18 @@ class FakeQuantizer(nn.Module):
         shape = broadcast_shape(self.spec.granularity, x.dim())
         return scale.view(shape), self.zero_point.view(shape)
 
-    def grid(self, zero_point: Tensor) -> Grid:
-        """Integer grid for packed codes.
-
-        Args:
-            zero_point: As ``qparams`` gives it; replaced by a number where it has one value.
-        """
+    def operand(self, shape: torch.Size) -> Operand:
+        """How the quantizer applies to a tensor of ``shape``, for packed codes."""
+        granularity, qmax = self.spec.granularity, self.spec.quant_range[1]
+        over = broadcast_shape(granularity, len(shape))
+        factor = lsq_grad_factor(shape.numel(), self.scale.numel(), qmax)
         key = (self.zero_point.data_ptr(), self.zero_point._version)
         if self._offset is None or self._offset[0] != key:  # read once: it costs a device sync
             values = self.zero_point.unique()
             self._offset = key, float(values) if len(values) == 1 else None
-        value = self._offset[1]
-        return Grid(*self.spec.quant_range, zero_point if value is None else value)
+        offset = self._offset[1]
+        zero_point = self.zero_point.view(over) if offset is None else offset
+        return Operand(Grid(*self.spec.quant_range, zero_point), over, factor)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Centred integer codes and the scale that turns them into values.
