@@ -23,7 +23,7 @@ _OURS: dict[str, Any] = {
         'observer': 'minmax',
         'observer_args': {},
         'learn_scale': False,
-        'ptq': 'mse',
+        'ptq': 'gptq',
         'qat': False,
     },
     'rules': [

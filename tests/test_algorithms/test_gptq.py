@@ -119,7 +119,8 @@ def test_the_output_error_is_below_that_of_rounding(kind: str, act_order: bool) 
     weight = model[0].weight.detach().clone()
     quantize(model, run, act_order=act_order)
     data = nearest[0].input_quantizer.scale * codes
-    run_stage2(nearest, resolve_recipe(dict(base='w3a3', scope='all')), None)
+    recipe = resolve_recipe(dict(base='w3a3', scope='all', weight=dict(ptq='mse')))
+    run_stage2(nearest, recipe, None)
     wanted = nearest[0].product(data, weight, None)
     errors = [
         (la.product(data, la.weight, None) - wanted).square().sum() for la in (model[0], nearest[0])

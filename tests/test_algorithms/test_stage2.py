@@ -23,9 +23,14 @@ from tests.helpers.tiny_blocks import (
 )
 
 
-def recipe_of(compensation=None, **weight):
+def recipe_of(compensation=None, ptq='mse', **weight):
     return resolve_recipe(
-        dict(base='w3a3', scope='all', weight=weight, stage2=dict(compensation=compensation))
+        dict(
+            base='w3a3',
+            scope='all',
+            weight=dict(ptq=ptq, **weight),
+            stage2=dict(compensation=compensation),
+        )
     )
 
 

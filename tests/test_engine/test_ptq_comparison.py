@@ -1,0 +1,83 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Several weight algorithms from one checkpoint: each is as if it ran alone."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gplq_mm.algorithms.compensation import compensated_blocks
+from gplq_mm.conversion import quantizers
+from gplq_mm.engine import stage2
+from gplq_mm.engine.calibration_data import CalibrationSet
+from gplq_mm.engine.ptq_comparison import PTQComparison
+from gplq_mm.utils.checkpoint_io import read_checkpoint
+from tests.helpers.gplq_runs import assert_same_weights
+from tests.helpers.runners import RECIPE, gplq_config, make_runner
+
+from .conftest import FinishedRun
+
+COLUMNS = (
+    'model dataset bits ptq metric fp32 stage1 stage2 weight_mse sqnr_db seconds '
+    'peak_memory_bytes side_flops side_params'
+)
+
+
+def compared(finished: FinishedRun, work_dir: Path, ptqs: list[str], bits: int | None = None):
+    """As tools/ptq.py does it."""
+    checkpoint = str(finished.work_dir / 'gplq_stage1.pth')
+    runner = make_runner(gplq_config(finished.project, checkpoint, work_dir))
+    runner.call_hook('before_run')
+    runner.load_checkpoint(checkpoint)
+    comparison = PTQComparison(runner, checkpoint, 'tiny')
+    for ptq in ptqs:
+        comparison.run(ptq, str(work_dir / f'{ptq}.pth'), bits)
+    return comparison
+
+
+def test_each_algorithm_starts_from_the_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:
+    comparison = compared(finished, tmp_path / 'all', ['minmax+qwt', 'gptq', 'minmax'])
+    compared(finished, tmp_path / 'one', ['gptq'])
+    assert_same_weights(tmp_path / 'all' / 'gptq.pth', tmp_path / 'one' / 'gptq.pth')
+    assert_same_weights(tmp_path / 'all' / 'minmax.pth', finished.work_dir / 'gplq_final.pth')
+    rows = json.loads((tmp_path / 'all' / 'gplq_stage2.json').read_text())['rows']
+    assert [row['ptq'] for row in rows] == ['minmax+qwt', 'gptq', 'minmax']
+    assert all(list(row) == COLUMNS.split() for row in rows)
+    assert [row['side_params'] for row in rows[1:]] == [0, 0]  # branches of the first are gone
+    assert [row['side_flops'] for row in rows[1:]] == [0, 0]
+    assert all(row['bits'] == 'W4A4' and row['fp32'] is not None for row in rows)
+    assert all(row['seconds'] > 0 and row['sqnr_db'] > 0 for row in rows)
+    assert not compensated_blocks(comparison.model)
+    assert len(comparison.table().splitlines()) == 2 + 3
+    assert not (tmp_path / 'all' / stage2.UNITS_FOLDER).exists()
+
+
+def test_other_weight_bits_from_the_same_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:
+    comparison = compared(finished, tmp_path, ['minmax'], bits=3)
+    assert comparison.rows[0]['bits'] == 'W3A4'
+    saved = read_checkpoint(tmp_path / 'minmax.pth')
+    assert saved['gplq']['recipe']['weight']['num_bits'] == 3
+    bits = {q.spec.num_bits for q in quantizers(comparison.model, 'weight').values()}
+    assert bits == {3, 8}  # image and predictor stay as the rules say
+    recipe = {**RECIPE, 'weight': {**RECIPE['weight'], 'num_bits': 3}}
+    fresh = make_runner(gplq_config(finished.project, None, tmp_path / 'again', recipe))
+    fresh.model.load_state_dict(saved['state_dict'])
+    for name, value in fresh.model.state_dict().items():
+        assert torch.equal(value, saved['state_dict'][name])
+
+
+def test_fewer_images_than_asked_for_are_all_used(finished: FinishedRun, tmp_path: Path) -> None:
+    runner = make_runner(gplq_config(finished.project, finished.checkpoint, tmp_path))
+    recipe = {**runner.model.gplq.recipe, 'stage2': {'num_images': 10**6}}
+    calibration = CalibrationSet(runner.cfg, **recipe['calibration'])
+    images = stage2.stage2_set(runner.cfg, recipe, calibration)
+    assert len(images.indices) == len(images.dataset) < 10**6
+    recipe['stage2'] = {}
+    assert stage2.stage2_set(runner.cfg, recipe, calibration) is calibration
+
+
+@pytest.mark.parametrize('bits', [1, 9])
+def test_bits_out_of_range_are_refused(finished: FinishedRun, tmp_path: Path, bits: int) -> None:
+    with pytest.raises(ValueError, match='from 2 to 8'):
+        compared(finished, tmp_path, ['minmax'], bits)
