@@ -60,8 +60,10 @@ def draw(rows: Rows, path: Path) -> None:
             axis.bar_label(drawn, fmt='%.2f', fontsize=7)
         axis.axhline(1.0, color='black', linewidth=0.8)
         axis.set_xticks(range(len(models)), models, fontsize=8)
+        axis.set_xlim(-0.5, len(models) - 0.5)
         axis.set_title(f'{FIGURES[key]}, float training = 1')
-    axes[0].legend(fontsize=8)
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc='outside lower center', ncol=len(labels), fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
