@@ -102,7 +102,7 @@ class PTQComparison:
         shared = {
             'model': self.model_name,
             'dataset': dataset_name(self.runner.cfg),
-            'bits': bits_label(report['recipe'], 'stage2'),
+            'bits': bits_label(report['recipe'], 'stage2').lower(),
             'ptq': ptq,
         }
         costs = {
@@ -162,7 +162,9 @@ def dataset_name(cfg: Mapping[str, Any]) -> str:
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows as a text table, a line an algorithm and metric."""
     titles = ['bits', 'ptq', *(title for title, _, _ in _TITLES.values())]
-    lines = [[row['bits'], row['ptq'], *(_cell(row, key) for key in _TITLES)] for row in rows]
+    lines = [
+        [row['bits'].upper(), row['ptq'], *(_cell(row, key) for key in _TITLES)] for row in rows
+    ]
     return format_table(titles, lines)
 
 

@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..algorithms.linear_probe import ProbeSettings, probe_accuracy, train_linear_probe
+from ..models.mimic_features import penultimate, require_pre_logits
 from .calibration_data import with_pipeline
 from .evaluate import evaluate
 from .library_ways import set_mmpretrain_dataloaders
@@ -132,8 +133,14 @@ def extract_features(
         Two pairs of features ``(N, C)`` and labels ``(N,)``.
 
     Raises:
-        ValueError: If a dataloader is missing.
+        ValueError: If a dataloader is missing, or the network has no such feature.
     """
+    try:
+        require_pre_logits(network)
+    except TypeError as error:
+        raise ValueError(
+            f'{type(network).__name__} has no head with pre_logits(), hence no feature to probe'
+        ) from error
     data = copy.deepcopy(data)
     set_mmpretrain_dataloaders(data)
     reference = data.get('val_dataloader') or data.get('test_dataloader')
@@ -154,20 +161,10 @@ def _features(network: Any, loader_cfg: Mapping[str, Any]) -> Split:
     features, labels = [], []
     for batch in loader:
         batch = network.data_preprocessor(batch, False)
-        features.append(_penultimate(network, batch['inputs']))
+        features.append(penultimate(network, network.extract_feat(batch['inputs'])))
         labels += [sample.gt_label for sample in batch['data_samples']]
     print_log(f'extracted {len(labels)} features', logger='current')
     return torch.cat(features).float(), torch.cat(labels)
-
-
-def _penultimate(network: Any, inputs: Tensor) -> Tensor:
-    """Input of the last layer ``(B, C)``; a distilled head's two tokens side by side."""
-    if not hasattr(getattr(network, 'head', None), 'pre_logits'):
-        raise ValueError(
-            f'{type(network).__name__} has no head with pre_logits(), hence no feature to probe'
-        )
-    feature = network.head.pre_logits(network.extract_feat(inputs))
-    return torch.cat(list(feature), dim=1) if isinstance(feature, tuple | list) else feature
 
 
 def transfer_by_training(cfg: Config, checkpoint: str, seeds: Sequence[int]) -> TransferResult:

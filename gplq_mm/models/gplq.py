@@ -2,6 +2,7 @@
 """The builder behind ``type='gplq_mm.GPLQ'``: float model in, quantized model out."""
 
 import copy
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -79,12 +80,14 @@ def build_gplq(
         The converted model; ``model.gplq`` holds its recipe and coverage.
 
     Raises:
-        ValueError: If neither or both forms are used, or the recipe does not fit.
+        ValueError: If neither or both forms are used, the float model's type is unknown, or
+            the recipe does not fit.
     """
     resolved = resolve_recipe(recipe)
     cfg = ConfigDict(_float_config(model, float_type, float_cfg))
     _require_one_head(cfg)
     load_adapters()
+    _require_known_type(cfg)
     network = MODELS.build(copy.deepcopy(cfg))
     scope = default_scope(network)
     if resolved['scope'] == 'auto':
@@ -127,6 +130,26 @@ def _float_config(
             )
         return _without_pretrained({**runner_given, **model})
     return _without_pretrained({'type': float_type, **float_cfg})
+
+
+def _require_known_type(cfg: Mapping[str, Any]) -> None:
+    kind = cfg.get('type')
+    if kind is None:
+        raise ValueError("gplq_mm.GPLQ(model=...): the float model has no 'type'")
+    if not isinstance(kind, str):
+        return
+    with MODELS.switch_scope_and_registry(None) as registry:
+        if registry.get(kind) is not None:
+            return
+    scope, _, name = kind.rpartition('.')
+    with MODELS.switch_scope_and_registry(scope or None) as registry:
+        close = difflib.get_close_matches(name, list(registry.module_dict), n=3)
+    hint = f'did you mean {" or ".join(map(repr, close))}? ' if close else ''
+    raise ValueError(
+        f'gplq_mm.GPLQ: {kind!r} names no model of scope {registry.scope!r}; {hint}Write the type '
+        "of the float project's model as its own config has it; a class of the project itself "
+        'needs custom_imports'
+    )
 
 
 def _require_one_head(cfg: Mapping[str, Any]) -> None:

@@ -112,7 +112,13 @@ def set_engine(model: nn.Module, engine: str | Mapping[str, Any] | Engine) -> En
 
 
 def packs(engine: Engine, *quantizers: FakeQuantizer) -> bool:
-    """Whether an operator saves packed codes now: in training, with all operands quantized."""
+    """Whether an operator saves packed codes now: in training, with all operands quantized.
+
+    ``torch.compile`` traces the reference: it cannot see into the passes over codes, and
+    its own partitioner decides what the backward pass keeps.
+    """
+    if torch.compiler.is_compiling():
+        return False
     return engine.is_fused and torch.is_grad_enabled() and all(q.is_active for q in quantizers)
 
 

@@ -34,6 +34,11 @@ def _inside(ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
     return (ratio > qmin - zero_point) & (ratio < qmax - zero_point)
 
 
+def _traceable(result: Tensor) -> Tensor:
+    """The result of a ``forward``; ``torch.compile`` drops gradients of one changed in place."""
+    return result.view_as(result) if torch.compiler.is_compiling() else result
+
+
 class _CenteredCodes(torch.autograd.Function):
     """``clamp(round(x / s) + z, qmin, qmax) - z`` with straight-through rounding.
 
@@ -48,7 +53,8 @@ class _CenteredCodes(torch.autograd.Function):
         ratio = x / scale
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, _inside(ratio, zero_point, qmin, qmax))
-        return ratio.round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
+        codes = ratio.round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
+        return _traceable(codes)
 
     @staticmethod
     @first_order_only
@@ -71,7 +77,8 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.bounds = (qmin, qmax)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, zero_point)
-        return quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point).mul_(scale)
+        codes = quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point)
+        return _traceable(codes.mul_(scale))
 
     @staticmethod
     @first_order_only

@@ -46,7 +46,7 @@ def test_each_algorithm_starts_from_the_checkpoint(finished: FinishedRun, tmp_pa
     assert all(list(row) == COLUMNS.split() for row in rows)
     assert [row['side_params'] for row in rows[1:]] == [0, 0]  # branches of the first are gone
     assert [row['side_flops'] for row in rows[1:]] == [0, 0]
-    assert all(row['bits'] == 'W4A4' and row['fp32'] is not None for row in rows)
+    assert all(row['bits'] == 'w4a4' and row['fp32'] is not None for row in rows)
     assert all(row['seconds'] > 0 and row['sqnr_db'] > 0 for row in rows)
     assert not compensated_blocks(comparison.model)
     assert len(comparison.table().splitlines()) == 2 + 3
@@ -55,7 +55,7 @@ def test_each_algorithm_starts_from_the_checkpoint(finished: FinishedRun, tmp_pa
 
 def test_other_weight_bits_from_the_same_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:
     comparison = compared(finished, tmp_path, ['minmax'], bits=3)
-    assert comparison.rows[0]['bits'] == 'W3A4'
+    assert comparison.rows[0]['bits'] == 'w3a4'
     saved = read_checkpoint(tmp_path / 'minmax.pth')
     assert saved['gplq']['recipe']['weight']['num_bits'] == 3
     bits = {q.spec.num_bits for q in quantizers(comparison.model, 'weight').values()}

@@ -85,6 +85,17 @@ def test_exactly_one_form_must_be_used(options: dict[str, Any]) -> None:
         build(**options)
 
 
+@pytest.mark.parametrize('kind', ['ImageClassifer', 'mmpretrain.ImageClassifer'])
+def test_an_unknown_float_type_is_refused_with_the_close_ones(kind: str) -> None:
+    with pytest.raises(ValueError, match=f"'{kind}' names no model .* 'ImageClassifier'"):
+        build(float_type=kind)
+
+
+def test_a_float_model_without_a_type_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no 'type'"):
+        build(model={k: v for k, v in CLASSIFIER.items() if k != 'type'})
+
+
 def test_arguments_beside_the_nested_model_are_refused() -> None:
     with pytest.raises(ValueError, match=r"does not take \['backbone'\].*_delete_=True"):
         nested(backbone=BACKBONE)
