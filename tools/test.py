@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.show or args.show_dir:
         show_predictions(cfg, args.show, args.show_dir, args.wait_time)
     if args.tta:
-        wrap_for_tta(cfg)
+        wrap_for_tta(cfg, draws=bool(args.show or args.show_dir))
     runner = build_runner(cfg)
     if args.out and args.out_item == 'pred':
         dump_predictions(runner, cfg, args.out)

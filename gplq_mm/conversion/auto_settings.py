@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Settings that a recipe leaves to the task: ``auto`` means another number for a detector.
 
-A detector has thousands of tokens an image and a task loss; a classifier has few, follows
-nothing but its teacher's logits, and takes larger steps (``docs/accuracy.md``).
+A detector has thousands of tokens an image; a classifier has few and takes larger steps
+(``docs/accuracy.md``).
 """
 
 import copy
@@ -17,7 +17,7 @@ _DETECTOR: dict[tuple[str, str], Any] = {
 }
 _CLASSIFIER: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 128,
-    ('optim', 'lr'): 2e-4,
+    ('optim', 'lr'): 3e-4,
     ('optim', 'scale_lr'): 1e-3,
 }
 

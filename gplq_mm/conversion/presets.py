@@ -38,7 +38,7 @@ _OURS: dict[str, Any] = {
         'scale_lr': 'auto',
         'weight_decay': 0.0,
         'scale_weight_decay': 0.0,
-        'betas': [0.9, 0.999],
+        'betas': [0.9, 0.99],
         'train': 'all',
         'drop_rates': 'off',
     },
@@ -63,7 +63,7 @@ def _paper(bits: int) -> dict[str, Any]:
     recipe['rules'] = [r for r in recipe['rules'] if r['role'] != 'softmax']
     recipe['calibration']['num_images'] = 128
     recipe['mimic'] = {'type': 'paper', 'loss_weight': 1.0, 'explained_variance': 0.6}
-    recipe['optim'].update(lr=5e-6, scale_lr=5e-6, drop_rates='keep')
+    recipe['optim'].update(lr=5e-6, scale_lr=5e-6, betas=[0.9, 0.999], drop_rates='keep')
     recipe['stage2'] = {'compensation': 'auto'}
     return recipe
 

@@ -20,12 +20,22 @@ def set_mmpretrain_dataloaders(cfg: Config) -> None:
             dataloader.setdefault('collate_fn', ConfigDict(type='default_collate'))
 
 
-def wrap_for_tta(cfg: Config) -> None:
+def wrap_for_tta(cfg: Config, draws: bool = False) -> None:
     """Put the model into a test-time-augmentation model, as mmdet's and mmpretrain's tools do.
 
+    Args:
+        cfg: Config to change.
+        draws: Whether predictions are drawn too.
+
     Raises:
-        ConfigError: If the model predicts masks, which mmdet's own one cannot merge.
+        ConfigError: If the model predicts masks, which mmdet's own one cannot merge, or if
+            mmpretrain's hook should draw several versions of an image.
     """
+    if draws and cfg.get('default_scope') != 'mmdet':
+        raise ConfigError(
+            "--tta with --show or --show-dir: mmpretrain's visualization hook draws one version "
+            'of an image; run once with --tta and once with --show-dir'
+        )
     cfg.setdefault('tta_model', _flip_model(cfg))
     dataset = cfg.test_dataloader.dataset
     cfg.setdefault('tta_pipeline', _flip_pipeline(cfg, dataset.pipeline))

@@ -20,6 +20,7 @@ from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe
 from ..modules import Engine, set_engine
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
+from .mimic_features import has_penultimate
 from .mimic_settings import resolve_mimic
 from .mimicking import make_mimicking
 
@@ -94,7 +95,7 @@ def build_gplq(
         resolved['scope'] = scope
     is_detector = scope == 'backbone'
     resolved = settle_auto(resolved, is_detector)
-    mimic = resolve_mimic(resolved['mimic'], is_detector)
+    mimic = resolve_mimic(resolved['mimic'], is_detector, has_penultimate(network))
     coverage = convert_(network, resolved, strict=strict)
     prepare_stage2(network, resolved)
     choose_trained_(network, resolved['optim'].get('train', 'all'))

@@ -131,6 +131,11 @@ def penultimate(model: Any, features: Any) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+def has_penultimate(model: Any) -> bool:
+    """Whether every head of a model says what its penultimate feature is."""
+    return all(hasattr(head, 'pre_logits') for head in _heads(model))
+
+
 def require_pre_logits(model: Any) -> None:
     """Refuse a model without a penultimate feature.
 

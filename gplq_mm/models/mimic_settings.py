@@ -6,6 +6,8 @@ from typing import Any
 
 MIMIC_TYPES = ('feature', 'pca', 'logits')
 PENULTIMATE = 'penultimate'
+CLASSIFIER_TASK_WEIGHT = 0.5
+"""Share of the labels in a classifier's ``auto``; chosen in ``docs/accuracy.md``."""
 _KEYS: dict[str, Any] = {
     'type': None,
     'loss_weight': 1.0,
@@ -24,7 +26,9 @@ _OF_TYPE = {
 Mimic = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
 
 
-def resolve_mimic(mimic: Mimic, is_detector: bool) -> dict[str, Any] | None:
+def resolve_mimic(
+    mimic: Mimic, is_detector: bool, has_penultimate: bool = True
+) -> dict[str, Any] | None:
     """Mimicking settings with the types made concrete.
 
     Args:
@@ -32,8 +36,8 @@ def resolve_mimic(mimic: Mimic, is_detector: bool) -> dict[str, Any] | None:
             term:
 
             - ``type``: ``feature``, ``pca`` or ``logits``; ``auto`` means features for
-              detectors and logits for classifiers, ``paper`` nothing for detectors and
-              PCA for classifiers.
+              detectors, and for classifiers logits, the penultimate feature and half of the
+              task loss; ``paper`` nothing for detectors and PCA for classifiers.
             - ``loss_weight``: Factor of the term (the paper's alpha).
             - ``task_weight``: Factor of the model's own losses; one value for all terms.
             - ``layer``: What ``feature`` and ``pca`` compare: ``penultimate`` (PCA's
@@ -43,6 +47,8 @@ def resolve_mimic(mimic: Mimic, is_detector: bool) -> dict[str, Any] | None:
             - ``num_images``: Training images for that basis; None for 1024, or all where
               there are fewer.
         is_detector: Whether the model is a detector.
+        has_penultimate: Whether the model has a penultimate feature; ``auto`` leaves that
+            term out where it has none.
 
     Returns:
         ``task_weight`` and ``terms``, or None where stage 1 uses the task loss only.
@@ -52,7 +58,8 @@ def resolve_mimic(mimic: Mimic, is_detector: bool) -> dict[str, Any] | None:
             model cannot use.
     """
     given = [mimic] if isinstance(mimic, Mapping) else list(mimic or [])
-    found = [_term(term, is_detector) for term in given]
+    wanted = [t for term in given for t in _expanded(term, is_detector, has_penultimate)]
+    found = [_term(term, is_detector) for term in wanted]
     terms = [term for term in found if term is not None]
     if not terms:
         return None
@@ -65,6 +72,19 @@ def resolve_mimic(mimic: Mimic, is_detector: bool) -> dict[str, Any] | None:
     return {'task_weight': weights.pop() if weights else 1.0, 'terms': terms}
 
 
+def _expanded(term: Any, is_detector: bool, has_penultimate: bool) -> list[Any]:
+    """The terms that ``auto`` stands for."""
+    if not isinstance(term, Mapping) or term.get('type') != 'auto':
+        return [term]
+    if is_detector:
+        return [{**term, 'type': 'feature'}]
+    logits = {'task_weight': CLASSIFIER_TASK_WEIGHT, **term, 'type': 'logits', 'layer': None}
+    if not has_penultimate:
+        return [logits]
+    layer = term.get('layer') or PENULTIMATE
+    return [logits, {**term, 'type': 'feature', 'layer': layer, 'task_weight': None}]
+
+
 def _term(term: Any, is_detector: bool) -> dict[str, Any] | None:
     if not isinstance(term, Mapping):
         raise ValueError(f"recipe.mimic={term!r}: write dict(type='pca') or a list of such dicts")
@@ -74,10 +94,6 @@ def _term(term: Any, is_detector: bool) -> dict[str, Any] | None:
     kind, task_weight = term.get('type'), term.get('task_weight')
     if kind is None or (kind == 'paper' and is_detector):
         return None
-    if kind == 'auto':
-        kind = 'feature' if is_detector else 'logits'
-        if not is_detector and 'task_weight' not in term:
-            task_weight = 0.0
     kind = 'pca' if kind == 'paper' else kind
     _check_type(kind, is_detector, term.get('layer'))
     names = ('loss_weight', *_OF_TYPE[kind])

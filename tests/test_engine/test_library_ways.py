@@ -77,6 +77,12 @@ def test_tta_of_masks_is_refused(model: dict[str, Any]) -> None:
         wrap_for_tta(config('mmdet', 'PackDetInputs', **model))
 
 
+def test_tta_of_a_classifier_is_not_drawn() -> None:
+    with pytest.raises(ConfigError, match='draws one version'):
+        wrap_for_tta(config('mmpretrain', 'PackInputs'), draws=True)
+    wrap_for_tta(config('mmdet', 'PackDetInputs', float_type='RetinaNet'), draws=True)
+
+
 def test_tta_of_a_mask_head_taken_out() -> None:
     cfg = config('mmdet', 'PackDetInputs', roi_head=dict(mask_head=None, bbox_head=dict()))
     wrap_for_tta(cfg)

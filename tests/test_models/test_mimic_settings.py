@@ -23,9 +23,29 @@ def test_types_follow_the_model_and_the_paper() -> None:
         resolved(dict(type=name), is_detector)
         for name, is_detector in (('auto', True), ('auto', False), ('paper', False))
     ]
-    assert [c['terms'][0]['type'] for c in chosen] == ['feature', 'logits', 'pca']
-    assert [c['task_weight'] for c in chosen] == [1.0, 0.0, 1.0]
-    assert resolved(dict(type='auto', task_weight=0.5))['task_weight'] == 0.5
+    kinds = [[(t['type'], t.get('layer')) for t in c['terms']] for c in chosen]
+    assert kinds == [
+        [('feature', None)],
+        [('logits', None), ('feature', 'penultimate')],
+        [('pca', 'penultimate')],
+    ]
+    assert [c['task_weight'] for c in chosen] == [1.0, 0.5, 1.0]
+
+
+def test_auto_takes_the_keys_of_its_terms() -> None:
+    given = dict(type='auto', task_weight=0.25, temperature=2.0, loss_weight=3.0, layer='backbone')
+    found = resolved(given)
+    assert found['task_weight'] == 0.25
+    assert found['terms'] == [
+        dict(type='logits', loss_weight=3.0, temperature=2.0),
+        dict(type='feature', loss_weight=3.0, layer='backbone'),
+    ]
+
+
+def test_auto_without_a_penultimate_feature_compares_logits_only() -> None:
+    found = resolve_mimic(dict(type='auto'), False, has_penultimate=False)
+    assert found is not None
+    assert [term['type'] for term in found['terms']] == ['logits']
 
 
 def test_a_term_holds_what_its_type_uses() -> None:
