@@ -14,11 +14,13 @@ _DETECTOR: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 32,
     ('optim', 'lr'): 5e-5,
     ('optim', 'scale_lr'): 5e-4,
+    ('optim', 'betas'): [0.9, 0.999],
 }
 _CLASSIFIER: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 128,
     ('optim', 'lr'): 3e-4,
     ('optim', 'scale_lr'): 1e-3,
+    ('optim', 'betas'): [0.9, 0.99],
 }
 
 
@@ -26,7 +28,7 @@ def may_be_auto(section: str, key: str) -> bool:
     """Whether ``recipe[section][key]`` may be ``auto``.
 
     Examples:
-        >>> may_be_auto('optim', 'lr'), may_be_auto('optim', 'betas')
+        >>> may_be_auto('optim', 'lr'), may_be_auto('optim', 'train')
         (True, False)
     """
     return (section, key) in _DETECTOR
@@ -46,7 +48,7 @@ def settle_auto(recipe: Mapping[str, Any], is_detector: bool) -> dict[str, Any]:
     settled = copy.deepcopy(dict(recipe))
     for (section, key), value in (_DETECTOR if is_detector else _CLASSIFIER).items():
         if settled.get(section, {}).get(key) == AUTO:
-            settled[section][key] = value
+            settled[section][key] = copy.copy(value)
             if key == 'num_images':  # nobody asked for a number: a small set gives what it has
                 settled[section]['all_if_fewer'] = True
     return settled

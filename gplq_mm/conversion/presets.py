@@ -38,7 +38,7 @@ _OURS: dict[str, Any] = {
         'scale_lr': 'auto',
         'weight_decay': 0.0,
         'scale_weight_decay': 0.0,
-        'betas': [0.9, 0.99],
+        'betas': 'auto',
         'train': 'all',
         'drop_rates': 'off',
     },

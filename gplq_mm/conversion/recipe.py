@@ -240,8 +240,9 @@ def _check_optim(optim: Mapping[str, Any]) -> None:
         if not (_is_rate(optim[key]) or (may_be_auto('optim', key) and optim[key] == AUTO)):
             raise ValueError(f'recipe.optim.{key}={optim[key]!r}: write a number from 0')
     betas = optim['betas']
-    if not (isinstance(betas, list | tuple) and len(betas) == 2 and all(map(_is_rate, betas))):
-        raise ValueError(f'recipe.optim.betas={betas!r}: write two numbers')
+    pair = isinstance(betas, list | tuple) and len(betas) == 2 and all(map(_is_rate, betas))
+    if not (pair or betas == AUTO):
+        raise ValueError(f"recipe.optim.betas={betas!r}: write two numbers, or '{AUTO}'")
 
 
 def _is_int(value: Any) -> bool:
