@@ -32,7 +32,9 @@ def set_drop_rates_(model: nn.Module, drop_rates: str) -> int:
         1
     """
     if drop_rates not in DROP_RATES:
-        raise ValueError(f'recipe.optim.drop_rates={drop_rates!r}: write one of {DROP_RATES}')
+        raise ValueError(
+            f"recipe.optim.drop_rates={drop_rates!r}: write one of {DROP_RATES}, or 'auto'"
+        )
     if drop_rates == 'keep':
         return 0
     return sum(_turn_off(module) for module in model.modules() if _drops(module))

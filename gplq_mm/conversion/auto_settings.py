@@ -15,12 +15,14 @@ _DETECTOR: dict[tuple[str, str], Any] = {
     ('optim', 'lr'): 5e-5,
     ('optim', 'scale_lr'): 5e-4,
     ('optim', 'betas'): [0.9, 0.999],
+    ('optim', 'drop_rates'): 'keep',
 }
 _CLASSIFIER: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 128,
     ('optim', 'lr'): 3e-4,
     ('optim', 'scale_lr'): 1e-3,
     ('optim', 'betas'): [0.9, 0.99],
+    ('optim', 'drop_rates'): 'off',
 }
 
 

@@ -40,7 +40,7 @@ _OURS: dict[str, Any] = {
         'scale_weight_decay': 0.0,
         'betas': 'auto',
         'train': 'all',
-        'drop_rates': 'off',
+        'drop_rates': 'auto',
     },
     'stage2': {'compensation': None},
 }
