@@ -130,8 +130,11 @@ def run_stage2(
         for name, layer in trained.items():
             write_nearest(layer, weights[name])
         task = PTQTask(model, rest, weights, run_pass, progress, biases, **task_options)
-        for algorithm in algorithms:
-            algorithm.apply(task)
+        if rest:
+            for algorithm in algorithms:
+                algorithm.apply(task)
+        else:
+            task.notes.append('every weight was quantized in stage 1 and is rounded by its scale')
         result = Stage2Result(
             {n: measure_weight_error(layer, weights[n]) for n, layer in layers.items()}
         )

@@ -180,6 +180,19 @@ def test_weights_trained_on_a_grid_keep_their_scale():
     assert not any(r.fitted for r in result.blocks.values())  # no error left to mend
 
 
+@pytest.mark.parametrize('ptq', ['gptq', ['repq', 'gptq', 'bias_correction'], 'adaround', 'brecq'])
+def test_an_algorithm_leaves_weights_alone_that_trained_on_a_grid(ptq):
+    model, run = stage1_stack(weight=dict(qat=True, learn_scale=True))
+    calibrate_trained_weights(model)
+    x = images(1)[0]
+    with torch.no_grad():
+        before = model(x)
+        result = run_stage2(model, recipe_of(ptq=ptq, qat=True, learn_scale=True), run)
+        assert torch.equal(model(x), before)
+    assert list(result.layers) == list(quantized_layers(model))
+    assert result.notes == ['every weight was quantized in stage 1 and is rounded by its scale']
+
+
 class Detector(BlockStack):
     def __init__(self):
         super().__init__()
