@@ -1,16 +1,32 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Settings that follow the task, and those that a user has given."""
+"""Settings that follow from the task."""
 
 import pytest
 
 from gplq_mm.conversion import PRESETS, resolve_recipe, settle_auto
 
 
-@pytest.mark.parametrize('preset', sorted(PRESETS))
-@pytest.mark.parametrize('is_detector', [True, False], ids=['detector', 'classifier'])
-def test_nothing_stays_auto(preset: str, is_detector: bool) -> None:
-    settled = settle_auto(resolve_recipe(preset), is_detector)
-    assert 'auto' not in [*settled['optim'].values(), *settled['calibration'].values()]
+@pytest.mark.parametrize('is_detector', [True, False])
+@pytest.mark.parametrize('name', sorted(PRESETS))
+def test_nothing_is_left_auto(name: str, is_detector: bool) -> None:
+    recipe = settle_auto(resolve_recipe(name), is_detector)
+    assert 'auto' not in [*recipe['optim'].values(), *recipe['calibration'].values()]
+    assert resolve_recipe(recipe) == recipe
+
+
+def test_a_given_number_stays() -> None:
+    recipe = resolve_recipe(dict(optim=dict(lr=3e-6), calibration=dict(num_images=7)))
+    settled = settle_auto(recipe, is_detector=False)
+    assert (settled['optim']['lr'], settled['calibration']['num_images']) == (3e-6, 7)
+    assert settled['optim']['scale_lr'] == 1e-3
+    assert 'all_if_fewer' not in settled['calibration']
+
+
+def test_other_settings_cannot_be_auto() -> None:
+    with pytest.raises(ValueError, match=r"weight_decay='auto'"):
+        resolve_recipe(dict(optim=dict(weight_decay='auto')))
+    with pytest.raises(ValueError, match=r"batch_size='auto'"):
+        resolve_recipe(dict(calibration=dict(batch_size='auto')))
 
 
 def test_detectors_keep_their_drop_rates_and_classifiers_drop_nothing() -> None:
@@ -18,7 +34,7 @@ def test_detectors_keep_their_drop_rates_and_classifiers_drop_nothing() -> None:
     assert found == ['keep', 'off']
 
 
-def test_what_is_given_stays() -> None:
+def test_given_pairs_and_names_stay() -> None:
     optim = dict(lr=1e-5, betas=[0.8, 0.9], drop_rates='off')
     settled = settle_auto(resolve_recipe(dict(base='w4a4', optim=optim)), is_detector=True)
     assert {key: settled['optim'][key] for key in optim} == optim
