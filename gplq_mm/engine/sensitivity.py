@@ -34,6 +34,7 @@ from ..algorithms.operands import (
     weight_precisions,
 )
 from ..algorithms.sensitivity import Measured, SensitivityMeter
+from ..algorithms.streaming import all_tensors
 from ..algorithms.weight_ptq import WeightPTQ, build_weight_ptq
 from ..conversion import recipe_difference
 from ..evaluation import MacCount, count_macs, read_json, write_json
@@ -304,21 +305,10 @@ class _Batches:
             yield number, batch
 
     def _keep(self, number: int, batch: Any) -> None:
-        size = sum(t.numel() * t.element_size() for t in _tensors(batch))
+        size = sum(t.numel() * t.element_size() for t in all_tensors(batch))
         if size <= self.free_bytes:
             self.free_bytes -= size
             self.kept[number] = batch
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 def _packed(sketches: Tensor) -> str:

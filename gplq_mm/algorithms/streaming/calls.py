@@ -22,6 +22,14 @@ class Call:
         """The call with every tensor replaced by ``function(tensor)``."""
         return Call(map_tensors(self.args, function), map_tensors(self.kwargs, function))
 
+    def filled(self, mark: Any, give: Callable[[], Any]) -> 'Call':
+        """The call with ``give()`` in place of each ``mark``, in order."""
+
+        def fill(value: Any) -> Any:
+            return give() if value is mark else value
+
+        return Call(map_leaves(self.args, fill), map_leaves(self.kwargs, fill))
+
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors among the arguments, in order."""
@@ -41,13 +49,16 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
         >>> map_tensors((torch.zeros(2), [3, {'a': torch.zeros(1)}]), lambda t: len(t))
         (2, [3, {'a': 1}])
     """
-    if isinstance(value, Tensor):
-        return function(value)
+    return map_leaves(value, lambda v: function(v) if isinstance(v, Tensor) else v)
+
+
+def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    """``function`` of everything in nested lists, tuples and dicts."""
     if isinstance(value, tuple | list):
-        return type(value)(map_tensors(v, function) for v in value)
+        return type(value)(map_leaves(v, function) for v in value)
     if isinstance(value, dict):
-        return {k: map_tensors(v, function) for k, v in value.items()}
-    return value
+        return {k: map_leaves(v, function) for k, v in value.items()}
+    return function(value)
 
 
 def all_tensors(value: Any) -> list[Tensor]:
@@ -108,7 +119,7 @@ class CallStore:
         if isinstance(kept, Call):
             return kept.map(torch.clone)
         tensors = iter(torch.load(kept, weights_only=True))
-        return _fill(self._skeletons[index], tensors)
+        return self._skeletons[index].filled(_HOLE, tensors.__next__)
 
     def __iter__(self) -> Iterator[Call]:
         return (self[i] for i in range(len(self)))
@@ -119,16 +130,3 @@ class _Hole:
 
 
 _HOLE = _Hole()
-
-
-def _fill(skeleton: Call, tensors: Iterator[Tensor]) -> Call:
-    def fill(value: Any) -> Any:
-        if value is _HOLE:
-            return next(tensors)
-        if isinstance(value, tuple | list):
-            return type(value)(fill(v) for v in value)
-        if isinstance(value, dict):
-            return {k: fill(v) for k, v in value.items()}
-        return value
-
-    return Call(fill(skeleton.args), fill(skeleton.kwargs))

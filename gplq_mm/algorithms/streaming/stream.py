@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -72,8 +73,8 @@ class UnitStream:
         module, links, store = self.units[self._index].module, self._links.pop(0), self._new_store()
         device = _device(module)
         for call, link in zip(self._store, links, strict=True):
-            out = run_unit(module, call, device)
-            store.append(_filled(link, _first(out)))
+            handed_on = _first(run_unit(module, call, device))
+            store.append(link.filled(_LINK, repeat(handed_on).__next__))
         store.batches = [1] * len(store)
         self._store = store
 
@@ -171,16 +172,3 @@ def _device(module: nn.Module) -> torch.device:
 def _first(output: Any) -> Any:
     """The tensor that a unit hands on: its output, or the first of several."""
     return output[0] if isinstance(output, tuple | list) and output else output
-
-
-def _filled(link: Call, tensor: Tensor) -> Call:
-    def fill(value: Any) -> Any:
-        if value is _LINK:
-            return tensor
-        if isinstance(value, tuple | list):
-            return type(value)(fill(v) for v in value)
-        if isinstance(value, dict):
-            return {k: fill(v) for k, v in value.items()}
-        return value
-
-    return Call(fill(link.args), fill(link.kwargs))
