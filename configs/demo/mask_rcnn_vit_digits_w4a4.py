@@ -5,6 +5,4 @@ model = dict(type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4')
 custom_hooks = [dict(type='gplq_mm.GPLQHook')]
 train_cfg = dict(max_epochs=1, val_interval=1)
 optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')
-param_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=True, convert_to_iter_based=True)]
+param_scheduler = [dict(type='CosineAnnealingLR', convert_to_iter_based=True)]

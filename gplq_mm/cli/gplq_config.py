@@ -48,18 +48,19 @@ def _hooks_line(cfg: Config) -> str:
 
 
 def _schedule_lines(cfg: Config) -> list[str]:
-    """One epoch with a cosine, counted as the project counts: in epochs or in iterations."""
+    """One epoch with a cosine, counted as the project counts: in epochs or in iterations.
+
+    The cosine ends where training ends, so that a longer run needs one number.
+    """
     if not is_iteration_based(cfg):
-        cosine = "type='CosineAnnealingLR', T_max=1, end=1, convert_to_iter_based=True"
         return [
             'train_cfg = dict(max_epochs=1, val_interval=1)',
-            f'param_scheduler = [dict({cosine})]',
+            "param_scheduler = [dict(type='CosineAnnealingLR', convert_to_iter_based=True)]",
         ]
     iters = iterations_of_one_epoch(cfg)
-    cosine = f"type='CosineAnnealingLR', T_max={iters}, end={iters}, by_epoch=False"
     return [
         f'train_cfg = dict(max_iters={iters}, val_interval={iters})  # one epoch',
-        f'param_scheduler = [dict({cosine})]',
+        "param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=False)]",
     ]
 
 

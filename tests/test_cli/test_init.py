@@ -91,8 +91,7 @@ def test_iteration_based_loop(classifier: TinyProject, tmp_path: Path) -> None:
     assert init(str(config), '--checkpoint', 'float.pth', '-o', str(out)) == 0
     cfg = Config.fromfile(out)
     assert cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=10, val_interval=10)
-    (scheduler,) = cfg.param_scheduler
-    assert (scheduler.T_max, scheduler.by_epoch) == (10, False)
+    assert cfg.param_scheduler == [dict(type='CosineAnnealingLR', by_epoch=False)]
 
 
 def test_config_of_the_import_style(classifier: TinyProject, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
-from gplq_mm.conversion import resolve_recipe
+from gplq_mm.conversion import resolve_recipe, settle_auto
 from gplq_mm.engine.preflight import ConfigError
 from tests.helpers.runners import save_float
 from tests.helpers.tiny_projects import REPOSITORY, TinyProject, make_project
@@ -87,8 +87,28 @@ def test_a_variant_that_means_nothing_is_refused(text: str, message: str) -> Non
         parse(text)
 
 
+def test_a_fingerprint_stands_for_what_a_recipe_means(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipes = tool('accuracy_recipes')
+
+    def meant(text: str, is_detector: bool = False) -> str:
+        resolved = parse(text).resolve('w4a4', 128)
+        return recipes.fingerprint(recipes.settled(resolved, is_detector))
+
+    numbers = settle_auto(resolve_recipe('w4a4'), is_detector=False)['optim']
+    written = ','.join(f'optim.{key}={numbers[key]}' for key in ('lr', 'scale_lr', 'betas'))
+    ours = meant('ours')
+    assert meant(f'x=ours,{written}') == ours
+    assert len({ours, meant('ours', is_detector=True), meant('x=ours,optim.lr=1e-9')}) == 3
+    monkeypatch.setattr('gplq_mm.models.mimic_settings.CLASSIFIER_TASK_WEIGHT', 0.25)
+    assert meant('ours') != ours
+
+
 def test_stage_1_does_not_depend_on_what_stage_2_does() -> None:
-    part = tool('accuracy_recipes').stage1_part
+    recipes = tool('accuracy_recipes')
+
+    def part(resolved: dict[str, Any]) -> dict[str, Any]:
+        return recipes.stage1_part(recipes.settled(resolved, is_detector=False))
+
     w4, w2, w3 = (part(parse('ours').resolve(b, 128)) for b in ('w4a4', 'w2a4', 'w3a3'))
     assert w4 == w2 != w3
     gptq = part(parse('x=ours,weight.ptq=minmax,stage2.compensation=qwt').resolve('w4a4', 128))

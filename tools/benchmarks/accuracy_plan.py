@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from accuracy_recipes import DEFAULT, Recipe, fingerprint, parse_recipe, stage1_part
+from accuracy_recipes import DEFAULT, Recipe, fingerprint, parse_recipe, settled, stage1_part
 
 from gplq_mm.engine.checkpoint import file_sha256
 from gplq_mm.engine.launch import load_config
@@ -45,6 +45,23 @@ class Row:
 
     def __str__(self) -> str:
         return ' '.join(map(str, self.key.values()))
+
+
+@dataclass(frozen=True)
+class FloatModel:
+    """What all rows of one float model share.
+
+    Attributes:
+        dataset: Name of the images it is trained and scored on.
+        digest: Hash of its checkpoint.
+        batch: Training images a step in its config.
+        is_detector: Whether it is a detector.
+    """
+
+    dataset: str
+    digest: str | None
+    batch: int
+    is_detector: bool
 
 
 def shared_root() -> Path:
@@ -108,10 +125,11 @@ def plan(args: argparse.Namespace) -> list[Row]:
         }
         digest = file_sha256(checkpoint)
         batch = cfg.train_dataloader.get('batch_size', 1)
+        model = FloatModel(name, digest, batch, cfg.get('default_scope') == 'mmdet')
         for recipe in recipes:
             for bits in [recipe.bits] if recipe.bits else args.bits:
                 for seed in args.seeds:
-                    row = make_row(recipe, bits, seed, base, args, (name, digest, batch))
+                    row = make_row(recipe, bits, seed, base, args, model)
                     rows.setdefault(str(row), row)
                     if args.transfer:
                         probes = transfer_row(row, find_transfer(args.transfer))
@@ -149,12 +167,11 @@ def make_row(
     seed: int,
     base: dict[str, Any],
     args: argparse.Namespace,
-    model: tuple[str, str | None, int],
+    model: FloatModel,
 ) -> Row:
-    """One row; `model` is the data set's name, the checkpoint's hash and the batch size."""
-    dataset, digest, batch = model
+    """One row of the table."""
     epochs = args.epochs if recipe.epochs is None else recipe.epochs
-    resolved = recipe.resolve(bits, recipe.options.get('train_dataloader.batch_size', batch))
+    resolved = recipe.resolve(bits, recipe.options.get('train_dataloader.batch_size', model.batch))
     label = recipe.name
     if args.train_fraction < 1:
         label += f'@{100 * args.train_fraction:g}%'
@@ -164,7 +181,7 @@ def make_row(
         label += '@bf16'
     key = {
         'model': Path(base['config']).stem,
-        'dataset': dataset,
+        'dataset': model.dataset,
         'recipe': label,
         'bits': bits,
         'seed': seed,
@@ -175,9 +192,10 @@ def make_row(
         'options': {**(AMP if args.amp and epochs else {}), **recipe.options},
         'seed': seed,
     }
-    shared = [digest, base['data_root'], base['train_fraction'], training]
+    shared = [model.digest, model.dataset, base['train_fraction'], training]
+    meant = settled(resolved, model.is_detector)
     folder = '-'.join(str(v).replace('/', '_') for v in key.values())
-    stage1_key = fingerprint(*shared, stage1_part(resolved))
+    stage1_key = fingerprint(*shared, stage1_part(meant))
     job = {
         **base,
         **training,
@@ -186,6 +204,6 @@ def make_row(
         'work_dir': os.path.abspath(args.work_dir / folder),
         'stage1_key': stage1_key,
         'result': str(args.work_dir.absolute() / folder / RESULT_NAME),
-        'fingerprint': fingerprint(*shared, resolved),
+        'fingerprint': fingerprint(*shared, meant),
     }
     return Row(key, job, stage1_key, job['fingerprint'])

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gplq_mm.conversion import PRESETS, resolve_recipe
+from gplq_mm.conversion import PRESETS, resolve_recipe, settle_auto
 from gplq_mm.engine.preflight import ConfigError
+from gplq_mm.models.mimic_settings import resolve_mimic
 
 PAPER = 'gplq_w4a4_paper'
 SCHEDULES = ('cosine', 'constant')
@@ -27,7 +28,7 @@ class Recipe:
         name: Label in the table.
         family: `ours` (presets `wXaY`) or `paper`.
         overrides: Keys of a GPLQ recipe over the family's preset.
-        schedule: `cosine` (short linear warm-up, cosine to 1 %) or `constant` (the paper's).
+        schedule: `cosine` (from the recipe's learning rate to 0) or `constant` (the paper's).
         epochs: Epochs of stage 1; None for what the command line says.
         options: Config options, dotted names and their values.
         bits: The only bits it is for, such as `w3a3`; None for all that are asked for.
@@ -145,9 +146,25 @@ def parse_recipe(text: str) -> Recipe:
     return found
 
 
+def settled(recipe: Mapping[str, Any], is_detector: bool) -> dict[str, Any]:
+    """What a recipe means: without its name, and with the values that `auto` stands for.
+
+    Two recipes that mean the same have one fingerprint, and a preset whose values changed has
+    another.
+
+    Args:
+        recipe: Resolved recipe.
+        is_detector: Whether the model is a detector.
+    """
+    meant = settle_auto(recipe, is_detector)
+    meant['mimic'] = resolve_mimic(recipe['mimic'], is_detector)
+    del meant['name']
+    return meant
+
+
 def stage1_part(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """What stage 1 depends on: not the weights' settings where weights stay float in it."""
-    part = {k: v for k, v in recipe.items() if k not in ('name', 'stage2')}
+    part = {k: v for k, v in recipe.items() if k != 'stage2'}
     settings = [recipe['weight'], *(rule.get('weight') or {} for rule in recipe['rules'])]
     if any(s.get('qat') for s in settings):
         return part

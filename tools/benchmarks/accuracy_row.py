@@ -17,7 +17,7 @@ from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 
 from gplq_mm.cli import init
-from gplq_mm.cli.gplq_config import is_iteration_based, iterations_of_one_epoch
+from gplq_mm.cli.gplq_config import is_iteration_based
 from gplq_mm.conversion import quantizers
 from gplq_mm.engine import stage2
 from gplq_mm.engine.checkpoint import STAGE1_NAME, unwrap
@@ -28,7 +28,6 @@ from gplq_mm.utils.checkpoint_io import read_checkpoint, write_checkpoint
 from gplq_mm.utils.config import apply_cfg_options
 
 RESULT_NAME = 'result.json'
-WARMUP_ITERATIONS = 50
 
 
 def row_config(job: dict[str, Any]) -> Config:
@@ -96,26 +95,12 @@ def keep_fraction(cfg: Config, fraction: float, seed: int) -> None:
 
 
 def set_schedule(cfg: Config, schedule: str, epochs: int) -> None:
-    """Count in epochs; a short linear warm-up and a cosine, or a constant learning rate."""
+    """Count in epochs; the cosine that `init` writes, or a constant learning rate."""
     cfg.train_cfg = ConfigDict(
         type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=max(epochs, 1)
     )
-    cfg.param_scheduler = []
     if schedule == 'constant' or epochs == 0:
-        return
-    iterations = epochs * iterations_of_one_epoch(cfg)
-    warmup = max(1, min(WARMUP_ITERATIONS, iterations // 8))
-    cfg.param_scheduler = [
-        dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=warmup),
-        dict(
-            type='CosineAnnealingLR',
-            eta_min_ratio=0.01,
-            T_max=epochs,
-            end=epochs,
-            by_epoch=True,
-            convert_to_iter_based=True,
-        ),
-    ]
+        cfg.param_scheduler = []
 
 
 def run_stage2_alone(runner: Runner, stage1: Path) -> None:

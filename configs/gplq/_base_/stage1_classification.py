@@ -7,7 +7,4 @@
 stage1_hooks = [dict(type='gplq_mm.GPLQHook')]
 stage1_loop = dict(type='gplq_mm.ResumableEpochLoop', max_epochs=1, val_interval=1)
 stage1_checkpoint = dict(type='CheckpointHook', by_epoch=False, interval=1000, max_keep_ckpts=2)
-stage1_scheduler = [
-    dict(type='LinearLR', start_factor=0.1, by_epoch=False, begin=0, end=50),
-    dict(type='CosineAnnealingLR', eta_min_ratio=0.01, by_epoch=True, convert_to_iter_based=True),
-]
+stage1_scheduler = [dict(type='CosineAnnealingLR', convert_to_iter_based=True)]
