@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runner.load_checkpoint(args.checkpoint)
     comparison = PTQComparison(runner, args.checkpoint, Path(args.config).stem)
     for name in args.ptq:
-        comparison.run(name, final_name(args, cfg, name), args.bits)
+        comparison.run(name, final_name(args, cfg, name), args.bits, resume=len(args.ptq) > 1)
         print_log(f'stage 2 compared:\n{comparison.table()}', logger='current')
     runner.call_hook('after_run')
 

@@ -1,6 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Reductions of observer statistics across ranks; all of them exact."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -44,15 +46,18 @@ def synchronize_observer(quantizer: FakeQuantizer) -> None:
 
 def all_reduce_sum(total: Tensor) -> None:
     """Sum a tensor over all ranks, in place; exact for integers and parts of an ``ExactSum``."""
-    if world()[1] > 1:
-        dist.all_reduce(total)
+    _reduce_in_place(total, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(value: Tensor) -> Tensor:
     """Largest values over all ranks."""
-    if world()[1] > 1:
-        dist.all_reduce(value, dist.ReduceOp.MAX)
+    _reduce_in_place(value, dist.ReduceOp.MAX)
     return value
+
+
+def on_all_ranks(fact: bool) -> bool:
+    """Whether something holds on every rank: for what decides on further collectives."""
+    return not all_reduce_max(torch.tensor(float(not fact))).item()
 
 
 def broadcast_from_0(value: Tensor) -> Tensor:
@@ -61,6 +66,27 @@ def broadcast_from_0(value: Tensor) -> Tensor:
         value = value.contiguous()
         dist.broadcast(value, 0)
     return value
+
+
+def gather(value: Any) -> list[Any]:
+    """One picklable value of each rank, in order, on every rank."""
+    if world()[1] == 1:
+        return [value]
+    values: list[Any] = [None] * world()[1]
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _reduce_in_place(value: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
+    """Reduce a tensor of any device; NCCL alone knows no CPU tensors."""
+    if world()[1] == 1:
+        return
+    if value.device.type == 'cpu' and dist.get_backend() == 'nccl':
+        moved = value.cuda()
+        dist.all_reduce(moved, operation)
+        value.copy_(moved)
+    else:
+        dist.all_reduce(value, operation)
 
 
 def _all_reduce(
@@ -76,8 +102,7 @@ def _all_reduce(
 
 def _interleave(updates: list[Tensor], device: torch.device) -> list[Tensor]:
     """Updates of all ranks in image order: rank r holds images r, r + world, ..."""
-    shares: list[list[Tensor]] = [[] for _ in range(world()[1])]
-    dist.all_gather_object(shares, [u.cpu() for u in updates])
+    shares: list[list[Tensor]] = gather([u.cpu() for u in updates])
     longest = max(len(share) for share in shares)
     ordered = [s[i] for i in range(longest) for s in shares if i < len(s)]
     return [u.to(device) for u in ordered]

@@ -70,6 +70,7 @@ class QwT:
         layers: The layers that stage 2 quantized.
         weights: Their stage-1 weights.
         biases: Their stage-1 biases; None where stage 2 changed none.
+        norms: Stage-1 parameters of the normalizations; likewise.
         ridge: See ``NormalEquations.solve``.
         target: ``stage1``: the block's output in the stage-1 model (corrects what
             earlier blocks left); ``block``: the float-weight block's output on the
@@ -87,6 +88,7 @@ class QwT:
         ridge: float = 1e-4,
         target: str = 'stage1',
         biases: Mapping[str, Tensor] | None = None,
+        norms: Mapping[nn.Parameter, Tensor] | None = None,
     ) -> None:
         if target not in TARGETS or not ridge >= 0:
             raise ValueError(
@@ -94,7 +96,8 @@ class QwT:
                 f'least 0 and a target of {TARGETS}'
             )
         self.model, self.layers, self.weights = model, layers, weights
-        self.ridge, self.target, self.biases = ridge, target, biases
+        self.ridge, self.target = ridge, target
+        self.biases, self.norms = biases, norms
 
     @torch.no_grad()
     def fit(self, run_pass: RunPass, progress: Progress | None = None) -> dict[str, BlockResult]:
@@ -165,7 +168,8 @@ class QwT:
 
     @contextmanager
     def _stage1(self) -> Iterator[None]:
-        with compensation_off(self.model), float_weights(self.layers, self.weights, self.biases):
+        stage1 = float_weights(self.layers, self.weights, self.biases, self.norms)
+        with compensation_off(self.model), stage1:
             yield
 
 

@@ -16,7 +16,7 @@ from ..modules import QuantizedLayer
 from ..quantizers import UncalibratedError
 from .calibration import Progress, RunPass
 from .compensation import attach_compensation, compensation_cost
-from .float_weights import copy_biases, copy_weights
+from .float_weights import copy_biases, copy_norms, copy_weights
 from .qwt import BlockResult, QwT
 from .stage2_recipe import resolve_compensation
 from .weight_error import LayerResult, mean_weight_mse, measure_weight_error, summarize
@@ -129,18 +129,23 @@ def run_stage2(
     with _evaluating(model):
         for name, layer in trained.items():
             write_nearest(layer, weights[name])
-        task = PTQTask(model, rest, weights, run_pass, progress, biases, **task_options)
+        norms = copy_norms(model)
+        task = PTQTask(model, rest, weights, run_pass, progress, biases, norms, **task_options)
         if rest:
             for algorithm in algorithms:
                 algorithm.apply(task)
         else:
             task.notes.append('every weight was quantized in stage 1 and is rounded by its scale')
+        factors = task.input_factors
         result = Stage2Result(
-            {n: measure_weight_error(layer, weights[n]) for n, layer in layers.items()}
+            {
+                n: measure_weight_error(layer, weights[n], factors.get(n))
+                for n, layer in layers.items()
+            }
         )
         if options is not None and run_pass is not None:
             attach_compensation(model, options.pop('blocks'))
-            qwt = QwT(model, rest, weights, biases=biases, **options)
+            qwt = QwT(model, rest, weights, biases=biases, norms=norms, **options)
             task.blocks.update(qwt.fit(run_pass, progress))
         result.blocks = dict(task.blocks)
         result.notes = task.notes

@@ -31,15 +31,20 @@ class LayerResult:
 
 
 @torch.no_grad()
-def measure_weight_error(layer: QuantizedLayer, float_weight: Tensor) -> LayerResult:
+def measure_weight_error(
+    layer: QuantizedLayer, float_weight: Tensor, input_factor: Tensor | None = None
+) -> LayerResult:
     """Compare a layer's on-grid weight with its stage-1 weight.
 
     Args:
         layer: After stage 2.
         float_weight: Stage-1 weight, not folded.
+        input_factor: What its columns were multiplied by first, ``(in_features,)``; the
+            error is that of the columns as they were. None where nothing was multiplied.
     """
-    signal = weight_rows(layer, float_weight).double()
-    noise = (weight_rows(layer).double() - signal).square().sum()
+    columns = 1.0 if input_factor is None else input_factor.double()
+    signal = weight_rows(layer, float_weight).double() / columns
+    noise = (weight_rows(layer).double() / columns - signal).square().sum()
     power = signal.square().sum()
     sqnr = None
     if noise > 0 and power > 0:

@@ -1,6 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Evaluation outside the loops, so that no hook (``save_best``, EMA) reacts to it."""
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +36,13 @@ def evaluate(runner: Runner, loop: Any, title: str) -> dict[str, float]:
     metrics = loop.evaluator.evaluate(len(loop.dataloader.dataset))
     runner.model.train(was_training)
     return {name: float(value) for name, value in metrics.items() if _is_number(value)}
+
+
+def validation_key(cfg: Mapping[str, Any]) -> str:
+    """Changes with the images and the metric that a run is scored by."""
+    loader = cfg.get('val_dataloader') or {}
+    text = repr((loader.get('dataset'), cfg.get('val_evaluator')))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _is_number(value: Any) -> bool:

@@ -1,22 +1,24 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Several weight algorithms from one stage-1 checkpoint, side by side."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
+from .. import __version__
 from ..algorithms.compensation import compensated_blocks, detach_compensation
 from ..conversion import quantizers
 from ..evaluation import REPORT_NAME, format_table, read_json, write_json
 from ..evaluation.report import bits_label
 from . import stage2
-from .checkpoint import STAGE1_NAME, unwrap
-from .evaluate import evaluate
+from .checkpoint import STAGE1_NAME, file_sha256, unwrap
+from .evaluate import evaluate, validation_key
 
 ROWS_NAME = 'gplq_stage2.json'
 _TITLES = {
@@ -40,8 +42,8 @@ class PTQComparison:
     Args:
         runner: Runner with a stage-1 checkpoint loaded.
         checkpoint: That checkpoint; ``gplq_report.json`` beside it gives the metrics of
-            FP32 and stage 1, which are measured if it is absent (stage 1) or left out
-            (FP32).
+            FP32 and stage 1 if it scored the same images; else stage 1 is scored and FP32
+            left out.
         model_name: For the rows.
     """
 
@@ -52,53 +54,76 @@ class PTQComparison:
         self.specs = {n: q.spec for n, q in quantizers(self.model, 'weight').items()}
         self.attached = bool(compensated_blocks(self.model))
         self.fp32, self.stage1 = self._earlier_metrics(checkpoint)
+        self.digest = file_sha256(checkpoint)
+        self.path = Path(runner.work_dir, ROWS_NAME)
+        self.finished = read_json(self.path).get('rows', [])
         self.rows: list[dict[str, Any]] = []
 
-    def run(self, ptq: str | None, out: str, bits: int | None) -> dict[str, float]:
+    def run(self, ptq: str | None, out: str, bits: int | None, resume: bool = False) -> None:
         """One algorithm, or several joined by ``+``; adds its rows, writes its checkpoint.
 
         Args:
             ptq: As on the command line; None for the recipe's.
             out: Final checkpoint.
             bits: Weight bits in place of the recipe's.
-
-        Returns:
-            Metrics of the quantized model.
+            resume: Take the rows of an earlier process that ran the same and whose
+                checkpoint is there.
         """
-        self._restore()
-        names = None if ptq is None else ptq.split('+')
-        config = names[0] if names and len(names) == 1 else names
-        metrics = stage2.run(self.runner, config, out, bits)
-        report = read_json(Path(self.runner.work_dir, REPORT_NAME))
-        self.rows += self._rows(ptq or ptq_label(report['recipe']['weight']['ptq']), report)
-        write_json(Path(self.runner.work_dir, ROWS_NAME), {'rows': self.rows})
-        return metrics
+        run = self._run_key(ptq, out, bits)
+        finished = [row for row in self.finished if row.get('run') == run]
+        if resume and finished and os.path.isfile(out):
+            print_log(f'{ptq}: rows of {self.path}, {out} is there', logger='current')
+            self.rows += finished
+        else:
+            self._restore()
+            names = None if ptq is None else ptq.split('+')
+            config = names[0] if names and len(names) == 1 else names
+            self.rows += self._rows(run, stage2.run(self.runner, config, out, bits).data)
+        if is_main_process():
+            write_json(self.path, {'rows': self.rows})
 
     def table(self) -> str:
         """The rows as a text table."""
         return comparison_table(self.rows)
+
+    def _run_key(self, ptq: str | None, out: str, bits: int | None) -> str:
+        """Changes with all that decides an algorithm's rows."""
+        cfg = self.runner.cfg
+        parts = [self.digest, ptq, os.path.basename(out), bits, __version__]
+        parts += [cfg.get('model'), cfg.get('train_dataloader'), validation_key(cfg)]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _restore(self) -> None:
         """The stage-1 model again."""
         if not self.attached:
             detach_compensation(self.model)
         for name, quantizer in quantizers(self.model, 'weight').items():
-            quantizer.spec = self.specs[name]
-            quantizer.quant_range.copy_(torch.tensor(quantizer.spec.quant_range, dtype=torch.int32))
+            stage2.set_spec(quantizer, self.specs[name])
         self.model.load_state_dict(self.state)
 
     def _earlier_metrics(self, checkpoint: str) -> tuple[dict[str, float], dict[str, float]]:
         path = Path(checkpoint)
         report = read_json(path.with_name(REPORT_NAME)) if path.name == STAGE1_NAME else {}
+        if report.get('validation') != validation_key(self.runner.cfg):
+            report = {}
         fp32 = report.get('fp32', {}).get('metrics', {})
         stage1 = report.get('stage1', {}).get('metrics', {})
         if not stage1 and self.runner.val_loop is not None:
-            print_log('stage 1: no report beside the checkpoint, scoring it', logger='current')
+            print_log(
+                'stage 1: no report beside the checkpoint with scores on these images, scoring it',
+                logger='current',
+            )
             stage1 = evaluate(self.runner, self.runner.val_loop, 'stage 1')
         return fp32, stage1
 
-    def _rows(self, ptq: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    def _rows(self, run: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """A row for each main metric; one without a metric if there is no score at all."""
         found = report['stage2']
+        ptq = ptq_label(report['recipe']['weight']['ptq'])
+        if found['compensation'] and 'qwt' not in ptq.split('+'):
+            ptq += '+qwt'  # the recipe's own `stage2.compensation`
+        metrics = found['metrics']
+        names: list[str | None] = [*main_metrics({**self.fp32, **self.stage1, **metrics})]
         shared = {
             'model': self.model_name,
             'dataset': dataset_name(self.runner.cfg),
@@ -114,12 +139,13 @@ class PTQComparison:
             {
                 **shared,
                 'metric': name,
-                'fp32': self.fp32.get(name),
-                'stage1': self.stage1.get(name),
-                'stage2': found['metrics'][name],
+                'fp32': self.fp32.get(name or ''),
+                'stage1': self.stage1.get(name or ''),
+                'stage2': metrics.get(name or ''),
                 **costs,
+                'run': run,
             }
-            for name in main_metrics(found['metrics'])
+            for name in names or [None]
         ]
 
 

@@ -40,10 +40,28 @@ class RunReport:
         self.macs: MacCount | None = None
 
     def describe(
-        self, recipe: Mapping[str, Any], coverage: Mapping[str, Any], seed: int, engine: str = ''
+        self,
+        recipe: Mapping[str, Any],
+        coverage: Mapping[str, Any],
+        seed: int,
+        engine: str = '',
+        validation: str = '',
     ) -> None:
-        """State recipe, coverage, versions, seed, and the engine of stage 1."""
+        """State recipe, coverage, versions, seed, and the engine of stage 1.
+
+        Args:
+            recipe: Resolved recipe.
+            coverage: Of the conversion.
+            seed: The run's.
+            engine: Of stage 1.
+            validation: From ``validation_key``; scores that an earlier process took on other
+                images are dropped.
+        """
+        if self.data.get('validation', validation) != validation:
+            for stage in ('fp32', 'stage1', 'stage2'):
+                self.data.get(stage, {})['metrics'] = {}
         self.data.update(
+            validation=validation,
             engine=engine,
             recipe=dict(recipe),
             coverage=dict(coverage),

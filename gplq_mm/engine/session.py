@@ -32,7 +32,7 @@ from .checkpoint import (
     snapshot,
     unwrap,
 )
-from .evaluate import evaluate
+from .evaluate import evaluate, validation_key
 from .resources import StageMeter
 from .run_report import RunReport
 from .stage2 import apply_stage2
@@ -79,7 +79,8 @@ class GPLQSession:
         """
         coverage = self.model.gplq.coverage.as_dict()
         engine = self.model.gplq.engine.description
-        self.report.describe(self.recipe, coverage, self.runner.seed, engine)
+        validation = validation_key(self.runner.cfg)
+        self.report.describe(self.recipe, coverage, self.runner.seed, engine, validation)
         fresh = not is_calibrated(self.model)
         float_state = None
         if fresh:

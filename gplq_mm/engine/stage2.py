@@ -7,6 +7,8 @@ import hashlib
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,10 +22,12 @@ from ..algorithms.stage2_recipe import stage2_images
 from ..algorithms.weight_ptq import build_weight_ptq
 from ..algorithms.weight_ptq.registry import PTQConfig
 from ..conversion import quantizers
-from ..quantizers import integer_range
+from ..conversion.match import sets_bits
+from ..evaluation import REPORT_NAME
+from ..quantizers import FakeQuantizer, QuantSpec, integer_range
 from .calibration_data import CalibrationSet
 from .checkpoint import FINAL_NAME, record, save_snapshot, snapshot, unwrap
-from .evaluate import evaluate
+from .evaluate import evaluate, validation_key
 from .output_probe import OutputProbe
 from .resources import StageMeter
 from .run_report import RunReport
@@ -69,7 +73,8 @@ def apply_stage2(
     """
     model = unwrap(runner.model)
     images = stage2_set(runner.cfg, recipe, calibration)
-    folder = os.path.join(runner.work_dir, UNITS_FOLDER)
+    # a folder of its own for each algorithm: one that is done leaves the others' units alone
+    folder = os.path.join(runner.work_dir, UNITS_FOLDER, _key(recipe['weight']))
     probe = OutputProbe(model, images)
     with StageMeter() as meter:
         run_pass = images.run_pass(model, 'stage 2')
@@ -81,7 +86,7 @@ def apply_stage2(
             MMLogger.get_current_instance(),
             seed=recipe['calibration']['seed'],
             folder=folder,
-            data_key=_data_key(images),
+            data_key=_key((images.paths, images.batches)),
         )
     report.update('stage2', **result.as_dict(), sqnr_db=probe.sqnr_db())
     report.update('stage2', seconds=meter.seconds, peak_memory_bytes=meter.peak_memory_bytes)
@@ -90,6 +95,8 @@ def apply_stage2(
         report.update('stage2', metrics=evaluate(runner, runner.val_loop, 'stage 2'))
     if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # others are in there
+            os.rmdir(os.path.dirname(folder))
 
 
 def run(
@@ -97,7 +104,7 @@ def run(
     ptq: PTQConfig | None = None,
     out: str | None = None,
     bits: int | None = None,
-) -> dict[str, float]:
+) -> RunReport:
     """Stage 2 alone, on a runner that has loaded a stage-1 checkpoint.
 
     Args:
@@ -107,7 +114,9 @@ def run(
         bits: Weight bits in place of the recipe's.
 
     Returns:
-        Metrics of the quantized model.
+        The report, written beside the checkpoint: ``gplq_report.json`` beside
+        ``gplq_final.pth``, ``NAME_report.json`` beside another ``NAME.pth``, so that each
+        checkpoint has its own.
 
     Raises:
         ValueError: If the checkpoint is past stage 1, or ``ptq`` is unknown.
@@ -122,21 +131,35 @@ def run(
         recipe = {**recipe, 'weight': {**recipe['weight'], 'num_bits': bits}}
     build_weight_ptq(recipe['weight']['ptq'])
     calibration = CalibrationSet(runner.cfg, **recipe['calibration'])
+    out = out or os.path.join(runner.work_dir, FINAL_NAME)
     report = RunReport(runner.work_dir, resume=True)
+    report.path = report_path(out)
     coverage = model.gplq.coverage.as_dict()
-    report.describe(recipe, coverage, runner.seed)
+    engine = report.data.get('engine', '')
+    report.describe(recipe, coverage, runner.seed, engine, validation_key(runner.cfg))
     report.count_macs(model, next(iter(calibration)))
     apply_stage2(runner, recipe, calibration, report)
     dataset = runner.val_loop.dataloader.dataset if runner.val_loop else calibration.dataset
     final = snapshot(runner, dataset, through_hooks=False)
     final['gplq'] = {**record(model, 'stage2', _source(runner)), 'recipe': recipe}
-    save_snapshot(final, out or os.path.join(runner.work_dir, FINAL_NAME))
+    save_snapshot(final, out)
     report.log_table()
-    return report.data['stage2']['metrics']
+    return report
+
+
+def report_path(checkpoint: str) -> Path:
+    """The report of a final checkpoint.
+
+    Examples:
+        >>> report_path('x/gplq_final.pth').name, report_path('x/gplq_final_mse.pth').name
+        ('gplq_report.json', 'gplq_final_mse_report.json')
+    """
+    path = Path(checkpoint)
+    return path.with_name(REPORT_NAME if path.name == FINAL_NAME else f'{path.stem}_report.json')
 
 
 def set_weight_bits(model: Any, bits: int) -> None:
-    """Change the bits of all weights that have the recipe's; those of rules stay.
+    """Change the bits of all weights that the recipe's own setting decides; those of rules stay.
 
     Args:
         model: Converted stage-1 model.
@@ -145,23 +168,28 @@ def set_weight_bits(model: Any, bits: int) -> None:
     Raises:
         ValueError: If ``bits`` is out of range, or the weights were trained on a grid.
     """
-    weight = model.gplq.recipe['weight']
-    limits = integer_range(bits, weight['signed'])
-    if weight['qat']:
+    recipe = model.gplq.recipe
+    integer_range(bits, signed=True)
+    if recipe['weight']['qat']:
         raise ValueError(
             'the weights of this checkpoint were trained on their grid (weight.qat=True), its bits '
             'are fixed; leave --bits out'
         )
-    for quantizer in quantizers(model, 'weight').values():
-        if quantizer.spec.num_bits == weight['num_bits']:
-            quantizer.spec = dataclasses.replace(quantizer.spec, num_bits=bits)
-            quantizer.quant_range.copy_(torch.tensor(limits, dtype=torch.int32))
+    for path, quantizer in quantizers(model, 'weight').items():
+        layer = path.rpartition('.')[0]
+        if not sets_bits(recipe['rules'], 'weight', layer, quantizer.role):
+            set_spec(quantizer, dataclasses.replace(quantizer.spec, num_bits=bits))
 
 
-def _data_key(images: CalibrationSet) -> str:
-    """Changes with the images and their batches."""
-    text = repr((images.paths, images.batches))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def set_spec(quantizer: FakeQuantizer, spec: QuantSpec) -> None:
+    """Give a quantizer another spec and the range of codes that belongs to it."""
+    quantizer.spec = spec
+    quantizer.quant_range.copy_(torch.tensor(spec.quant_range, dtype=torch.int32))
+
+
+def _key(value: Any) -> str:
+    """Sixteen hexadecimal digits that change with a value's text."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _require_stage1(model: Any) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gplq_mm.algorithms.stage2 import run_stage2
@@ -182,6 +183,38 @@ def test_batches_hold_calls_that_fit_and_stay_small() -> None:
     zeros, ones = Call((torch.zeros(100, 100),)), Call((torch.ones(100, 100),))
     share = mixed(zeros, ones, 0.25, generator).args[0].mean()
     assert share == pytest.approx(0.25, abs=0.02)
+
+
+def test_a_tensor_that_all_calls_share_is_not_joined() -> None:
+    """BEiT's blocks get one relative position bias beside the tokens of each image."""
+    store, shared = CallStore(1 << 20), torch.randn(3, 4, 4)
+    for index in range(6):
+        own = shared if index < 4 else shared + 1
+        store.append(Call((torch.full((1, 4), float(index)),), {'bias': own}))
+    sampler = BatchSampler(store, 8, 1000, torch.Generator().manual_seed(0))
+    assert sampler.groups == [[0, 1, 2, 3], [4, 5]]
+    joined = join([store[i] for i in (2, 0, 3)])
+    assert joined.args[0][:, 0].tolist() == [2, 0, 3]
+    assert torch.equal(joined.kwargs['bias'], shared)
+
+
+def test_global_trains_through_a_model_that_checkpoints_activations() -> None:
+    model, run = stage1_stack(2)
+    block = model.layers[0]
+    block.with_cp, plain = True, type(block).forward
+
+    class Checkpointing(type(block)):  # type: ignore[misc]
+        def forward(self, x: Tensor, hw_shape: Any = None) -> Tensor:
+            if self.with_cp and x.requires_grad:
+                return torch.utils.checkpoint.checkpoint(plain, self, x, use_reentrant=True)
+            return plain(self, x)
+
+    block.__class__ = Checkpointing
+    quantize(model, run, ['mse', GLOBAL_FEW])
+    assert block.with_cp is True
+    reference, run = stage1_stack(2)
+    quantize(reference, run, ['mse', GLOBAL_FEW])
+    assert torch.equal(features(model), features(reference))
 
 
 def test_killed_and_run_again_gives_the_bits_of_an_uninterrupted_run(

@@ -2,6 +2,7 @@
 """RepQ, bias correction, QwT-v2 and QwT as an entry: what goes into weights and biases."""
 
 import copy
+import re
 from typing import Any
 
 import numpy as np
@@ -9,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gplq_mm.algorithms.calibration import calibrate_activations
 from gplq_mm.algorithms.compensation import compensated_blocks, detach_compensation
 from gplq_mm.algorithms.stage2 import prepare_stage2, run_stage2
-from gplq_mm.algorithms.weight_ptq import build_weight_ptq
-from gplq_mm.conversion import quantized_layers, resolve_recipe, set_quantization
-from tests.helpers.tiny_blocks import Block, BlockStack, images, stage1_stack
+from gplq_mm.algorithms.weight_error import measure_weight_error
+from gplq_mm.conversion import convert_, quantized_layers, resolve_recipe, set_quantization
+from tests.helpers.tiny_blocks import Block, BlockStack, images, run_pass, stage1_stack
 
 
 def recipe_of(ptq: Any, **stage2: Any) -> Any:
@@ -60,12 +62,13 @@ def quantized_output(model: nn.Module) -> Tensor:
 
 def reparameterize(model: nn.Module, run: Any) -> Any:
     """RepQ alone, the weights left float."""
-    from gplq_mm.algorithms.float_weights import copy_biases, copy_weights
-    from gplq_mm.algorithms.weight_ptq import PTQTask
+    from gplq_mm.algorithms.float_weights import copy_biases, copy_norms, copy_weights
+    from gplq_mm.algorithms.weight_ptq import WEIGHT_PTQ, PTQTask
 
     layers = quantized_layers(model)
-    task = PTQTask(model, layers, copy_weights(layers), run, None, copy_biases(layers))
-    build_weight_ptq('repq')[0].apply(task)
+    weights, biases, norms = copy_weights(layers), copy_biases(layers), copy_norms(model)
+    task = PTQTask(model, layers, weights, run, None, biases, norms)
+    WEIGHT_PTQ['repq']().apply(task)
     return task
 
 
@@ -110,17 +113,20 @@ def test_repq_leaves_a_norm_with_other_readers_alone() -> None:
     assert task.notes == ['layers.0: a LayerNorm has readers besides linear layers, left as it is']
 
 
-def test_repq_behind_a_rounding_is_refused() -> None:
-    model, run = stage1_stack()
-    with pytest.raises(ValueError, match=r"put it first, e\.g\. ptq=\['repq', 'gptq'\]"):
-        quantize(model, run, ['mse', 'repq'])
-
-
-@pytest.mark.parametrize('ptq', ['bias_correction', 'qwt_v2', 'qwt'])
-def test_a_mending_algorithm_without_a_rounding_is_refused(ptq: str) -> None:
-    model, run = stage1_stack()
-    with pytest.raises(ValueError, match=f'{ptq} mends quantized weights, but stem'):
-        quantize(model, run, ptq)
+@pytest.mark.parametrize(
+    ('ptq', 'message'),
+    [
+        (['mse', 'repq'], 'repq changes float weights; put it before mse'),
+        (['qwt', 'gptq'], 'qwt mends quantized weights; put it behind gptq'),
+        ('repq', "none of these rounds weights; write ['repq', 'gptq']"),
+        ('bias_correction', "none of these rounds weights; write ['gptq', 'bias_correction']"),
+        (['repq', 'qwt_v2'], "write ['repq', 'gptq', 'qwt_v2']"),
+        (['global', 'mse'], 'global mends quantized weights; put it behind mse'),
+    ],
+)
+def test_an_order_that_cannot_work_is_refused_before_stage_1(ptq: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        prepare_stage2(BlockStack(), recipe_of(ptq))
 
 
 def layer_outputs(model: nn.Module, name: str) -> Tensor:
@@ -199,3 +205,55 @@ def test_reference_of_a_combination_has_the_stage_1_biases() -> None:
         states.append(model.state_dict())
     for name, value in states[0].items():
         torch.testing.assert_close(value, states[1][name], atol=1e-5, rtol=1e-4)
+
+
+def test_reference_behind_global_has_the_stage_1_normalizations() -> None:
+    """`global` trains LayerNorms; bias correction behind it still aims at stage 1's means."""
+    stage1, run = stage1_stack(2)
+    wanted = {n: layer_outputs(stage1, n).mean(0) for n in ('layers.0.ffn.0', 'head')}
+    quantize(stage1, run, ['mse', dict(type='global', steps=10, lr=0.05), 'bias_correction'])
+    assert not torch.equal(stage1.layers[0].ln2.weight, torch.ones(6))
+    for name, mean in wanted.items():
+        np.testing.assert_allclose(layer_outputs(stage1, name).mean(0), mean, atol=1e-5)
+
+
+def test_weight_error_behind_repq_is_that_of_the_columns_as_they_were() -> None:
+    model, run = uneven_stack()
+    before = {n: la.weight.detach().clone() for n, la in quantized_layers(model).items()}
+    task = reparameterize(model, run)
+    name, factor = next(iter(task.input_factors.items()))
+    assert factor.max() > 2 * factor.min()
+    torch.testing.assert_close(task.float_weights[name].detach(), before[name] * factor)
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        layer.weight.add_(0.1 * factor)  # the same error in all columns, as they were
+    error = measure_weight_error(layer, task.float_weights[name], factor)
+    assert error.weight_mse == pytest.approx(0.01, rel=1e-4)
+
+
+class OutsideBias(nn.Module):
+    """A layer whose bias its caller hands over, as in BEiT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 6, bias=False)
+        self.outside = nn.Parameter(torch.linspace(-4, 4, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.qkv.linear(x, self.outside) if hasattr(self.qkv, 'linear') else self.qkv(x)
+
+
+def test_qwt_v2_does_not_fit_a_bias_that_it_cannot_change() -> None:
+    losses = []
+    for ptq in ('mse', ['mse', dict(type='qwt_v2', largest=100.0)]):
+        torch.manual_seed(0)
+        model = OutsideBias().eval()
+        convert_(model, dict(base='w2a2', scope='all'))
+        data = images()
+        run = run_pass(model, data)
+        calibrate_activations(model, run)
+        wanted = layer_outputs(model, 'qkv')
+        quantize(model, run, ptq)
+        losses.append((layer_outputs(model, 'qkv') - wanted).square().mean(0))
+    plain, fitted = losses
+    assert (fitted <= plain * (1 + 1e-6)).all() and (fitted < 0.99 * plain).any()

@@ -3,11 +3,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gplq_mm.algorithms.compensation import compensated_blocks
+from gplq_mm.algorithms.weight_ptq.adaround import AdaRound
 from gplq_mm.conversion import quantizers
 from gplq_mm.engine import stage2
 from gplq_mm.engine.calibration_data import CalibrationSet
@@ -20,19 +22,21 @@ from .conftest import FinishedRun
 
 COLUMNS = (
     'model dataset bits ptq metric fp32 stage1 stage2 weight_mse sqnr_db seconds '
-    'peak_memory_bytes side_flops side_params'
+    'peak_memory_bytes side_flops side_params run'
 )
 
 
-def compared(finished: FinishedRun, work_dir: Path, ptqs: list[str], bits: int | None = None):
+def compared(
+    finished: FinishedRun, work_dir: Path, ptqs: list[str], bits: int | None = None, **config: Any
+):
     """As tools/ptq.py does it."""
     checkpoint = str(finished.work_dir / 'gplq_stage1.pth')
-    runner = make_runner(gplq_config(finished.project, checkpoint, work_dir))
+    runner = make_runner(gplq_config(finished.project, checkpoint, work_dir, **config))
     runner.call_hook('before_run')
     runner.load_checkpoint(checkpoint)
     comparison = PTQComparison(runner, checkpoint, 'tiny')
     for ptq in ptqs:
-        comparison.run(ptq, str(work_dir / f'{ptq}.pth'), bits)
+        comparison.run(ptq, str(work_dir / f'{ptq}.pth'), bits, resume=True)
     return comparison
 
 
@@ -51,6 +55,85 @@ def test_each_algorithm_starts_from_the_checkpoint(finished: FinishedRun, tmp_pa
     assert not compensated_blocks(comparison.model)
     assert len(comparison.table().splitlines()) == 2 + 3
     assert not (tmp_path / 'all' / stage2.UNITS_FOLDER).exists()
+
+
+def test_a_killed_comparison_goes_on_with_the_algorithm_it_was_at(
+    finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    original = AdaRound.quantize_unit
+
+    def quantize_unit(self: AdaRound, task: Any, unit: Any, *args: Any) -> None:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        original(self, task, unit, *args)
+        done.append(unit.name)
+
+    monkeypatch.setattr(AdaRound, 'quantize_unit', quantize_unit)
+    with pytest.raises(KeyboardInterrupt):
+        compared(finished, tmp_path, ['minmax', 'adaround'])
+    before = (tmp_path / 'minmax.pth').stat().st_mtime_ns
+    done[:] = ['as before']
+    original_units = len(finished.runner.model.backbone.layers) + 2  # patch embedding and head
+    monkeypatch.setattr(AdaRound, 'quantize_unit', _counting(original, done))
+    comparison = compared(finished, tmp_path, ['minmax', 'adaround'])
+    assert len(done) - 1 == original_units - 2
+    assert (tmp_path / 'minmax.pth').stat().st_mtime_ns == before
+    assert [row['ptq'] for row in comparison.rows] == ['minmax', 'adaround']
+    assert not (tmp_path / stage2.UNITS_FOLDER).exists()
+    (tmp_path / 'minmax.pth').unlink()
+    compared(finished, tmp_path, ['minmax'])
+    assert (tmp_path / 'minmax.pth').is_file()
+
+
+def _counting(original: Any, done: list[str]) -> Any:
+    def quantize_unit(self: AdaRound, task: Any, unit: Any, *args: Any) -> None:
+        original(self, task, unit, *args)
+        done.append(unit.name)
+
+    return quantize_unit
+
+
+def test_each_checkpoint_has_its_own_report(finished: FinishedRun, tmp_path: Path) -> None:
+    before = (finished.work_dir / 'gplq_report.json').read_text()
+    compared(finished, finished.work_dir, ['mse'], bits=2)
+    assert (finished.work_dir / 'gplq_report.json').read_text() == before
+    told = json.loads((finished.work_dir / 'mse_report.json').read_text())
+    assert (told['recipe']['weight']['ptq'], told['recipe']['weight']['num_bits']) == ('mse', 2)
+    assert told['engine'] == json.loads(before)['engine'] != ''
+    for name in ('mse.pth', 'mse_report.json', 'gplq_stage2.json'):
+        (finished.work_dir / name).unlink()
+
+
+def test_scores_on_other_images_are_not_set_beside(finished: FinishedRun, tmp_path: Path) -> None:
+    half = {'val_dataloader.dataset.indices': 4}
+    comparison = compared(finished, tmp_path, ['minmax'], **half)
+    (row,) = comparison.rows
+    assert row['fp32'] is None and row['stage1'] == comparison.stage1[row['metric']]
+
+
+def test_a_model_without_a_score_has_a_row(
+    finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mmdet's metric gives nothing where a detector finds nothing."""
+    monkeypatch.setattr(stage2, 'evaluate', lambda *_: {})
+    comparison = compared(finished, tmp_path, ['minmax'])
+    (row,) = comparison.rows
+    assert row['stage2'] is None and row['stage1'] is not None and row['sqnr_db'] > 0
+    assert ' - |' in comparison.table()
+
+
+def test_bits_of_rules_stay_where_they_are_the_recipes_too(
+    finished: FinishedRun, tmp_path: Path
+) -> None:
+    recipe = dict(base='w8a8', rules=[dict(name='head.*', num_bits=8)], mimic=None)
+    runner = make_runner(gplq_config(finished.project, finished.checkpoint, tmp_path, recipe))
+    stage2.set_weight_bits(runner.model, 4)
+    found = quantizers(runner.model, 'weight')
+    kept = {n for n, q in found.items() if q.spec.num_bits == 8}
+    assert kept == {n for n in found if n.startswith(('backbone.patch_embed', 'head.'))}
+    for quantizer in found.values():
+        assert tuple(quantizer.quant_range.tolist()) == tuple(quantizer.spec.quant_range)
 
 
 def test_other_weight_bits_from_the_same_checkpoint(finished: FinishedRun, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_stage_2_quantizes_the_averaged_weights(averaged: Averaged, tmp_path: Pa
     path = averaged.work_dir / 'gplq_stage1.pth'
     runner = make_runner(gplq_config(averaged.project, path, tmp_path))
     runner.load_checkpoint(str(path))
-    metrics = stage2.run(runner)
+    metrics = stage2.run(runner).data['stage2']['metrics']
     assert_same_weights(tmp_path / 'gplq_final.pth', averaged.work_dir / 'gplq_final.pth')
     assert metrics == report(averaged.work_dir)['stage2']['metrics']
 

@@ -31,8 +31,8 @@ def runner(finished: FinishedRun, tmp_path: Path) -> Runner:
 def test_stage_2_alone_gives_the_runs_checkpoint_and_metrics(
     finished: FinishedRun, runner: Runner, tmp_path: Path
 ) -> None:
-    metrics = stage2.run(runner)
-    assert metrics == report(finished.work_dir)['stage2']['metrics']
+    found = stage2.run(runner).data['stage2']['metrics']
+    assert found == report(finished.work_dir)['stage2']['metrics']
     assert_same_weights(tmp_path / 'gplq_final.pth', finished.work_dir / 'gplq_final.pth')
     ours, theirs = (read_checkpoint(d / 'gplq_final.pth') for d in (tmp_path, finished.work_dir))
     assert ours['gplq'] == theirs['gplq']
@@ -50,7 +50,7 @@ def test_another_algorithm_is_recorded_and_changes_weights(
     told = read_checkpoint(out)['gplq']
     assert (told['stage'], told['recipe']['weight']['ptq']) == ('stage2', 'percentile')
     assert runner.model.gplq.recipe['weight']['ptq'] == 'minmax'
-    assert json.loads((tmp_path / 'gplq_report.json').read_text())['recipe'] == told['recipe']
+    assert json.loads(out.with_name('mine_report.json').read_text())['recipe'] == told['recipe']
     ours, theirs = weights(out), weights(finished.work_dir / 'gplq_final.pth')
     assert any(not ours[k].equal(theirs[k]) for k in ours)
     assert not (tmp_path / 'gplq_final.pth').exists()

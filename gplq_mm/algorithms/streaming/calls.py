@@ -73,7 +73,8 @@ class CallStore:
 
     Args:
         budget_bytes: Tensors kept in memory.
-        folder: Where the temporary folder is made; the system's if None.
+        folder: Where the temporary folder is made, and itself made if absent; the system's
+            if None.
 
     Attributes:
         bytes_in_memory: Of the tensors that are not on disk.
@@ -106,6 +107,8 @@ class CallStore:
 
     def _disk_folder(self) -> Path:
         if self._disk is None:
+            if self.folder is not None:
+                Path(self.folder).mkdir(parents=True, exist_ok=True)
             self._disk = tempfile.TemporaryDirectory(prefix='gplq_calls_', dir=self.folder)
             self._skeletons: dict[int, Call] = {}
         return Path(self._disk.name)

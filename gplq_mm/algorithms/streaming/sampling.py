@@ -1,13 +1,13 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Random batches of kept calls."""
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import world
+from ..distributed import all_reduce_max, gather, world
 from .calls import Call, CallStore
 
 
@@ -29,7 +29,7 @@ class BatchSampler:
         groups: dict[str, list[int]] = {}
         sizes: dict[str, int] = {}
         for index, call in enumerate(store):
-            signature = call.signature()
+            signature = f'{call.signature()} {_without_batch(call)}'
             groups.setdefault(signature, []).append(index)
             sizes[signature] = max(sum(t.numel() for t in call.tensors), 1)
         self.groups = list(groups.values())
@@ -47,11 +47,40 @@ class BatchSampler:
 
 
 def join(calls: Sequence[Call]) -> Call:
-    """Calls of one signature as one call, tensors joined along the first dimension."""
+    """Calls of one signature as one call, tensors joined along the first dimension.
+
+    Tensors whose first dimension is not the batch's (a relative position bias that all blocks
+    share) are the same in all calls of a signature and are handed on.
+    """
     if len(calls) == 1:
         return calls[0]
     columns = iter(zip(*(call.tensors for call in calls), strict=True))
-    return calls[0].map(lambda _: torch.cat(next(columns)))
+    batch = _batch(calls[0])
+
+    def joined(_: Tensor) -> Tensor:
+        column = next(columns)
+        return torch.cat(column) if _length(column[0]) == batch else column[0]
+
+    return calls[0].map(joined)
+
+
+def _batch(call: Call) -> int | None:
+    """Length of the first tensor: images, or windows."""
+    return next((_length(t) for t in call.tensors), None)
+
+
+def _length(tensor: Tensor) -> int | None:
+    return len(tensor) if tensor.dim() else None
+
+
+def _without_batch(call: Call) -> list[str]:
+    """Hashes of the tensors whose first dimension is not the batch's."""
+    batch = _batch(call)
+    return [
+        hashlib.sha256(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+        for t in call.tensors
+        if _length(t) != batch
+    ]
 
 
 def of_all_ranks(store: CallStore, empty: CallStore) -> CallStore:
@@ -63,16 +92,13 @@ def of_all_ranks(store: CallStore, empty: CallStore) -> CallStore:
     """
     if world()[1] == 1:
         return store
-    most = torch.tensor(len(store.batches))
-    dist.all_reduce(most, dist.ReduceOp.MAX)
+    most = all_reduce_max(torch.tensor(len(store.batches)))
     position = 0
     for index in range(int(most)):
         count = store.batches[index] if index < len(store.batches) else 0
         mine = [store[position + i] for i in range(count)]
         position += count
-        shares: list[list[Call]] = [[] for _ in range(world()[1])]
-        dist.all_gather_object(shares, mine)
-        for share in shares:
+        for share in gather(mine):
             for call in share:
                 empty.append(call)
             empty.batches.append(len(share))

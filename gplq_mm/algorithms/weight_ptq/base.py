@@ -16,6 +16,8 @@ from ...quantizers.spec import reduce_dims
 from ..calibration import Progress, RunPass
 from ..float_weights import float_weights
 
+PREPARES, ROUNDS, MENDS = 'prepares', 'rounds', 'mends'
+
 
 @dataclass
 class PTQTask:
@@ -31,6 +33,9 @@ class PTQTask:
             algorithms that need no data.
         progress: Called before each layer.
         float_biases: Their stage-1 biases, where a layer has one.
+        float_norms: Stage-1 parameters of the model's normalizations, by parameter.
+        input_factors: What an algorithm multiplied the columns of stage-1 weights by, by
+            layer; ``(in_features,)``.
         seed: Decides all that is drawn at random.
         folder: Where finished units are kept, so that a killed run goes on; None for
             nowhere.
@@ -46,6 +51,8 @@ class PTQTask:
     run_pass: RunPass | None = None
     progress: Progress | None = None
     float_biases: Mapping[str, Tensor] = field(default_factory=dict)
+    float_norms: Mapping[nn.Parameter, Tensor] = field(default_factory=dict)
+    input_factors: dict[str, Tensor] = field(default_factory=dict)
     seed: int = 0
     folder: str | None = None
     data_key: str = ''
@@ -55,7 +62,7 @@ class PTQTask:
 
     def stage1(self) -> AbstractContextManager[None]:
         """While open, the layers are those of stage 1: float weights, quantized activations."""
-        return float_weights(self.layers, self.float_weights, self.float_biases)
+        return float_weights(self.layers, self.float_weights, self.float_biases, self.float_norms)
 
     def note(self, text: str) -> None:
         """Keep a line for the log."""
@@ -73,6 +80,8 @@ class WeightPTQ(ABC):
 
     needs_data: ClassVar[bool] = False
     """Whether ``apply`` calls ``task.run_pass``."""
+    phase: ClassVar[str] = ROUNDS
+    """``PREPARES`` float weights, ``ROUNDS`` them, or ``MENDS`` what another one rounded."""
     name: ClassVar[str] = ''
     """What recipes call it."""
 

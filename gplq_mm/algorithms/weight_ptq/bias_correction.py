@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from ..streaming import CallStore, Unit
-from .base import PTQTask
+from .base import MENDS, PTQTask
 from .outputs import OutputMoments
 from .registry import register_weight_ptq
 from .unit_ptq import UnitPTQ
@@ -24,7 +24,7 @@ class BiasCorrection(UnitPTQ):
     """
 
     needs_reference = True
-    quantizes: ClassVar[bool] = False
+    phase: ClassVar[str] = MENDS
 
     @torch.no_grad()
     def quantize_unit(

@@ -7,7 +7,8 @@ one; rounding as in AdaRound (arXiv 2004.10568).
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -17,11 +18,10 @@ from ..distributed import all_reduce_sum, broadcast_from_0, world
 from ..streaming import Call, CallStore, Reached, Unit, find_units, intercepted
 from ..streaming.calls import all_tensors
 from ..streaming.interception import run_until_reached
-from .base import PTQTask, WeightPTQ
+from .base import MENDS, PTQTask, WeightPTQ
 from .finished import FinishedUnits
 from .registry import register_weight_ptq
 from .soft_rounding import SoftRounding, annealed_beta, only_trainable, soft_weights
-from .unit_ptq import require_codes
 
 _FIXED = 2.0**40
 """Gradients are summed as multiples of its inverse: exact in float64, in any order."""
@@ -54,6 +54,7 @@ class GlobalReconstruction(WeightPTQ):
     """
 
     needs_data: ClassVar[bool] = True
+    phase: ClassVar[str] = MENDS
 
     def __init__(
         self,
@@ -74,7 +75,6 @@ class GlobalReconstruction(WeightPTQ):
 
     def apply(self, task: PTQTask) -> None:
         """Learn on all calibration images, over and over."""
-        require_codes(task, self.name)
         assert task.run_pass is not None
         title = f'{self.name} {vars(self)} {task.seed} {task.data_key}'
         finished = FinishedUnits(task.folder, title, task.model)
@@ -91,7 +91,11 @@ class GlobalReconstruction(WeightPTQ):
             for n, layer in layers.items()
         ]
         affine = _affine_parameters(units) if self.affine_lr > 0 else []
-        with only_trainable(task.model, affine), soft_weights(roundings):
+        with (
+            only_trainable(task.model, affine),
+            soft_weights(roundings),
+            without_checkpointing(task.model),
+        ):
             self._learn(task, problem, roundings, affine)
         for rounding in roundings:
             rounding.write()
@@ -238,6 +242,19 @@ class _Features:
         finally:
             handle.remove()
         return found
+
+
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Activation checkpointing (``with_cp``) off: it cannot give gradients of chosen tensors."""
+    switched = [m for m in model.modules() if getattr(m, 'with_cp', False) is True]
+    try:
+        for module in switched:
+            module.with_cp = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in switched:
+            module.with_cp = True  # type: ignore[assignment]
 
 
 def _floating(value: Any) -> list[Tensor]:

@@ -59,11 +59,14 @@ def _sums(y: Tensor, wanted: Tensor, axis: int) -> Tensor:
 
 
 def _outputs(unit: Unit, name: str, inputs: CallStore, index: int) -> list[Tensor]:
-    """Outputs of a layer in one call of its unit, one tensor a call of the layer."""
+    """Outputs of a layer in one call of its unit, one tensor a call of the layer.
+
+    A bias that the caller hands over (BEiT, Swin V2) is left out: no algorithm can change it.
+    """
     layer, caught, call = unit.layers[name], list[Tensor](), inputs[index]
 
-    def hook(_: Any, __: Any, output: Tensor) -> None:
-        caught.append(output)
+    def hook(_: Any, args: tuple[Any, ...], output: Tensor) -> None:
+        caught.append(output if len(args) < 2 or args[1] is None else output - args[1])
         if len(caught) == unit.calls[name]:
             raise Reached
 

@@ -8,9 +8,8 @@ from torch import nn
 
 from ..compensation import attach_compensation
 from ..qwt import TARGETS, QwT
-from .base import PTQTask, WeightPTQ
+from .base import MENDS, PTQTask, WeightPTQ
 from .registry import register_weight_ptq
-from .unit_ptq import require_codes
 
 
 @register_weight_ptq('qwt')
@@ -27,6 +26,7 @@ class QwTBranch(WeightPTQ):
     """
 
     needs_data: ClassVar[bool] = True
+    phase: ClassVar[str] = MENDS
 
     def __init__(
         self, blocks: str | Sequence[str] = 'auto', ridge: float = 1e-4, target: str = TARGETS[0]
@@ -40,7 +40,6 @@ class QwTBranch(WeightPTQ):
     def apply(self, task: PTQTask) -> None:
         """Fit all branches in model order."""
         assert task.run_pass is not None
-        require_codes(task, 'qwt')
         attach_compensation(task.model, self.blocks)
         qwt = QwT(
             task.model,
@@ -49,5 +48,6 @@ class QwTBranch(WeightPTQ):
             self.ridge,
             self.target,
             task.float_biases,
+            task.float_norms,
         )
         task.blocks.update(qwt.fit(task.run_pass, task.progress))

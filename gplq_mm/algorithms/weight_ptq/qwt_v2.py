@@ -12,7 +12,7 @@ import torch
 
 from ...quantizers import PerTensor
 from ..streaming import CallStore, Unit
-from .base import PTQTask, folded, write_codes
+from .base import MENDS, PTQTask, folded, write_codes
 from .outputs import OutputMoments
 from .registry import register_weight_ptq
 from .unit_ptq import UnitPTQ
@@ -34,7 +34,7 @@ class QwTv2(UnitPTQ):
     """
 
     needs_reference = True
-    quantizes: ClassVar[bool] = False
+    phase: ClassVar[str] = MENDS
 
     def __init__(self, largest: float = 2.0) -> None:
         if not largest > 1:
@@ -59,15 +59,15 @@ class QwTv2(UnitPTQ):
             factor = torch.where(usable, factor, 1.0).float()
             codes = quantizer.codes(folded(layer, layer.weight))[0].detach()
             if usable.any():
-                scale = quantizer.scale * _per_scale(factor, quantizer.scale.numel())
+                scale = quantizer.scale * factor.view(-1, quantizer.scale.numel()).mean(0)
                 quantizer.set_qparams(scale, quantizer.zero_point.clone())
-                factor = scale.new_tensor(1.0) * factor
+                factor = scale_of_channels(factor, scale.numel())
                 write_codes(layer, codes)
             if layer.bias is not None:
                 shift = found.theirs / count - factor * (found.ours / count - layer.bias)
                 layer.bias.copy_(shift.to(layer.bias.dtype))
 
 
-def _per_scale(factor: torch.Tensor, scales: int) -> torch.Tensor:
-    """Factors of the output channels as factors of the scales, which groups may share."""
-    return factor.view(-1, scales).mean(0)
+def scale_of_channels(factor: torch.Tensor, scales: int) -> torch.Tensor:
+    """What each output channel's factor is where groups of channels share a scale: their mean."""
+    return factor.view(-1, scales).mean(0).repeat(len(factor) // scales)

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .base import WeightPTQ
+from .base import MENDS, PREPARES, ROUNDS, WeightPTQ
 
 PTQConfig = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 WEIGHT_PTQ: dict[str, type[WeightPTQ]] = {}
@@ -29,7 +29,8 @@ def build_weight_ptq(config: PTQConfig) -> list[WeightPTQ]:
         config: A name, ``dict(type=name, **options)``, or a list of those.
 
     Raises:
-        ValueError: For an unknown name or option, or an empty list.
+        ValueError: For an unknown name or option, an empty list, or an order in which one
+            of them could not work.
 
     Examples:
         >>> [type(a).__name__ for a in build_weight_ptq(dict(type='mse', steps=40))]
@@ -39,7 +40,30 @@ def build_weight_ptq(config: PTQConfig) -> list[WeightPTQ]:
         config = [config]
     if not config:
         raise ValueError(f"weight.ptq is empty; write one of {sorted(WEIGHT_PTQ)}, e.g. ptq='mse'")
-    return [_build(entry) for entry in config]
+    algorithms = [_build(entry) for entry in config]
+    _check_order(algorithms)
+    return algorithms
+
+
+def _check_order(algorithms: Sequence[WeightPTQ]) -> None:
+    """Prepare, round, mend: refuse another order before any work is done."""
+    names = [a.name for a in algorithms]
+    first = next((i for i, a in enumerate(algorithms) if a.phase == ROUNDS), None)
+    if first is None:
+        example = [*(a.name for a in algorithms if a.phase == PREPARES), 'gptq']
+        example += [a.name for a in algorithms if a.phase == MENDS]
+        raise ValueError(f'weight.ptq={names}: none of these rounds weights; write {example}')
+    for index, algorithm in enumerate(algorithms):
+        if algorithm.phase == MENDS and index < first:
+            raise ValueError(
+                f'weight.ptq={names}: {algorithm.name} mends quantized weights; put it behind '
+                f'{names[first]}'
+            )
+        if algorithm.phase == PREPARES and index > first:
+            raise ValueError(
+                f'weight.ptq={names}: {algorithm.name} changes float weights; put it before '
+                f'{names[first]}'
+            )
 
 
 def _build(entry: str | Mapping[str, Any]) -> WeightPTQ:

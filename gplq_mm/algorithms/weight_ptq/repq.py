@@ -18,7 +18,7 @@ from ..exact_sum import ExactSum
 from ..streaming import CallStore, Unit, UnitStream, find_units
 from ..streaming.calls import all_tensors
 from ..streaming.stream import run_unit
-from .base import PTQTask, WeightPTQ
+from .base import PREPARES, PTQTask, WeightPTQ
 from .registry import register_weight_ptq
 
 
@@ -47,6 +47,7 @@ class RepQ(WeightPTQ):
     """
 
     needs_data: ClassVar[bool] = True
+    phase: ClassVar[str] = PREPARES
 
     def __init__(self, strength: float = 1.0) -> None:
         if not 0 < strength <= 1:
@@ -55,14 +56,8 @@ class RepQ(WeightPTQ):
 
     @torch.no_grad()
     def apply(self, task: PTQTask) -> None:
-        """Unit by unit on the stage-1 model.
-
-        Raises:
-            ValueError: If the weights are quantized already.
-        """
+        """Unit by unit on the stage-1 model."""
         assert task.run_pass is not None
-        if any(la.weight_quantizer.is_calibrated for la in task.layers.values()):
-            raise ValueError("repq changes float weights: put it first, e.g. ptq=['repq', 'gptq']")
         units = find_units(task.model, task.layers, task.run_pass)
         stream = UnitStream(task.model, units, task.run_pass, None, task.budget_bytes, task.folder)
         for index, unit in enumerate(units):
@@ -146,12 +141,13 @@ def _device(unit: Unit) -> torch.device:
 
 def _scale(task: PTQTask, pair: Pair, factor: Tensor) -> None:
     """Divide the LayerNorm's output by ``factor`` and multiply the next weights by it."""
-    pair.norm.weight.div_(factor)
-    if pair.norm.bias is not None:
-        pair.norm.bias.div_(factor)
+    for parameter in pair.norm.parameters(recurse=False):
+        parameter.div_(factor)
+        task.float_norms[parameter].div_(factor)
     for name, layer in pair.consumers.items():
         layer.weight.mul_(factor)
         task.float_weights[name].mul_(factor)
+        task.input_factors[name] = task.input_factors.get(name, 1.0) * factor
 
 
 def _each_input(unit: Unit, inputs: CallStore, pair: Pair) -> Any:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ...modules import QuantizedLayer
+from ..distributed import on_all_ranks
 from ..streaming import CallStore, Unit, UnitStream, find_units
-from .base import PTQTask, WeightPTQ, write_nearest
+from .base import MENDS, PTQTask, WeightPTQ, write_nearest
 from .finished import FinishedUnits
 from .ranges import set_range
 
@@ -20,8 +21,6 @@ class UnitPTQ(WeightPTQ):
     needs_data: ClassVar[bool] = True
     needs_reference: bool = False
     """Whether ``quantize_unit`` gets the unit's inputs in the stage-1 model too."""
-    quantizes: ClassVar[bool] = True
-    """Whether it rounds weights; otherwise it works on what an earlier algorithm rounded."""
 
     @abstractmethod
     def quantize_unit(
@@ -49,8 +48,6 @@ class UnitPTQ(WeightPTQ):
             ValueError: If the calibration images reach no layer.
         """
         assert task.run_pass is not None
-        if not self.quantizes:
-            require_codes(task, self.name)
         units = find_units(task.model, task.layers, task.run_pass)
         if not units:
             raise ValueError(
@@ -69,7 +66,11 @@ class UnitPTQ(WeightPTQ):
             task.report(unit.name, index, len(units))
             inputs = stream.inputs(index)
             wanted = reference.inputs(index) if reference else None
-            if wanted is not None and not paired(unit, inputs, wanted):
+            if wanted is not None and not on_all_ranks(paired(unit, inputs, wanted)):
+                task.note(
+                    f'{unit.name}: its inputs in the quantized and in the stage-1 model do not '
+                    f"belong together; {self.name} aims at its own inputs' outputs"
+                )
                 wanted = None
             self.quantize_unit(task, unit, inputs, wanted)
             finished.save(index, unit.module)
@@ -85,7 +86,7 @@ class UnitPTQ(WeightPTQ):
         )
 
     def _quantize_unreached(self, task: PTQTask, units: list[Unit]) -> None:
-        if not self.quantizes:
+        if self.phase == MENDS:
             return
         reached = {name for unit in units for name in unit.layers}
         for name in task.layers.keys() - reached:
@@ -122,20 +123,6 @@ def _related(ours: Tensor, theirs: Tensor) -> bool:
         return False
     error = (ours.double() - theirs.double()).square().sum()
     return bool(error <= theirs.double().square().sum())
-
-
-def require_codes(task: PTQTask, name: str) -> None:
-    """Refuse to mend weights that no algorithm has rounded.
-
-    Raises:
-        ValueError: If a layer's weight quantizer has no scale.
-    """
-    bare = [n for n, la in task.layers.items() if not la.weight_quantizer.is_calibrated]
-    if bare:
-        raise ValueError(
-            f'{name} mends quantized weights, but {bare[0]} has none yet; put an algorithm that '
-            "rounds before it, e.g. ptq=['gptq', 'bias_correction']"
-        )
 
 
 def codes_of(layer: QuantizedLayer, x: Tensor) -> Tensor:
