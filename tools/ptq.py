@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from gplq_mm.algorithms.weight_ptq import build_weight_ptq
 from gplq_mm.engine.launch import add_arguments, build_runner, read_config, run_tool
 from gplq_mm.engine.preflight import ConfigError, check_checkpoint, check_data, is_gplq
-from gplq_mm.engine.ptq_comparison import PTQComparison
+from gplq_mm.engine.ptq_comparison import PTQComparison, parse_ptq
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,7 +33,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar='NAME',
         default=[None],
         help="weight algorithm in place of the recipe's, or several joined by + that run one after "
-        'the other (repq+gptq); with more than one NAME each starts from the checkpoint',
+        'the other (repq+gptq), with options if need be: "gptq(asymmetric=True)"; with more than '
+        'one NAME each starts from the checkpoint',
     )
     parser.add_argument(
         '--bits', type=int, help="weight bits in place of the recipe's, 2 to 8; rules' bits stay"
@@ -60,7 +61,7 @@ def check(cfg: Config, args: argparse.Namespace) -> None:
         raise ConfigError('--out names one file; with several --ptq leave it out')
     for name in filter(None, args.ptq):
         try:
-            build_weight_ptq(name.split('+'))
+            build_weight_ptq(parse_ptq(name))
         except ValueError as error:
             raise ConfigError(f'--ptq {name}: {error}') from None
     if args.bits is not None and not 2 <= args.bits <= 8:

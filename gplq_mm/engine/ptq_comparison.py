@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Several weight algorithms from one stage-1 checkpoint, side by side."""
 
+import ast
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -76,8 +77,7 @@ class PTQComparison:
             self.rows += finished
         else:
             self._restore()
-            names = None if ptq is None else ptq.split('+')
-            config = names[0] if names and len(names) == 1 else names
+            config = None if ptq is None else parse_ptq(ptq)
             self.rows += self._rows(run, stage2.run(self.runner, config, out, bits).data)
         if is_main_process():
             write_json(self.path, {'rows': self.rows})
@@ -161,6 +161,44 @@ def main_metrics(metrics: Mapping[str, float]) -> list[str]:
     return [name for name in metrics if name.endswith('mAP')] or list(metrics)[:1]
 
 
+def parse_ptq(text: str) -> Any:
+    """What ``weight.ptq`` is for an algorithm of the command line, or several joined by ``+``.
+
+    The inverse of ``ptq_label``.
+
+    Raises:
+        ValueError: If the options are no ``key=value`` pairs of plain values.
+
+    Examples:
+        >>> parse_ptq('mse')
+        'mse'
+        >>> parse_ptq('repq+gptq(damping=0.1,act_order=False)')
+        ['repq', {'type': 'gptq', 'damping': 0.1, 'act_order': False}]
+    """
+    try:
+        node = ast.parse(text, mode='eval').body
+        parts: list[Any] = []
+        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            parts.insert(0, _entry(node.right))
+            node = node.left
+        parts.insert(0, _entry(node))
+    except (SyntaxError, ValueError, TypeError):
+        raise ValueError(
+            f'{text!r} is no algorithm; write NAME, NAME(option=value) or NAME+NAME, such as '
+            "'repq+gptq(damping=0.1)'"
+        ) from None
+    return parts[0] if len(parts) == 1 else parts
+
+
+def _entry(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):
+        return node.id
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+        raise ValueError
+    options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
+    return {'type': node.func.id, **options}
+
+
 def ptq_label(config: Any) -> str:
     """Name of an algorithm or a combination.
 
@@ -171,7 +209,7 @@ def ptq_label(config: Any) -> str:
     if isinstance(config, str):
         return config
     if isinstance(config, Mapping):
-        options = ','.join(f'{k}={v}' for k, v in config.items() if k != 'type')
+        options = ','.join(f'{k}={v!r}' for k, v in config.items() if k != 'type')
         return f'{config["type"]}({options})' if options else str(config['type'])
     return '+'.join(ptq_label(entry) for entry in config)
 

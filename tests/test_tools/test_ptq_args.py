@@ -1,10 +1,12 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import re
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
 
 from gplq_mm.engine.preflight import ConfigError
+from gplq_mm.engine.ptq_comparison import parse_ptq, ptq_label
 from tests.helpers.tools import load_tool
 
 pytest.importorskip('mmcv')
@@ -31,6 +33,32 @@ def test_one_final_checkpoint_an_algorithm(
     args = ptq.parse_args(['c.py', 'x.pth', *words.split()])
     assert args.ptq == algorithms
     assert [ptq.final_name(args, GPLQ, name) for name in args.ptq] == files
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('gptq(0.1)', 'is no algorithm; write NAME'),
+        ('gptq+', 'is no algorithm'),
+        ('gptq(damping=f(1))', 'is no algorithm'),
+        ('gptq(dampling=0.1)', "does not take the options {'dampling': 0.1}"),
+        ('gptqq', "did you mean 'gptq'"),
+        ('bias_correction', 'none of these rounds weights'),
+    ],
+)
+def test_a_wrong_algorithm_is_refused(text: str, message: str) -> None:
+    args = ptq.parse_args(['c.py', 'x.pth', '--ptq', text])
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        ptq.check(GPLQ, args)
+
+
+def test_an_algorithm_may_have_options() -> None:
+    text = "repq(strength=0.5)+gptq(asymmetric=True,range='hessian')"
+    assert parse_ptq(text) == [
+        dict(type='repq', strength=0.5),
+        dict(type='gptq', asymmetric=True, range='hessian'),
+    ]
+    assert ptq_label(parse_ptq(text)) == text
 
 
 def test_a_float_config_is_refused() -> None:
