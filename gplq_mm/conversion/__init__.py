@@ -2,7 +2,7 @@
 """Floor 2: from a float model and a recipe to a model with quantizers."""
 
 from .attention import attach_matmuls, attach_rel_pos_matmuls
-from .auto_settings import settle_auto
+from .auto_settings import settle_auto, typical_width
 from .convert import (
     CoverageReport,
     convert_,
@@ -38,4 +38,5 @@ __all__ = [
     'set_predictor_roles',
     'set_quantization',
     'settle_auto',
+    'typical_width',
 ]

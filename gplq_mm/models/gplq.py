@@ -16,7 +16,14 @@ from ..adapters import load_adapters
 from ..algorithms.drop_rates import set_drop_rates_
 from ..algorithms.stage2 import prepare_stage2
 from ..algorithms.trainable import choose_trained_
-from ..conversion import CoverageReport, convert_, default_scope, resolve_recipe, settle_auto
+from ..conversion import (
+    CoverageReport,
+    convert_,
+    default_scope,
+    resolve_recipe,
+    settle_auto,
+    typical_width,
+)
 from ..modules import Engine, set_engine
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
@@ -94,7 +101,7 @@ def build_gplq(
     if resolved['scope'] == 'auto':
         resolved['scope'] = scope
     is_detector = scope == 'backbone'
-    resolved = settle_auto(resolved, is_detector)
+    resolved = settle_auto(resolved, is_detector, typical_width(network))
     mimic = resolve_mimic(resolved['mimic'], is_detector, has_penultimate(network))
     coverage = convert_(network, resolved, strict=strict)
     prepare_stage2(network, resolved)

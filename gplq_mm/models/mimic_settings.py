@@ -6,8 +6,6 @@ from typing import Any
 
 MIMIC_TYPES = ('feature', 'pca', 'logits')
 PENULTIMATE = 'penultimate'
-CLASSIFIER_TASK_WEIGHT = 0.5
-"""Share of the labels in a classifier's ``auto``; chosen in ``docs/accuracy.md``."""
 _KEYS: dict[str, Any] = {
     'type': None,
     'loss_weight': 1.0,
@@ -36,8 +34,8 @@ def resolve_mimic(
             term:
 
             - ``type``: ``feature``, ``pca`` or ``logits``; ``auto`` means features for
-              detectors, and for classifiers logits, the penultimate feature and half of the
-              task loss; ``paper`` nothing for detectors and PCA for classifiers.
+              detectors, and for classifiers logits and the penultimate feature; ``paper``
+              nothing for detectors and PCA for classifiers.
             - ``loss_weight``: Factor of the term (the paper's alpha).
             - ``task_weight``: Factor of the model's own losses; one value for all terms.
             - ``layer``: What ``feature`` and ``pca`` compare: ``penultimate`` (PCA's
@@ -78,7 +76,7 @@ def _expanded(term: Any, is_detector: bool, has_penultimate: bool) -> list[Any]:
         return [term]
     if is_detector:
         return [{**term, 'type': 'feature'}]
-    logits = {'task_weight': CLASSIFIER_TASK_WEIGHT, **term, 'type': 'logits', 'layer': None}
+    logits = {**term, 'type': 'logits', 'layer': None}
     if not has_penultimate:
         return [logits]
     layer = term.get('layer') or PENULTIMATE

@@ -2,8 +2,9 @@
 """Settings that follow from the task."""
 
 import pytest
+from torch import nn
 
-from gplq_mm.conversion import PRESETS, resolve_recipe, settle_auto
+from gplq_mm.conversion import PRESETS, resolve_recipe, settle_auto, typical_width
 
 
 @pytest.mark.parametrize('is_detector', [True, False])
@@ -44,3 +45,18 @@ def test_given_pairs_and_names_stay() -> None:
 def test_settled_recipes_share_no_list() -> None:
     one, two = (settle_auto(resolve_recipe('w4a4'), False) for _ in range(2))
     assert one['optim']['betas'] is not two['optim']['betas']
+
+
+@pytest.mark.parametrize(('width', 'lr'), [(None, 5e-4), (64, 5e-4), (128, 5e-4), (768, 8.3e-5)])
+def test_wide_classifiers_take_smaller_steps(width: float | None, lr: float) -> None:
+    found = settle_auto(resolve_recipe('w4a4'), False, width)['optim']
+    assert (found['lr'], found['scale_lr']) == (lr, 1e-3)
+    assert settle_auto(resolve_recipe('w4a4'), True, width)['optim']['lr'] == 5e-5
+    given = resolve_recipe(dict(base='w4a4', optim=dict(lr=1e-3)))
+    assert settle_auto(given, False, width)['optim']['lr'] == 1e-3
+
+
+def test_the_width_is_that_of_the_layers_there_are() -> None:
+    assert typical_width(nn.Conv2d(3, 8, 1)) is None
+    stages = [nn.Linear(48, 48), nn.Linear(96, 96), nn.Linear(192, 192)]
+    assert typical_width(nn.Sequential(*stages)) == 96

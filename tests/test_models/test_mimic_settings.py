@@ -29,7 +29,7 @@ def test_types_follow_the_model_and_the_paper() -> None:
         [('logits', None), ('feature', 'penultimate')],
         [('pca', 'penultimate')],
     ]
-    assert [c['task_weight'] for c in chosen] == [1.0, 0.5, 1.0]
+    assert [c['task_weight'] for c in chosen] == [1.0, 1.0, 1.0]
 
 
 def test_auto_takes_the_keys_of_its_terms() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
-from gplq_mm.conversion import resolve_recipe, settle_auto
+from gplq_mm.conversion import auto_settings, resolve_recipe, settle_auto
 from gplq_mm.engine.preflight import ConfigError
 from tests.helpers.runners import save_float
 from tests.helpers.tiny_projects import REPOSITORY, TinyProject, make_project
@@ -99,7 +99,9 @@ def test_a_fingerprint_stands_for_what_a_recipe_means(monkeypatch: pytest.Monkey
     ours = meant('ours')
     assert meant(f'x=ours,{written}') == ours
     assert len({ours, meant('ours', is_detector=True), meant('x=ours,optim.lr=1e-9')}) == 3
-    monkeypatch.setattr('gplq_mm.models.mimic_settings.CLASSIFIER_TASK_WEIGHT', 0.25)
+    assert meant('x=ours,mimic.task_weight=1.0') == ours != meant('x=ours,mimic.task_weight=0.5')
+    changed = {**auto_settings._CLASSIFIER, ('optim', 'lr'): 1e-9}
+    monkeypatch.setattr(auto_settings, '_CLASSIFIER', changed)
     assert meant('ours') != ours
 
 
