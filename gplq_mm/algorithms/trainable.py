@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which weights stage 1 trains; learned scales always train.
+"""Which weights stage 1 trains; learned scales train but for those in frozen stages.
 
 ``projection`` is the finding of APLA (arXiv 2503.11335): training nothing but the
 output projection of each attention is as good as training all, and cheaper.
@@ -42,6 +42,23 @@ def choose_trained_(model: nn.Module, train: str | Sequence[str]) -> list[str]:
         if name not in chosen:
             parameter.requires_grad_(False)
     return [name for name in weights if weights[name].requires_grad]
+
+
+def freeze_stages_(model: nn.Module) -> list[str]:
+    """Let the model freeze what its ``frozen_stages`` says, quantizer scales included.
+
+    Backbones of mmpretrain and mmdet freeze in every ``train()``. Done once before there is an
+    optimizer or a DDP wrapper, these see from the start what will get no gradient.
+
+    Args:
+        model: Converted model; left in training mode, as a new one is.
+
+    Returns:
+        Names of the scales that keep their calibrated values.
+    """
+    learned = {n: q for n, q in quantizers(model).items() if q.scale.requires_grad}
+    model.train()
+    return [n for n, q in learned.items() if not q.scale.requires_grad]
 
 
 def is_in_attention(name: str) -> bool:

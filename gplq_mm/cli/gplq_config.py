@@ -32,7 +32,8 @@ def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path)
         f'load_from = {checkpoint!r}',
         'resume = False',
         f"model = dict(type='gplq_mm.GPLQ', float_type={cfg.model.type!r}, recipe={recipe!r})",
-        _hooks_line(cfg),
+        *_label_lines(cfg),
+        *_hooks_lines(cfg),
         *_schedule_lines(cfg),
         "optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')",
     ]
@@ -41,10 +42,31 @@ def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path)
     return '\n'.join(lines) + '\n'
 
 
-def _hooks_line(cfg: Config) -> str:
-    """`custom_hooks`, the project's own kept: a list replaces the base's."""
-    own = '*_base_.custom_hooks, ' if cfg.get('custom_hooks') else ''
-    return f'custom_hooks = [{own}{HOOK}]'
+def _hooks_lines(cfg: Config) -> list[str]:
+    """`custom_hooks`, the project's own kept (a list replaces the base's) but for its EMA."""
+    types = [str(hook.get('type')) for hook in cfg.get('custom_hooks') or []]
+    if any(map(is_ema, types)):
+        kept = "*(h for h in _base_.custom_hooks if 'EMAHook' not in str(h['type']))"
+        return [
+            "# no EMAHook: over one epoch an average as slow as the base's stays at the start",
+            f'custom_hooks = [{kept}, {HOOK}]',
+        ]
+    return [f'custom_hooks = [{"*_base_.custom_hooks, " if types else ""}{HOOK}]']
+
+
+def is_ema(hook_type: object) -> bool:
+    """Whether a hook's type, a name or a class, averages weights."""
+    return 'EMAHook' in str(hook_type)
+
+
+def _label_lines(cfg: Config) -> list[str]:
+    """Of a classifier: no Mixup or CutMix, and learning rates that are for 128 images."""
+    lines = []
+    if 'augments' in (cfg.model.get('train_cfg') or {}):
+        lines.append("model['train_cfg'] = None  # no Mixup: scales are learned on plain images")
+    if cfg.get('default_scope') == 'mmpretrain' and cfg.get('auto_scale_lr'):
+        lines.append("auto_scale_lr = dict(base_batch_size=128)  # of the recipe's learning rates")
+    return lines
 
 
 def _schedule_lines(cfg: Config) -> list[str]:

@@ -15,7 +15,7 @@ from .match import RuleBook, in_scope
 from .recipe import resolve_recipe, scope_prefixes
 from .roles import give_roles
 
-_ATTENTION = re.compile(r'(attention|attn|msa)', re.IGNORECASE)
+_ATTENTION = re.compile(r'(attention|attn|attntion|msa|xca)', re.IGNORECASE)
 
 
 @dataclass

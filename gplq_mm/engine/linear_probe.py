@@ -2,11 +2,14 @@
 """The builder behind ``type='gplq_mm.LinearProbe'``: a frozen backbone under a new linear head."""
 
 import copy
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.logging import print_log
 from mmengine.registry import DefaultScope
 from torch import nn
 
@@ -89,10 +92,11 @@ def build_linear_probe(
             'gplq_mm.LinearProbe needs a quantized backbone, model.checkpoint is not set; write '
             '--cfg-options model.checkpoint=work_dirs/X/gplq_final.pth'
         )
-    edit: dict[str, Any] = {'train_cfg': None}
-    if drop_path_rate:
-        edit['backbone'] = {'drop_path_rate': drop_path_rate}
-    source = QuantizedSource(checkpoint, model, edit)
+    source = QuantizedSource(checkpoint, model, {'train_cfg': None})
+    if drop_path_rate and _takes(source, 'drop_path_rate'):
+        source.float_cfg['backbone']['drop_path_rate'] = drop_path_rate
+    elif drop_path_rate:
+        print_log(f'drop_path_rate={drop_path_rate}: the backbone knows none', logger='current')
     network = source.quantized() if quantized else source.float_twin(fp32_checkpoint)
     new_head = head or _linear_head(source.float_cfg.get('head'), num_classes)
     with DefaultScope.overwrite_default_scope(source.scope):
@@ -111,12 +115,21 @@ def freeze_(network: nn.Module) -> nn.Module:
     return network
 
 
+def _takes(source: QuantizedSource, argument: str) -> bool:
+    """Whether the backbone's constructor, or one that it hands keywords on to, has an argument."""
+    with MODELS.switch_scope_and_registry(source.scope) as registry:
+        backbone = registry.get(source.float_cfg['backbone']['type'])
+    return any(argument in inspect.signature(c.__init__).parameters for c in backbone.__mro__)
+
+
 def _linear_head(cfg: Mapping[str, Any] | None, num_classes: int) -> dict[str, Any]:
-    """The model's own kind of head, linear and for another number of classes."""
+    """The model's own kind of head where that is linear, for another number of classes."""
     if not cfg:
         raise ValueError(
             "the model has no head to follow; write head=dict(type='LinearClsHead', "
             f'num_classes={num_classes}, in_channels=...)'
         )
+    if re.search('Stacked|MultiLabel|CSRA|ArcFace|MultiTask', str(cfg['type'])):
+        cfg = {'type': 'LinearClsHead', 'in_channels': cfg['in_channels']}
     own = {k: v for k, v in cfg.items() if k not in ('hidden_dim', 'init_cfg')}
     return {**own, 'num_classes': num_classes, 'loss': {'type': 'CrossEntropyLoss'}}

@@ -2,6 +2,7 @@
 """Optimizer of stage 1: float weights and quantizer scales, each with its own LR."""
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
@@ -71,6 +72,28 @@ def _set_scale_groups(built: OptimWrapper, network: nn.Module, lr: float, decay:
     for group in built.optimizer.param_groups:
         if all(id(p) in scales for p in group['params']):
             group['lr'], group['weight_decay'] = lr, decay
+
+
+def slow_average_warning(hooks: Iterable[Any], iterations: int) -> str | None:
+    """What to say where an EMA would leave stage 1 mostly out; it is what is saved and scored.
+
+    Args:
+        hooks: The runner's.
+        iterations: Of the whole training.
+    """
+    for hook in hooks:
+        cfg = getattr(hook, 'ema_cfg', None)
+        if cfg is None or cfg.get('type', 'ExponentialMovingAverage') != 'ExponentialMovingAverage':
+            continue
+        momentum = cfg.get('momentum', 0.0002)
+        left = (1 - momentum) ** iterations
+        if left > 0.05:
+            return (
+                f'EMAHook with momentum={momentum} over {iterations} iterations: {left:.0%} of the '
+                'averaged weights, which are saved, scored and quantized, will still be the float '
+                f"model's; leave the hook out, or write momentum={min(5 / iterations, 0.5):.2g}"
+            )
+    return None
 
 
 def shared_lr_warning(built: Any, network: Any) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from ..algorithms.distributed import world
 from ..models import Mimicking
 from ..registry import MODELS
 from ..utils.checkpoint_io import read_checkpoint
@@ -73,7 +74,9 @@ def pca_images(calibration: CalibrationSet) -> Images:
     """
 
     def images(num_images: int | None) -> CalibrationSet:
-        return calibration.sample(num_images, PCA_BATCH, PCA_IMAGES, 'mimic')
+        wanted = min(PCA_IMAGES, len(calibration.dataset)) if num_images is None else num_images
+        batch = max(1, min(PCA_BATCH, wanted // world()[1]))  # a batch for every rank
+        return calibration.sample(num_images, batch, PCA_IMAGES, 'mimic')
 
     return images
 

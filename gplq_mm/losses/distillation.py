@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Logit distillation."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +11,8 @@ class SoftLogitLoss(nn.Module):
 
     Args:
         temperature: Softening T, positive.
+        multi_label: Each logit is a probability of its own (sigmoid): the divergences of
+            the classes are summed.
 
     Raises:
         ValueError: If ``temperature`` is not positive.
@@ -21,15 +24,19 @@ class SoftLogitLoss(nn.Module):
         tensor(0.)
     """
 
-    def __init__(self, temperature: float = 1.0) -> None:
+    def __init__(self, temperature: float = 1.0, multi_label: bool = False) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f'temperature={temperature}: write a positive number')
-        self.temperature = temperature
+        self.temperature, self.multi_label = temperature, multi_label
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Mean over the batch; both ``(N, classes)``."""
         t = self.temperature
+        if self.multi_label:  # two classes each: the logit and its opposite
+            student, teacher = (
+                torch.stack([x, torch.zeros_like(x)], -1) for x in (student, teacher)
+            )
         log_p = F.log_softmax(student.float() / t, dim=-1)
         log_q = F.log_softmax(teacher.float() / t, dim=-1)
         return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * t * t

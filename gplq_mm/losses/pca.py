@@ -5,6 +5,7 @@ Source: GPLQ (arXiv 2506.11784), section 3.2:
 ``L = 1/N sum_i || (f_s^i - f_t^i) V ||^2``. The mean of the features cancels.
 """
 
+import torch
 from torch import Tensor, nn
 
 
@@ -29,5 +30,6 @@ class PCAMimicLoss(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Mean over ``(N, C)`` features of the projected squared distance."""
-        difference = (student.float() - teacher.float()) @ self.components
-        return difference.square().sum(-1).mean()
+        with torch.autocast(student.device.type, enabled=False):
+            difference = (student.float() - teacher.float()) @ self.components
+            return difference.square().sum(-1).mean()

@@ -15,7 +15,7 @@ from torch import nn
 from ..adapters import load_adapters
 from ..algorithms.drop_rates import set_drop_rates_
 from ..algorithms.stage2 import prepare_stage2
-from ..algorithms.trainable import choose_trained_
+from ..algorithms.trainable import choose_trained_, freeze_stages_
 from ..conversion import (
     CoverageReport,
     convert_,
@@ -107,6 +107,13 @@ def build_gplq(
     prepare_stage2(network, resolved)
     choose_trained_(network, resolved['optim'].get('train', 'all'))
     set_drop_rates_(network, resolved['optim'].get('drop_rates', 'keep'))
+    frozen = freeze_stages_(network)
+    if frozen:
+        print_log(
+            f'GPLQ: {len(frozen)} scales lie in frozen stages and keep their calibrated values, '
+            f'first {frozen[0]}',
+            logger='current',
+        )
     chosen = set_engine(network, engine)
     if mimic is not None and isinstance(network, BaseModel):
         make_mimicking(network, mimic)

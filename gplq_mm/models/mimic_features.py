@@ -35,7 +35,14 @@ class Recording:
         if layer == PENULTIMATE:
             return [penultimate(self.model, self.features)]
         found = self.features if layer is None else self._output(str(layer))
-        return list(found) if isinstance(found, tuple | list) else [found]
+        levels = list(found) if isinstance(found, tuple | list) else [found]
+        maps = [x for x in levels if isinstance(x, Tensor) and x.is_floating_point()]
+        if not maps and layer is not None:
+            raise ValueError(
+                f'recipe.mimic.layer={layer!r} gives {type(found).__name__} and no feature map; '
+                'name a module that gives a tensor'
+            )
+        return maps or levels  # Swin's stages give their tokens beside a size
 
     def samples(self, layer: str) -> Tensor:
         """Features of a layer with one row a sample, ``(N, C)``.
@@ -52,6 +59,13 @@ class Recording:
         if HEAD not in self.outputs:
             self.outputs[HEAD] = self.model.head(self.features)
         return _by_task(self.outputs[HEAD])
+
+    def is_multi_label(self, task: str) -> bool:
+        """Whether each logit of a task is a probability of its own."""
+        head = self.model.head
+        for name in filter(None, task.split('.')):
+            head = head.task_heads[name]
+        return hasattr(head, 'thr')
 
     def _output(self, layer: str) -> Any:
         if layer not in self.outputs:

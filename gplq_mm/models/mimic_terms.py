@@ -37,12 +37,19 @@ class LogitsTerm:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
-        self.loss = SoftLogitLoss(settings['temperature'])
+        self.of_one = SoftLogitLoss(settings['temperature'])
+        self.of_several = SoftLogitLoss(settings['temperature'], multi_label=True)
 
     def __call__(self, student: Recording, teacher: Recording) -> Tensor:
         """The loss of two forward passes, a scalar without its weight."""
         ours, theirs = student.logits(), teacher.logits()
-        return torch.stack([self.loss(ours[task], theirs[task]) for task in theirs]).sum()
+        losses = [
+            (self.of_several if student.is_multi_label(task) else self.of_one)(
+                ours[task], theirs[task]
+            )
+            for task in theirs
+        ]
+        return torch.stack(losses).sum()
 
 
 class PCATerm:

@@ -32,7 +32,15 @@ def apply_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
         override_data_root(cfg, rest.pop('data_root'))
     if 'image_size' in rest:
         override_image_size(cfg, rest.pop('image_size'))
+    _open_recipe(cfg, rest)
     cfg.merge_from_dict(rest)
+
+
+def _open_recipe(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Write a recipe that is a preset's name as a dict where options name keys in it."""
+    recipe = (cfg.get('model') or {}).get('recipe')
+    if isinstance(recipe, str) and any(key.startswith('model.recipe.') for key in options):
+        cfg.model.recipe = ConfigDict(base=recipe)
 
 
 def override_data_root(cfg: Config, new_root: str | PathLike[str]) -> None:

@@ -6,9 +6,11 @@ from torch import nn
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmdet')
 
+from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.models import heads
 from mmpretrain.models.utils import MultiheadAttention
 
-from gplq_mm.conversion import convert_
+from gplq_mm.conversion import convert_, set_quantization
 from tests.helpers.attentions import ATTENTIONS, randomized
 from tests.helpers.identity import assert_identity, assert_only_quantizer_keys
 from tests.helpers.mm_models import CLASSIFIERS, classifier
@@ -104,3 +106,36 @@ def test_subclass_of_an_attention_class_is_reported() -> None:
             dict(base='w4a4', scope='all'),
             strict=True,
         )
+
+
+@pytest.mark.parametrize('name', ['LeViTClsHead', 'EfficientFormerClsHead'])
+def test_a_distilled_head_trains_on_the_mean_of_its_scores(name: str) -> None:
+    """mmpretrain raises NotImplementedError for them in training."""
+    cls = getattr(heads, name)
+    model = nn.Sequential(cls(num_classes=3, in_channels=8))
+    x = (torch.randn(4, 8),)
+    with pytest.raises(NotImplementedError):
+        model[0].train()(x)
+    convert_(model, dict(scope='all'))
+    assert isinstance(model[0], cls)
+    set_quantization(model, False)
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm1d):
+            part.eval()
+    torch.testing.assert_close(model[0](x), model.eval()[0](x))
+    assert model.train()[0].training
+
+
+def test_attention_of_another_kind_is_named() -> None:
+    """XCiT multiplies activations in classes of its own; no handler, but never in silence."""
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        backbone = dict(
+            type='XCiT', img_size=32, patch_size=8, embed_dims=16, depth=2, num_heads=2,
+            mlp_ratio=2, cls_attn_layers=1,
+        )  # fmt: skip
+        model = MODELS.build(backbone)
+    report = convert_(model, dict(scope='all'))
+    named = [name for name, _ in report.kept_float]
+    assert [n for n in named if n.endswith('.attn')] == [
+        'xca_layers.0.attn', 'xca_layers.1.attn', 'ca_layers.0.attn',
+    ]  # fmt: skip

@@ -68,17 +68,17 @@ def test_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_hooks_and_work_dir(classifier: TinyProject, tmp_path: Path) -> None:
-    config = classifier.config.with_name('ema.py')
+    config = classifier.config.with_name('own.py')
     config.write_text(
-        "_base_ = './vit_classifier.py'\ncustom_hooks = [dict(type='EMAHook', momentum=0.1)]\n"
+        "_base_ = './vit_classifier.py'\ncustom_hooks = [dict(type='NumClassCheckHook')]\n"
         "work_dir = 'runs/float'\n"
     )
     out = tmp_path / 'out.py'
     words = (str(config), '--checkpoint', 'float.pth', '--recipe', 'w3a3', '-o', str(out))
     assert init(*words) == 0
     cfg = Config.fromfile(out)
-    ema = dict(type='EMAHook', momentum=0.1)
-    assert cfg.custom_hooks == [ema, dict(type='gplq_mm.GPLQHook')]
+    own = dict(type='NumClassCheckHook')
+    assert cfg.custom_hooks == [own, dict(type='gplq_mm.GPLQHook')]
     assert cfg.work_dir == 'work_dirs/out'
     assert cfg.model.recipe == 'w3a3'
 
@@ -168,3 +168,21 @@ def test_force_overwrites(classifier: TinyProject, tmp_path: Path) -> None:
     config = os.path.relpath(classifier.config)
     assert init(config, '--checkpoint', 'float.pth', '-o', str(out), '--force') == 0
     assert 'mine' not in Config.fromfile(out)
+
+
+def test_what_would_spoil_one_epoch_is_left_out(classifier: TinyProject, tmp_path: Path) -> None:
+    config = classifier.config.with_name('regularised.py')
+    config.write_text(
+        "_base_ = './vit_classifier.py'\n"
+        "custom_hooks = [dict(type='EMAHook', momentum=1e-4), dict(type='NumClassCheckHook')]\n"
+        "model = dict(train_cfg=dict(augments=dict(type='Mixup', alpha=0.8)))\n"
+        'auto_scale_lr = dict(base_batch_size=1024)\n'
+    )
+    out = tmp_path / 'out.py'
+    assert init(str(config), '--checkpoint', 'float.pth', '-o', str(out)) == 0
+    cfg = Config.fromfile(out)
+    hooks = [dict(type='NumClassCheckHook'), dict(type='gplq_mm.GPLQHook')]
+    assert cfg.custom_hooks == hooks
+    assert cfg.model.train_cfg is None and cfg.model.float_type == 'ImageClassifier'
+    assert cfg.auto_scale_lr == dict(base_batch_size=128)
+    assert '# no EMAHook: ' in out.read_text()

@@ -15,7 +15,7 @@ from torch import nn
 
 from gplq_mm.conversion import convert_, resolve_recipe
 from gplq_mm.engine import GPLQOptimWrapperConstructor
-from gplq_mm.engine.optim import shared_lr_warning
+from gplq_mm.engine.optim import shared_lr_warning, slow_average_warning
 from tests.helpers.models import Detector
 
 OPTIM = dict(lr=1e-3, scale_lr=5e-3, weight_decay=0.02, scale_weight_decay=0.01, betas=[0.8, 0.9])
@@ -168,3 +168,13 @@ def test_auto_scale_lr_scales_both_groups(model: Any) -> None:
 def test_a_float_model_is_refused() -> None:
     with pytest.raises(TypeError, match=r"Detector was not built by type='gplq_mm\.GPLQ'"):
         GPLQOptimWrapperConstructor({})(Detector())
+
+
+def test_an_average_that_stays_at_the_start_is_warned_of() -> None:
+    def hook(**cfg: Any) -> Any:
+        return SimpleNamespace(ema_cfg=dict(type='ExponentialMovingAverage', **cfg))
+
+    assert slow_average_warning([SimpleNamespace()], 10) is None
+    assert slow_average_warning([hook(momentum=0.01)], 1000) is None
+    warning = slow_average_warning([SimpleNamespace(), hook(momentum=1e-4)], 1251)
+    assert warning is not None and '88%' in warning and 'momentum=0.004' in warning

@@ -11,10 +11,11 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from gplq_mm.engine.calibration_data import CalibrationSet
 from gplq_mm.engine.checkpoint import file_sha256, load_float_, quantization_keys
-from gplq_mm.engine.teacher import attach_teacher, float_state_of
+from gplq_mm.engine.teacher import attach_teacher, float_state_of, pca_images
 from gplq_mm.utils.checkpoint_io import read_checkpoint
-from tests.helpers.runners import float_config
+from tests.helpers.runners import float_config, gplq_config, make_runner
 from tests.helpers.tiny_projects import TinyProject
 
 
@@ -123,3 +124,15 @@ def test_too_few_images_for_a_basis(project: TinyProject, fp32: Path) -> None:
     four = [dict(inputs=torch.randint(0, 255, (4, 3, 32, 32)))]
     with pytest.raises(ValueError, match=r'4 samples cannot give 32.*num_images'):
         attach_teacher(model, source(fp32), None, lambda num_images: four)
+
+
+def test_few_images_for_a_basis_reach_every_rank(
+    project: TinyProject, fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = make_runner(gplq_config(project, fp32, tmp_path))
+    calibration = CalibrationSet(runner.cfg, num_images=4, seed=0, batch_size=1)
+    for module in ('calibration_data', 'teacher'):
+        monkeypatch.setattr(f'gplq_mm.engine.{module}.world', lambda: (0, 8))
+    assert len(pca_images(calibration)(20).batches) == 10
+    with pytest.raises(ValueError, match='cannot be dealt to 8 ranks'):
+        pca_images(calibration)(7)

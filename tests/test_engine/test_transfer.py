@@ -13,7 +13,7 @@ from torch import nn
 
 pytest.importorskip('mmpretrain')
 
-import gplq_mm.engine.linear_probe  # noqa: F401
+import gplq_mm.engine.linear_probe
 from gplq_mm.algorithms.linear_probe import ProbeSettings
 from gplq_mm.conversion import quantizers, set_quantization
 from gplq_mm.engine.checkpoint import is_quantized_checkpoint
@@ -225,3 +225,20 @@ def test_table_and_difference():
     result = TransferResult([50.0, 60.0], [52.0, 59.0], [0, 1], 'x')
     assert result.difference == 0.5
     assert result.table().splitlines()[-1].split() == ['mean', '55.00', '55.50', '+0.50']
+
+
+def test_a_probe_is_linear_whatever_the_models_head_was() -> None:
+    linear = gplq_mm.engine.linear_probe._linear_head
+    stacked = dict(type='StackedLinearClsHead', in_channels=8, num_classes=3, mid_channels=[4])
+    assert linear(stacked, 5)['type'] == 'LinearClsHead'
+    assert set(linear(stacked, 5)) == {'type', 'in_channels', 'num_classes', 'loss'}
+    own = linear(dict(type='VisionTransformerClsHead', in_channels=8, hidden_dim=4), 5)
+    assert own['type'] == 'VisionTransformerClsHead' and 'hidden_dim' not in own
+
+
+def test_a_backbone_without_stochastic_depth_is_probed_without(final, monkeypatch):
+    monkeypatch.setattr(gplq_mm.engine.linear_probe, '_takes', lambda *_: False)
+    model = build(final, drop_path_rate=0.1)
+    assert not any(getattr(m, 'drop_prob', 0) for m in model.modules())
+    monkeypatch.undo()
+    assert any(getattr(m, 'drop_prob', 0) for m in build(final, drop_path_rate=0.1).modules())

@@ -43,3 +43,20 @@ def test_soft_logit_loss_has_the_gradient_of_soft_cross_entropy() -> None:
     assert SoftLogitLoss(2.0)(teacher, teacher) == pytest.approx(0.0, abs=1e-6)
     with pytest.raises(ValueError, match='temperature'):
         SoftLogitLoss(0.0)
+
+
+def test_a_multi_label_loss_sees_a_shift_of_all_logits() -> None:
+    teacher = torch.randn(4, 5)
+    assert SoftLogitLoss()(teacher + 3, teacher) < 1e-6
+    loss = SoftLogitLoss(multi_label=True)
+    p, q = (teacher + 3).sigmoid(), teacher.sigmoid()
+    wanted = q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    torch.testing.assert_close(loss(teacher + 3, teacher), wanted.sum(1).mean())
+
+
+def test_pca_loss_is_float32_under_autocast() -> None:
+    loss, student = PCAMimicLoss(torch.eye(300)), torch.full((2, 300), 280.0)
+    with torch.autocast('cpu', torch.float16):
+        found = loss(student, torch.zeros_like(student))
+    assert found.dtype == torch.float32
+    assert found == pytest.approx(300 * 280.0**2)

@@ -19,7 +19,7 @@ from gplq_mm.conversion import quantizers
 from gplq_mm.engine.checkpoint import quantization_keys
 from gplq_mm.models import build_gplq
 from gplq_mm.models.mimicking import Mimicking
-from tests.helpers.mm_models import calibrate_activations
+from tests.helpers.mm_models import CLASSIFIERS, calibrate_activations
 
 BACKBONE = dict(
     type='VisionTransformer',
@@ -226,3 +226,18 @@ def test_a_step_under_autocast_is_finite(dtype: torch.dtype) -> None:
         scales = [q.scale for q in quantizers(model, 'activation').values()]
         assert all(s.grad is not None and s.dtype == torch.float32 for s in scales)
         optimizer.step()
+
+
+def test_scales_of_frozen_stages_are_frozen_from_the_start() -> None:
+    """mmpretrain freezes in `train()`: an optimizer and DDP would have seen other parameters."""
+    backbone = dict(CLASSIFIERS['swin'][0], frozen_stages=0)
+    neck, head = dict(type='GlobalAveragePooling'), dict(HEAD, type='LinearClsHead', in_channels=32)
+    model = flat(backbone=backbone, neck=neck, head=head)
+    before = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.eval()
+    model.train()
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == before
+    found = quantizers(model, 'activation')
+    frozen = {n for n, q in found.items() if not q.scale.requires_grad}
+    first = ('backbone.patch_embed', 'backbone.stages.0')
+    assert frozen == {n for n in found if n.startswith(first)}

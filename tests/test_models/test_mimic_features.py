@@ -18,7 +18,7 @@ from mmpretrain.structures import DataSample, MultiTaskDataSample
 from gplq_mm.models.mimic_features import Recording, as_rows, penultimate, run_teacher
 from tests.helpers.mm_models import CLASSIFIERS, calibrate_activations, classifier
 
-from .test_gplq import BACKBONE, CLASSIFIER
+from .test_gplq import BACKBONE, CLASSIFIER, HEAD
 
 
 @pytest.fixture(autouse=True)
@@ -165,3 +165,37 @@ def test_several_heads_in_a_list_are_refused() -> None:
     heads = [CLASSIFIER['head'], CLASSIFIER['head']]
     with pytest.raises(ValueError, match=r"2 heads in a list.*type='MultiTaskHead'"):
         MODELS.build(dict(type='gplq_mm.GPLQ', model={**CLASSIFIER, 'head': heads}))
+
+
+SWIN = dict(
+    type='ImageClassifier',
+    backbone=CLASSIFIERS['swin'][0],
+    neck=dict(type='GlobalAveragePooling'),
+    head=dict(type='LinearClsHead', num_classes=3, in_channels=32),
+)
+
+
+@pytest.mark.parametrize('layer', ['backbone.stages.0', 'backbone.patch_embed'])
+def test_a_stage_that_gives_a_size_beside_its_tokens(layer: str) -> None:
+    model: Any = MODELS.build(copy.deepcopy(SWIN))
+    found = run_teacher(model, torch.randn(2, 3, 32, 32), [layer])
+    (tokens,) = found.levels(layer)
+    assert tokens.dim() == 3 and found.samples(layer).shape[1] == tokens.shape[2]
+    found.outputs[layer] = (4, 4)
+    with pytest.raises(ValueError, match=rf"layer='{layer}' gives tuple and no feature map"):
+        found.levels(layer)
+
+
+def test_labels_that_are_not_exclusive_are_distilled_one_by_one() -> None:
+    head = dict(type='MultiLabelLinearClsHead', num_classes=3, in_channels=16)
+    neck = dict(type='GlobalAveragePooling')
+    backbone = dict(BACKBONE, out_type='featmap')
+    cfg = dict(type='ImageClassifier', backbone=backbone, neck=neck, head=head)
+    student = make_student(cfg, dict(type='logits'))
+    (term,) = student.__dict__['_terms']
+    ours, theirs = Recording(student), Recording(student.teacher)
+    theirs.outputs['head'] = torch.randn(3, 3)
+    ours.outputs['head'] = theirs.outputs['head'] + 5
+    assert term(ours, theirs) > 1
+    student.head = MODELS.build(HEAD)
+    assert term(Recording(student, None, ours.outputs), theirs) < 1e-5

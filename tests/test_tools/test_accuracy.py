@@ -184,6 +184,8 @@ def test_a_killed_run_goes_on_with_the_missing_rows(project: TinyProject, tmp_pa
     assert len(rows) == 4
     assert all(list(row)[:10] == [*KEYS, *FIGURES] for row in rows)
     assert {row['fp32'] for row in rows} == {90.0}
+    old = [{**row, 'checkpoint_sha256': 'of another checkpoint'} for row in rows]
+    assert accuracy.Benchmark(args, old)._fp32(planned[0]) is None
     assert [stage1 is not None for name, _, stage1 in calls if name.endswith('w2a4 0')] == [
         True
     ] * 2

@@ -88,3 +88,11 @@ def test_changed_config_is_still_a_config(cfg, tmp_path):
     apply_cfg_options(cfg, {'data_root': '/mnt/coco', 'image_size': 64})
     cfg.dump(tmp_path / 'dumped.py')
     assert Config.fromfile(tmp_path / 'dumped.py').to_dict() == cfg.to_dict()
+
+
+def test_keys_of_a_recipe_that_is_a_presets_name():
+    cfg = Config(dict(model=dict(type='gplq_mm.GPLQ', recipe='w3a3')))
+    apply_cfg_options(cfg, {'model.recipe.calibration.num_images': 8, 'model.recipe.mimic': None})
+    assert cfg.model.recipe == dict(base='w3a3', calibration=dict(num_images=8), mimic=None)
+    apply_cfg_options(cfg, {'model.recipe': 'w8a8'})
+    assert cfg.model.recipe == 'w8a8'

@@ -192,9 +192,10 @@ class Benchmark:
     def _fp32(self, row: Row) -> float | None:
         """FP32 score of the row's model and data, measured once for all rows."""
         names = ('model', 'dataset', *(('seed',) if row.is_transfer else ()))
-        key = [row.key[name] for name in names]
+        key = [*(row.key[name] for name in names), row.job['checkpoint_sha256']]
         for known in self.rows.values():
-            if [known[name] for name in names] == key and known['fp32'] is not None:
+            theirs = [*(known[name] for name in names), known.get('checkpoint_sha256')]
+            if theirs == key and known['fp32'] is not None:
                 return known['fp32']
         return None
 
@@ -210,6 +211,7 @@ class Benchmark:
                 **more,
                 'epochs': row.job['epochs'],
                 'train_fraction': row.job['train_fraction'],
+                'checkpoint_sha256': row.job['checkpoint_sha256'],
                 'fingerprint': row.fingerprint,
             }
             self.rows[row_key(stored)] = stored

@@ -130,7 +130,11 @@ def plan(args: argparse.Namespace) -> list[Row]:
             for bits in [recipe.bits] if recipe.bits else args.bits:
                 for seed in args.seeds:
                     row = make_row(recipe, bits, seed, base, args, model)
-                    rows.setdefault(str(row), row)
+                    same = rows.setdefault(str(row), row)
+                    if same.job['checkpoint_sha256'] != digest:
+                        raise ConfigError(
+                            f'two models are called {row.key["model"]}; rename one config'
+                        )
                     if args.transfer:
                         probes = transfer_row(row, find_transfer(args.transfer))
                         rows.setdefault(str(probes), probes)
@@ -202,6 +206,7 @@ def make_row(
         'recipe': resolved,
         'preset': recipe.preset(bits),
         'work_dir': os.path.abspath(args.work_dir / folder),
+        'checkpoint_sha256': model.digest,
         'stage1_key': stage1_key,
         'result': str(args.work_dir.absolute() / folder / RESULT_NAME),
         'fingerprint': fingerprint(*shared, meant),

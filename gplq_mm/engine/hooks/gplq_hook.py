@@ -13,7 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
-from ..optim import shared_lr_warning
+from ..optim import shared_lr_warning, slow_average_warning
 from ..preflight import check_float_checkpoint
 from ..resume import resumable_checkpoint
 from ..seeding import RandomState, random_state, seed_epoch, set_random_state
@@ -53,9 +53,12 @@ class GPLQHook(Hook):
         if not isinstance(runner._train_loop, BaseLoop):
             return
         self._choose_weights(runner)
-        warning = shared_lr_warning(runner.optim_wrapper, unwrap(runner.model))
-        if warning:
-            print_log(warning, logger='current', level=logging.WARNING)
+        for warning in (
+            shared_lr_warning(runner.optim_wrapper, unwrap(runner.model)),
+            slow_average_warning(runner.hooks, runner.max_iters),
+        ):
+            if warning:
+                print_log(warning, logger='current', level=logging.WARNING)
         self.session = GPLQSession(runner, resumed=runner._resume)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
