@@ -9,6 +9,7 @@ pytest.importorskip('mmdet')
 from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.models import heads
 from mmpretrain.models.utils import MultiheadAttention
+from mmpretrain.structures import DataSample
 
 from gplq_mm.conversion import convert_, set_quantization
 from tests.helpers.attentions import ATTENTIONS, randomized
@@ -112,18 +113,22 @@ def test_subclass_of_an_attention_class_is_reported() -> None:
 def test_a_distilled_head_trains_on_the_mean_of_its_scores(name: str) -> None:
     """mmpretrain raises NotImplementedError for them in training."""
     cls = getattr(heads, name)
-    model = nn.Sequential(cls(num_classes=3, in_channels=8))
-    x = (torch.randn(4, 8),)
+    loss = dict(type='CrossEntropyLoss')
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = nn.Sequential(cls(num_classes=3, in_channels=8, loss=loss))
+    feats, samples = (torch.randn(4, 8),), [DataSample().set_gt_label(i % 3) for i in range(4)]
     with pytest.raises(NotImplementedError):
-        model[0].train()(x)
+        model[0].train().loss(feats, samples)
     convert_(model, dict(scope='all'))
     assert isinstance(model[0], cls)
     set_quantization(model, False)
+    model[0].loss(feats, samples)['loss'].backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if 'quantizer' not in n)
     for part in model.modules():
         if isinstance(part, nn.BatchNorm1d):
             part.eval()
-    torch.testing.assert_close(model[0](x), model.eval()[0](x))
-    assert model.train()[0].training
+    assert model[0].training
+    torch.testing.assert_close(model[0](feats), model.eval()[0](feats))
 
 
 def test_attention_of_another_kind_is_named() -> None:

@@ -16,28 +16,29 @@ PREDICTORS = r'^(fc|head|head_dist|dist_head|conv_cls_head|trans_cls_head)$'
 """``LinearClsHead.fc``, ``VisionTransformerClsHead.layers.head``, DeiT's ``head_dist``, ..."""
 
 
-class _MeanInTraining:
-    """A distilled head that in training gives the mean of its two scores, as in inference.
+class MeanLeViTClsHead(LeViTClsHead):
+    """``LeViTClsHead`` that gives the mean of its two scores in training too, as DeiT's does.
 
-    mmpretrain refuses to train such heads; DeiT's it trains like this.
+    mmpretrain refuses to train it.
     """
 
     training: bool
 
     def forward(self, feats: Any) -> Any:
+        """As the class does it outside training."""
         training, self.training = self.training, False  # this flag only: layers inside keep theirs
         try:
-            return super().forward(feats)  # type: ignore[misc]
+            return super().forward(feats)
         finally:
             self.training = training
 
 
-class MeanLeViTClsHead(_MeanInTraining, LeViTClsHead):
-    """``LeViTClsHead`` that can be trained."""
+class MeanEfficientFormerClsHead(EfficientFormerClsHead):
+    """``EfficientFormerClsHead`` whose mean of two scores may be trained; mmpretrain refuses."""
 
-
-class MeanEfficientFormerClsHead(_MeanInTraining, EfficientFormerClsHead):
-    """``EfficientFormerClsHead`` that can be trained."""
+    def loss(self, feats: Any, data_samples: Any, **kwargs: Any) -> Any:
+        """That of any head."""
+        return ClsHead.loss(self, feats, data_samples, **kwargs)
 
 
 _TRAINABLE = {
