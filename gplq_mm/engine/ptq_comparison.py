@@ -4,6 +4,7 @@
 import ast
 import hashlib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,28 +176,30 @@ def parse_ptq(text: str) -> Any:
         >>> parse_ptq('repq+gptq(damping=0.1,act_order=False)')
         ['repq', {'type': 'gptq', 'damping': 0.1, 'act_order': False}]
     """
-    try:
-        node = ast.parse(text, mode='eval').body
-        parts: list[Any] = []
-        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            parts.insert(0, _entry(node.right))
-            node = node.left
-        parts.insert(0, _entry(node))
-    except (SyntaxError, ValueError, TypeError):
+    entries = [_entry(part) for part in re.split(r'\+(?![^(]*\))', text)]
+    if None in entries:
         raise ValueError(
             f'{text!r} is no algorithm; write NAME, NAME(option=value) or NAME+NAME, such as '
             "'repq+gptq(damping=0.1)'"
-        ) from None
-    return parts[0] if len(parts) == 1 else parts
+        )
+    return entries[0] if len(entries) == 1 else entries
 
 
-def _entry(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):
-        return node.id
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-        raise ValueError
-    options = {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    return {'type': node.func.id, **options}
+def _entry(text: str) -> Any:
+    """A name, or its options beside it; None where the text is neither."""
+    match = re.fullmatch(r'(\w+)(\(.*\))?', text)
+    if match is None:
+        return None
+    name, options = match.groups()
+    if options is None:
+        return name
+    try:
+        call = ast.parse(f'dict{options}', mode='eval').body
+        assert isinstance(call, ast.Call)
+        found = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, TypeError):
+        return None
+    return None if call.args else {'type': name, **found}
 
 
 def ptq_label(config: Any) -> str:

@@ -59,6 +59,10 @@ def test_an_algorithm_may_have_options() -> None:
         dict(type='gptq', asymmetric=True, range='hessian'),
     ]
     assert ptq_label(parse_ptq(text)) == text
+    several = "gptq+global(lr=1e-2)+qwt(blocks=['a+b'])"
+    assert parse_ptq(several) == [
+        'gptq', dict(type='global', lr=0.01), dict(type='qwt', blocks=['a+b'])
+    ]  # fmt: skip
 
 
 def test_a_float_config_is_refused() -> None:
