@@ -74,6 +74,19 @@ class CalibrationSet:
         other._choose(wanted, batch_size, section)
         return other
 
+    def others(self, batches: int) -> list[Any]:
+        """This rank's collated batches of images that come next in the draw: not this set's.
+
+        Args:
+            batches: How many at the most, each as large as this set's; images of this set
+                where the training set has no others.
+        """
+        size, taken = len(self.batches[0]), len(self.indices)
+        free = [int(i) for i in self._order[taken : taken + batches * size * world()[1]]]
+        parts = [free[i : i + size] for i in range(0, len(free), size)] or self.batches[:batches]
+        rank, ranks = world()
+        return [self.collate([self.dataset[i] for i in part]) for part in parts[rank::ranks]]
+
     def _choose(self, num_images: int, batch_size: int, section: str) -> None:
         if len(self.dataset) < num_images:
             raise ValueError(

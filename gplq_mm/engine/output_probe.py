@@ -10,11 +10,11 @@ from ..algorithms.output_metrics import Outputs
 from .calibration_data import CalibrationSet
 from .model_outputs import build_comparison
 
-IMAGES = 8
+BATCHES = 8
 
 
 class OutputProbe:
-    """Keeps the outputs for a few calibration images and compares those of later.
+    """Keeps the outputs for a few training images and compares those of later.
 
     Outputs are features where the scope ends before the heads (a detector's neck), else what
     the heads give: logits, or the outputs of the first stage and, at the stage-1 model's
@@ -22,13 +22,14 @@ class OutputProbe:
 
     Args:
         model: The stage-1 model.
-        images: Its first ``IMAGES`` batches of this rank are used: images that stage 2 sees.
+        images: Those of stage 2. The probe takes others, which no algorithm can have fitted,
+            as long as the training set has any.
     """
 
     def __init__(self, model: Any, images: CalibrationSet) -> None:
         self.model = model
         self.metric, self.outputs_of = build_comparison(model, 'sqnr')
-        self.batches = [batch for batch, _ in zip(images, range(IMAGES), strict=False)]
+        self.batches = images.others(BATCHES)
         self.before = self._outputs()
 
     def sqnr_db(self) -> float | None:

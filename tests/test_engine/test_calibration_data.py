@@ -208,3 +208,17 @@ def test_a_pass_runs_what_the_scope_needs(cfg: Config, scope: list[str], how: st
     draw(cfg).run_pass(model, 'calibration')()
     assert model.calls == [(how, False, False)] * 2
     assert model.training
+
+
+def test_other_images_than_those_of_the_set(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = draw(cfg, num_images=6, batch_size=3)
+    behind = draw(cfg, num_images=12, batch_size=3).paths[6:]
+    found = [s.img_path for batch in calibration.others(2) for s in batch['data_samples']]
+    assert [os.path.realpath(p) for p in found] == behind
+    monkeypatch.setattr(calibration_data, 'world', lambda: (1, 2))
+    found = [s.img_path for batch in calibration.others(1) for s in batch['data_samples']]
+    assert [os.path.realpath(p) for p in found] == behind[3:]
+    whole = draw(cfg, num_images=len(calibration.dataset), batch_size=3)
+    (same,) = whole.others(2)  # there are no others
+    paths = [os.path.realpath(s.img_path) for s in same['data_samples']]
+    assert paths == [p for p in whole.paths if p][3:6]
