@@ -161,10 +161,26 @@ def _features(network: Any, loader_cfg: Mapping[str, Any]) -> Split:
     features, labels = [], []
     for batch in loader:
         batch = network.data_preprocessor(batch, False)
-        features.append(penultimate(network, network.extract_feat(batch['inputs'])))
+        features.append(penultimate(network, _extract(network, batch['inputs'])))
         labels += [sample.gt_label for sample in batch['data_samples']]
     print_log(f'extracted {len(labels)} features', logger='current')
     return torch.cat(features).float(), torch.cat(labels)
+
+
+def _extract(network: Any, inputs: Tensor) -> Any:
+    """The backbone's features; its refusal of the images' size in words that help."""
+    try:
+        return network.extract_feat(inputs)
+    except (AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        size = 'x'.join(str(n) for n in inputs.shape[-2:])
+        own = getattr(network.backbone, 'img_size', None)
+        hint = f', it was built for {own}' if own is not None else ''
+        raise ValueError(
+            f'{type(network.backbone).__name__} does not run on images of {size}{hint}: {error}; '
+            'write --cfg-options image_size=N'
+        ) from error
 
 
 def transfer_by_training(cfg: Config, checkpoint: str, seeds: Sequence[int]) -> TransferResult:

@@ -242,3 +242,15 @@ def test_a_backbone_without_stochastic_depth_is_probed_without(final, monkeypatc
     assert not any(getattr(m, 'drop_prob', 0) for m in model.modules())
     monkeypatch.undo()
     assert any(getattr(m, 'drop_prob', 0) for m in build(final, drop_path_rate=0.1).modules())
+
+
+def test_images_of_a_size_that_the_backbone_does_not_take(final, data, monkeypatch):
+    network = build(final)
+    network.backbone.img_size = (256, 256)
+    monkeypatch.setattr(type(network.backbone), 'forward', refuses)
+    with pytest.raises(ValueError, match=r'32x32, it was built for \(256, 256\): 7 < 8; write'):
+        extract_features(network, data)
+
+
+def refuses(*_: Any) -> None:
+    raise AssertionError('7 < 8')
