@@ -18,9 +18,10 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from gplq_mm.algorithms.weight_ptq import build_weight_ptq
+from gplq_mm.algorithms.weight_ptq.labels import parse_ptq
 from gplq_mm.engine.launch import add_arguments, build_runner, read_config, run_tool
 from gplq_mm.engine.preflight import ConfigError, check_checkpoint, check_data, is_gplq
-from gplq_mm.engine.ptq_comparison import PTQComparison, parse_ptq
+from gplq_mm.engine.ptq_comparison import PTQComparison
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
