@@ -162,7 +162,7 @@ def transfer_row(row: Row, root: Path) -> Row:
         'base': str(row),
     }
     key = {**row.key, 'dataset': root.name}
-    return Row(key, job, row.stage1_key, fingerprint(row.fingerprint, str(root)))
+    return Row(key, job, row.stage1_key, fingerprint(row.fingerprint, root.name))
 
 
 def make_row(
