@@ -21,7 +21,8 @@ from .conftest import FinishedRun
 def test_report_holds_every_stage(finished: FinishedRun) -> None:
     content = report(finished.work_dir)
     stages = ('fp32', 'calibration', 'stage1', 'stage2')
-    assert {*stages, 'recipe', 'coverage', 'versions', 'seed', 'engine'} == set(content)
+    settings = ('recipe', 'coverage', 'versions', 'seed', 'engine', 'validation')
+    assert {*stages, *settings} == set(content)
     assert content['engine'].startswith('engine fused')
     for stage in ('fp32', 'stage1', 'stage2'):
         assert 'accuracy/top1' in content[stage]['metrics']
