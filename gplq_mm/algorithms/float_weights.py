@@ -51,35 +51,21 @@ def float_weights(
         biases: What ``copy_biases`` returned then; None where biases did not change.
         norms: What ``copy_norms`` returned then; None where normalizations did not change.
     """
-    changed = _changed_biases(layers, biases or {})
-    moved = {p: p.detach().clone() for p, v in (norms or {}).items() if not torch.equal(p, v)}
+    own = {layers[name].bias: value for name, value in (biases or {}).items() if name in layers}
+    wanted = {p: v for p, v in {**own, **(norms or {})}.items() if not torch.equal(p, v)}
+    moved = {p: p.detach().clone() for p in wanted}
     current = {name: layer.weight for name, layer in layers.items()}
     enabled = {name: layer.weight_quantizer.enabled for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.weight = weights[name]
             layer.weight_quantizer.enabled = False
-        for name in changed:
-            layers[name].bias.detach().copy_((biases or {})[name])
-        for parameter in moved:
-            parameter.detach().copy_((norms or {})[parameter])
+        for parameter, value in wanted.items():
+            parameter.detach().copy_(value)
         yield
     finally:
         for name, layer in layers.items():
             layer.weight = current[name]
             layer.weight_quantizer.enabled = enabled[name]
-        for name, bias in changed.items():
-            layers[name].bias.detach().copy_(bias)
         for parameter, value in moved.items():
             parameter.detach().copy_(value)
-
-
-def _changed_biases(
-    layers: Mapping[str, QuantizedLayer], biases: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Present values of the biases that are not those of stage 1."""
-    return {
-        name: layers[name].bias.detach().clone()
-        for name, bias in biases.items()
-        if name in layers and not torch.equal(layers[name].bias, bias)
-    }

@@ -45,18 +45,13 @@ def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path)
 def _hooks_lines(cfg: Config) -> list[str]:
     """`custom_hooks`, the project's own kept (a list replaces the base's) but for its EMA."""
     types = [str(hook.get('type')) for hook in cfg.get('custom_hooks') or []]
-    if any(map(is_ema, types)):
+    if any('EMAHook' in kind for kind in types):
         kept = "*(h for h in _base_.custom_hooks if 'EMAHook' not in str(h['type']))"
         return [
             "# no EMAHook: over one epoch an average as slow as the base's stays at the start",
             f'custom_hooks = [{kept}, {HOOK}]',
         ]
     return [f'custom_hooks = [{"*_base_.custom_hooks, " if types else ""}{HOOK}]']
-
-
-def is_ema(hook_type: object) -> bool:
-    """Whether a hook's type, a name or a class, averages weights."""
-    return 'EMAHook' in str(hook_type)
 
 
 def _label_lines(cfg: Config) -> list[str]:

@@ -42,6 +42,11 @@ def unwrap(model: Any) -> Any:
     return model
 
 
+def short_sha256(value: Any) -> str:
+    """Sixteen hexadecimal digits that change with a value's text."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
 def file_sha256(path: str | Path) -> str | None:
     """SHA-256 of a local file; None for a URL."""
     if not os.path.isfile(path):

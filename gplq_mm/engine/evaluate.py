@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Evaluation outside the loops, so that no hook (``save_best``, EMA) reacts to it."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,8 @@ from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmengine.runner.amp import autocast
+
+from .checkpoint import short_sha256
 
 
 @torch.no_grad()
@@ -41,8 +42,7 @@ def evaluate(runner: Runner, loop: Any, title: str) -> dict[str, float]:
 def validation_key(cfg: Mapping[str, Any]) -> str:
     """Changes with the images and the metric that a run is scored by."""
     loader = cfg.get('val_dataloader') or {}
-    text = repr((loader.get('dataset'), cfg.get('val_evaluator')))
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return short_sha256((loader.get('dataset'), cfg.get('val_evaluator')))
 
 
 def _is_number(value: Any) -> bool:

@@ -87,7 +87,7 @@ def slow_average_warning(hooks: Iterable[Any], iterations: int) -> str | None:
             continue
         momentum = cfg.get('momentum', 0.0002)
         left = (1 - momentum) ** iterations
-        if left > 0.05:
+        if iterations and left > 0.05:
             return (
                 f'EMAHook with momentum={momentum} over {iterations} iterations: {left:.0%} of the '
                 'averaged weights, which are saved, scored and quantized, will still be the float '

@@ -4,6 +4,7 @@
 from typing import Any
 
 import torch
+from mmengine.logging import print_log
 
 from ..algorithms.distributed import gather
 from ..algorithms.output_metrics import Outputs
@@ -18,7 +19,8 @@ class OutputProbe:
 
     Outputs are features where the scope ends before the heads (a detector's neck), else what
     the heads give: logits, or the outputs of the first stage and, at the stage-1 model's
-    proposals, of the second.
+    proposals, of the second. Where a model does not give them, the log says why and there is no
+    ratio: a measure is not worth a run.
 
     Args:
         model: The stage-1 model.
@@ -30,15 +32,26 @@ class OutputProbe:
         self.model = model
         self.metric, self.outputs_of = build_comparison(model, 'sqnr')
         self.batches = images.others(BATCHES)
-        self.before = self._outputs()
+        self.before = self._first_outputs()
 
     def sqnr_db(self) -> float | None:
         """Signal to noise ratio of the model as it is now, in dB; None without noise."""
-        pairs = zip(self.before, self._outputs(), strict=True)
+        pairs = zip(self.before, self._outputs() if self.before else [], strict=True)
         mine = [self.metric.terms(before, now) for before, now in pairs]
         terms = [t for share in gather(mine) for t in share]  # a rank may have no image
+        if not terms:
+            return None
         score = self.metric.score(self.metric.damage(torch.stack(terms).sum(0)))
         return None if score is None else round(score, 3)
+
+    def _first_outputs(self) -> list[Outputs]:
+        was_training = self.model.training
+        try:
+            return self._outputs()
+        except Exception as error:  # whatever a project's own head raises
+            print_log(f'output SQNR is left out: {error!r}', logger='current')
+            self.model.train(was_training)
+            return []
 
     @torch.no_grad()
     def _outputs(self) -> list[Outputs]:

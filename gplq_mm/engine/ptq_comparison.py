@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Several weight algorithms from one stage-1 checkpoint, side by side."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +12,13 @@ from mmengine.runner import Runner
 
 from .. import __version__
 from ..algorithms.compensation import compensated_blocks, detach_compensation
+from ..algorithms.weight_ptq import build_weight_ptq
 from ..algorithms.weight_ptq.labels import parse_ptq, ptq_label
 from ..conversion import quantizers
 from ..evaluation import REPORT_NAME, format_table, read_json, write_json
 from ..evaluation.report import bits_label
 from . import stage2
-from .checkpoint import STAGE1_NAME, file_sha256, unwrap
+from .checkpoint import STAGE1_NAME, file_sha256, short_sha256, unwrap
 from .evaluate import evaluate, validation_key
 
 ROWS_NAME = 'gplq_stage2.json'
@@ -91,7 +91,7 @@ class PTQComparison:
         cfg = self.runner.cfg
         parts = [self.digest, ptq, os.path.basename(out), bits, __version__]
         parts += [cfg.get('model'), cfg.get('train_dataloader'), validation_key(cfg)]
-        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        return short_sha256(parts)
 
     def _restore(self) -> None:
         """The stage-1 model again."""
@@ -119,11 +119,12 @@ class PTQComparison:
     def _rows(self, run: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
         """A row for each main metric; one without a metric if there is no score at all."""
         found = report['stage2']
-        ptq = ptq_label(report['recipe']['weight']['ptq'])
-        if found['compensation'] and 'qwt' not in ptq.split('+'):
+        config = report['recipe']['weight']['ptq']
+        ptq, names = ptq_label(config), [a.name for a in build_weight_ptq(config)]
+        if found['compensation'] and 'qwt' not in names:
             ptq += '+qwt'  # the recipe's own `stage2.compensation`
         metrics = found['metrics']
-        names: list[str | None] = [*main_metrics({**self.fp32, **self.stage1, **metrics})]
+        scored: list[str | None] = [*main_metrics({**self.fp32, **self.stage1, **metrics})]
         shared = {
             'model': self.model_name,
             'dataset': dataset_name(self.runner.cfg),
@@ -145,7 +146,7 @@ class PTQComparison:
                 **costs,
                 'run': run,
             }
-            for name in names or [None]
+            for name in scored or [None]
         ]
 
 

@@ -3,7 +3,6 @@
 
 import copy
 import dataclasses
-import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from ..conversion.match import sets_bits
 from ..evaluation import REPORT_NAME
 from ..quantizers import FakeQuantizer, QuantSpec, integer_range
 from .calibration_data import CalibrationSet
-from .checkpoint import FINAL_NAME, record, save_snapshot, snapshot, unwrap
+from .checkpoint import FINAL_NAME, record, save_snapshot, short_sha256, snapshot, unwrap
 from .evaluate import evaluate, validation_key
 from .output_probe import OutputProbe
 from .resources import StageMeter
@@ -74,7 +73,7 @@ def apply_stage2(
     model = unwrap(runner.model)
     images = stage2_set(runner.cfg, recipe, calibration)
     # a folder of its own for each algorithm: one that is done leaves the others' units alone
-    folder = os.path.join(runner.work_dir, UNITS_FOLDER, _key(recipe['weight']))
+    folder = os.path.join(runner.work_dir, UNITS_FOLDER, short_sha256(recipe['weight']))
     probe = OutputProbe(model, images)
     with StageMeter() as meter:
         run_pass = images.run_pass(model, 'stage 2')
@@ -86,7 +85,7 @@ def apply_stage2(
             MMLogger.get_current_instance(),
             seed=recipe['calibration']['seed'],
             folder=folder,
-            data_key=_key((images.paths, images.batches)),
+            data_key=short_sha256((images.paths, images.batches)),
         )
     report.update('stage2', **result.as_dict(), sqnr_db=probe.sqnr_db())
     report.update('stage2', seconds=meter.seconds, peak_memory_bytes=meter.peak_memory_bytes)
@@ -185,11 +184,6 @@ def set_spec(quantizer: FakeQuantizer, spec: QuantSpec) -> None:
     """Give a quantizer another spec and the range of codes that belongs to it."""
     quantizer.spec = spec
     quantizer.quant_range.copy_(torch.tensor(spec.quant_range, dtype=torch.int32))
-
-
-def _key(value: Any) -> str:
-    """Sixteen hexadecimal digits that change with a value's text."""
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def _require_stage1(model: Any) -> None:

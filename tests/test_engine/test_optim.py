@@ -175,6 +175,7 @@ def test_an_average_that_stays_at_the_start_is_warned_of() -> None:
         return SimpleNamespace(ema_cfg=dict(type='ExponentialMovingAverage', **cfg))
 
     assert slow_average_warning([SimpleNamespace()], 10) is None
+    assert slow_average_warning([hook(momentum=1e-4)], 0) is None
     assert slow_average_warning([hook(momentum=0.01)], 1000) is None
     warning = slow_average_warning([SimpleNamespace(), hook(momentum=1e-4)], 1251)
     assert warning is not None and '88%' in warning and 'momentum=0.004' in warning

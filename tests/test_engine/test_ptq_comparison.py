@@ -123,6 +123,17 @@ def test_a_model_without_a_score_has_a_row(
     assert ' - |' in comparison.table()
 
 
+def test_a_model_whose_outputs_cannot_be_compared_is_quantized_all_the_same(
+    finished: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise NotImplementedError('no tensor mode')
+
+    monkeypatch.setattr('gplq_mm.engine.model_outputs._RawOutputs.__call__', refuses)
+    (row,) = compared(finished, tmp_path, ['minmax']).rows
+    assert row['sqnr_db'] is None and row['stage2'] is not None
+
+
 def test_bits_of_rules_stay_where_they_are_the_recipes_too(
     finished: FinishedRun, tmp_path: Path
 ) -> None:
