@@ -114,7 +114,25 @@ def _probe_mmdet(mmdet: ModuleType) -> str:
 def _probe_mmpretrain(mmpretrain: ModuleType) -> str:
     if not is_installed('mmpretrain.structures'):
         raise RuntimeError('mmpretrain >= 1.0 is needed')
+    if is_installed('transformers'):
+        _import_beside_transformers('mmpretrain.models')
     return ''
+
+
+def _import_beside_transformers(name: str) -> None:
+    """Models of mmpretrain 1.2: the multimodal ones fail with later transformers, and all with them.
+
+    Raises:
+        RuntimeError: No model of the library can be imported.
+    """
+    try:
+        import_module(name)
+    except (ImportError, TypeError) as error:
+        version = _distribution_version('transformers')
+        raise RuntimeError(
+            f'{name} does not import beside transformers {version} ({error}). '
+            'Please install transformers>=4.28, <4.50.'
+        ) from error
 
 
 COMPONENTS = (

@@ -50,6 +50,23 @@ def test_mending_line(message: str, line: str) -> None:
     assert compat.mending_line(message, 'the default') == line
 
 
+def test_models_that_fail_beside_transformers_are_told_before_any_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def import_module(name: str) -> ModuleType:
+        if name == 'mmpretrain.models':
+            raise TypeError('NoneType takes no arguments')
+        return ModuleType(name)
+
+    monkeypatch.setattr(compat, 'is_installed', lambda name: True)
+    monkeypatch.setattr(compat, 'import_module', import_module)
+    (component,) = (c for c in compat.COMPONENTS if c.name == 'mmpretrain')
+    finding = inspect_component(component)
+    assert finding.state == CLASHES
+    assert 'beside transformers' in finding.why
+    assert finding.mend == "pip install 'transformers>=4.28,<4.50'"
+
+
 def test_missing_is_an_error_only_where_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, 'COMPONENTS', (FITS, ABSENT))
     check_versions()

@@ -107,7 +107,8 @@ def convert_(
     state-dict keys stay, quantizer state is added.
 
     Args:
-        model: Float model; changed in place.
+        model: Float model; changed in place. Quantizers go to the device of its first
+            parameter.
         recipe: Preset name or recipe (see ``resolve_recipe``).
         strict: Raise if an unknown layer or attention class in the scope stays float.
 
@@ -128,6 +129,7 @@ def convert_(
         raise ValueError('the model is already converted; build a new float model to convert')
     if resolved['scope'] == 'auto':
         resolved['scope'] = default_scope(model)
+    device = next((p.device for p in model.parameters()), None)
     conversion = _Conversion(resolved)
     _check_scope(model, conversion.report.scope)
     modules = list(model.named_modules())
@@ -140,6 +142,7 @@ def convert_(
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantizer):
             module.name = name
+            module.to(device)
     return conversion.report
 
 

@@ -30,6 +30,7 @@ _FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-
 _FLAGS += ['-std=gnu11', '-fPIC']
 _PARALLEL_FROM = 1 << 15
 """Elements from which several threads pay."""
+_READS = (torch.float32, torch.int8)
 _NAMES = ('pack', 'quantize', 'unpack', 'backward', 'softmax_backward')
 
 
@@ -164,11 +165,15 @@ def _dense(x: Tensor) -> Tensor:
     return x if like.stride() == x.stride() else like.copy_(x)
 
 
-def kernels_for(x: Tensor) -> Kernels | None:
-    """The compiled passes, or None where torch's own are to be used."""
-    if x.device.type != 'cpu' or x.dtype != torch.float32 or torch.compiler.is_compiling():
-        return None
-    return load()[0]
+def kernels_for(*tensors: Tensor) -> Kernels | None:
+    """The compiled passes, or None where torch's own are to be used.
+
+    Args:
+        tensors: All that a pass reads, values and codes: C looks at their memory, so one on
+            another device (torch multiplies by a scale there if it is a scalar) is not for it.
+    """
+    on_cpu = all(t.device.type == 'cpu' and t.dtype in _READS for t in tensors)
+    return load()[0] if on_cpu and not torch.compiler.is_compiling() else None
 
 
 @functools.cache

@@ -42,7 +42,7 @@ def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[
         >>> values, (packed >> 4).tolist(), (packed & 15).tolist()  # residual 0.2: level 8 + 3
         (tensor([0.5000, 3.5000]), [1, 7], [11, 0])
     """
-    library = cpu_kernels.kernels_for(x)
+    library = cpu_kernels.kernels_for(x, scale)
     passes = packed_passes if library is None else library
     values, codes, field = passes.pack(x, scale, grid)
     return values, [codes] if field is None else [codes, _in_pairs(field)]
@@ -50,13 +50,13 @@ def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[
 
 def quantize_values(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Values of ``x`` on the grid, bit for bit those of ``fake_quantize_ste``, without a graph."""
-    library = cpu_kernels.kernels_for(x)
+    library = cpu_kernels.kernels_for(x, scale)
     return (packed_passes if library is None else library).quantize(x, scale, grid)
 
 
 def unpack_values(packed: Sequence[Tensor], scale: Tensor, grid: Grid) -> Tensor:
     """The values that were packed, exactly, in float32."""
-    library = cpu_kernels.kernels_for(scale)
+    library = cpu_kernels.kernels_for(packed[0], scale)
     return (packed_passes if library is None else library).unpack(packed[0], scale, grid)
 
 
@@ -83,7 +83,7 @@ def packed_backward(
     grad = grad.float()
     if grad.stride() != codes.stride():
         grad = torch.empty_like(codes, dtype=grad.dtype).copy_(grad)
-    library = cpu_kernels.kernels_for(grad)
+    library = cpu_kernels.kernels_for(grad, codes, scale)
     passes = packed_passes if library is None else library
     return passes.backward(codes, field, grad, scale, grid, of_scale)
 
@@ -104,7 +104,7 @@ def softmax_backward(
         ``(grad_logits, grad_scale)``, both exact.
     """
     grad = grad.float()
-    library = cpu_kernels.kernels_for(probabilities)
+    library = cpu_kernels.kernels_for(probabilities, grad, scale)
     passes = packed_passes if library is None or not grad.numel() else library
     return passes.softmax_backward(probabilities, grad.contiguous(), scale, grid, of_scale)
 

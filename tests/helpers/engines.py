@@ -34,8 +34,9 @@ def training_step(
     x = x.clone().requires_grad_()
     torch.manual_seed(3)  # dropout
     outputs = tensors(run(module, x))
-    generator = torch.Generator().manual_seed(5)
-    loss = sum((y * torch.randn(y.shape, generator=generator)).sum() for y in outputs)
+    generator = torch.Generator(x.device).manual_seed(5)
+    noise = [torch.randn(y.shape, generator=generator, device=x.device) for y in outputs]
+    loss = sum((y * n).sum() for y, n in zip(outputs, noise, strict=True))
     loss.backward()
     grads = {
         n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in module.named_parameters()

@@ -47,9 +47,12 @@ def write_gplq_config(
     return path
 
 
-def train(project: TinyProject, config: Path, work_dir: str, *options: object) -> Path:
+def train(
+    project: TinyProject, config: Path, work_dir: str, *options: object, gpu: bool = False
+) -> Path:
     """Run tools/train.py; return the work dir."""
-    run_ok(our_tool('train'), config, '--work-dir', work_dir, *options, cwd=project.root)
+    command = (our_tool('train'), config, '--work-dir', work_dir, *options)
+    run_ok(*command, cwd=project.root, gpu=gpu)
     return project.root / work_dir
 
 

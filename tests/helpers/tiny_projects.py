@@ -136,15 +136,18 @@ def our_tool(name: str) -> Path:
     return REPOSITORY / 'tools' / f'{name}.py'
 
 
-def run_python(*command: object, cwd: Path, timeout: int = 300) -> subprocess.CompletedProcess:
+def run_python(
+    *command: object, cwd: Path, timeout: int = 300, gpu: bool = False
+) -> subprocess.CompletedProcess:
     """Run a Python script or module on one thread, `gplq_mm` importable, output captured."""
     paths = [str(REPOSITORY), os.environ.get('PYTHONPATH', '')]
     environment = dict(
         os.environ,
         PYTHONPATH=os.pathsep.join(filter(None, paths)),
         OMP_NUM_THREADS='1',
-        CUDA_VISIBLE_DEVICES='',
     )
+    if not gpu:
+        environment['CUDA_VISIBLE_DEVICES'] = ''
     return subprocess.run(
         [sys.executable, *map(str, command)],
         cwd=cwd,
@@ -156,9 +159,9 @@ def run_python(*command: object, cwd: Path, timeout: int = 300) -> subprocess.Co
     )
 
 
-def run_ok(*command: object, cwd: Path) -> str:
+def run_ok(*command: object, cwd: Path, gpu: bool = False) -> str:
     """Run as `run_python` does; return what it printed, fail the test where it failed."""
-    done = run_python(*command, cwd=cwd)
+    done = run_python(*command, cwd=cwd, gpu=gpu)
     output = done.stdout + done.stderr
     assert done.returncode == 0, f'exit code {done.returncode}:\n{output[-6000:]}'
     return output
