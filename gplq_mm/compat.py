@@ -120,7 +120,7 @@ def _probe_mmpretrain(mmpretrain: ModuleType) -> str:
 
 
 def _import_beside_transformers(name: str) -> None:
-    """Models of mmpretrain 1.2: the multimodal ones fail with later transformers, and all with them.
+    """Models of mmpretrain 1.2, none of which is there where the multimodal ones fail.
 
     Raises:
         RuntimeError: No model of the library can be imported.
