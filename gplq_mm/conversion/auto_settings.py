@@ -2,7 +2,7 @@
 """Settings that a recipe leaves to the task: ``auto`` means another number for a detector.
 
 A detector has thousands of tokens an image; a classifier has few and takes larger steps, the
-wider it is the smaller (``docs/accuracy.md``).
+wider it is and the shorter stage 1 the smaller (``docs/accuracy.md``).
 """
 
 import copy
@@ -13,24 +13,26 @@ from typing import Any
 from torch import nn
 
 AUTO = 'auto'
+MEASURED_WIDTH = 128
+"""Width of the classifier on which the learning rate was chosen."""
+MEASURED_ITERATIONS = 390
+"""Iterations of stage 1 with which it was chosen."""
 _DETECTOR: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 32,
     ('optim', 'lr'): 5e-5,
+    ('optim', 'lr_iterations'): 0,
     ('optim', 'scale_lr'): 5e-4,
     ('optim', 'betas'): [0.9, 0.999],
     ('optim', 'drop_rates'): 'keep',
 }
 _CLASSIFIER: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 128,
-    ('optim', 'lr'): 5e-4,
+    ('optim', 'lr'): 1e-3,
+    ('optim', 'lr_iterations'): MEASURED_ITERATIONS,
     ('optim', 'scale_lr'): 1e-3,
     ('optim', 'betas'): [0.9, 0.99],
     ('optim', 'drop_rates'): 'off',
 }
-
-
-MEASURED_WIDTH = 128
-"""Width of the classifier on which the learning rate was chosen."""
 
 
 def typical_width(model: nn.Module) -> float | None:
@@ -65,13 +67,19 @@ def settle_auto(
         width: Of ``typical_width``: a classifier's learning rate falls as its inverse from
             ``MEASURED_WIDTH`` on, as Adam's steps should (arXiv 2203.03466, table 3).
 
+    A learning rate that the recipe gives as a number is taken as it is: ``lr_iterations`` is 0
+    then unless it is given too.
+
     Examples:
         >>> settle_auto({'optim': {'lr': 'auto'}}, is_detector=True)
         {'optim': {'lr': 5e-05}}
         >>> settle_auto({'optim': {'lr': 'auto'}}, is_detector=False, width=384)
-        {'optim': {'lr': 0.00017}}
+        {'optim': {'lr': 0.00033}}
     """
     settled = copy.deepcopy(dict(recipe))
+    optim = settled.get('optim', {})
+    if optim.get('lr') != AUTO and optim.get('lr_iterations') == AUTO:
+        optim['lr_iterations'] = 0
     for (section, key), value in (_DETECTOR if is_detector else _CLASSIFIER).items():
         if settled.get(section, {}).get(key) == AUTO:
             if (section, key) == ('optim', 'lr') and width and not is_detector:

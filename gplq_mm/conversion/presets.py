@@ -35,6 +35,7 @@ _OURS: dict[str, Any] = {
     'mimic': {'type': 'auto', 'loss_weight': 1.0},
     'optim': {
         'lr': 'auto',
+        'lr_iterations': 'auto',
         'scale_lr': 'auto',
         'weight_decay': 0.0,
         'scale_weight_decay': 0.0,
@@ -63,7 +64,9 @@ def _paper(bits: int) -> dict[str, Any]:
     recipe['rules'] = [r for r in recipe['rules'] if r['role'] != 'softmax']
     recipe['calibration']['num_images'] = 128
     recipe['mimic'] = {'type': 'paper', 'loss_weight': 1.0, 'explained_variance': 0.6}
-    recipe['optim'].update(lr=5e-6, scale_lr=5e-6, betas=[0.9, 0.999], drop_rates='keep')
+    recipe['optim'].update(
+        lr=5e-6, lr_iterations=0, scale_lr=5e-6, betas=[0.9, 0.999], drop_rates='keep'
+    )
     recipe['stage2'] = {'compensation': 'auto'}
     return recipe
 

@@ -32,7 +32,7 @@ _KEYS: dict[str, set[str] | None] = {
     'activation': _SETTING_KEYS | {'enabled'},
     'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
     'calibration': {'num_images', 'seed', 'batch_size', 'all_if_fewer'},
-    'optim': {*_RATES, 'betas', 'train', 'drop_rates'},
+    'optim': {*_RATES, 'lr_iterations', 'betas', 'train', 'drop_rates'},
     'stage2': None,
 }
 _RULE_KEYS = {'name', 'role', 'num_bits', 'enabled', 'activation', 'weight', 'optional'}
@@ -239,6 +239,11 @@ def _check_optim(optim: Mapping[str, Any]) -> None:
     for key in _RATES:
         if not (_is_rate(optim[key]) or (may_be_auto('optim', key) and optim[key] == AUTO)):
             raise ValueError(f'recipe.optim.{key}={optim[key]!r}: write a number from 0')
+    iterations = optim.get('lr_iterations', 0)
+    if iterations != AUTO and not (_is_int(iterations) and iterations >= 0):
+        raise ValueError(
+            f"recipe.optim.lr_iterations={iterations!r}: write an integer from 0, or '{AUTO}'"
+        )
     betas = optim['betas']
     pair = isinstance(betas, list | tuple) and len(betas) == 2 and all(map(_is_rate, betas))
     if not (pair or betas == AUTO):

@@ -2,6 +2,7 @@
 """Optimizer of stage 1: float weights and quantizer scales, each with its own LR."""
 
 import copy
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,6 +15,8 @@ from .amp import on_this_device
 from .checkpoint import unwrap
 
 SCALE_KEY = '_quantizer.scale'
+_OF_RECIPE = 'lr_of_recipe'
+"""Attribute of a wrapper whose learning rate the config left to the recipe."""
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -52,7 +55,15 @@ class GPLQOptimWrapperConstructor:
                 'betas': tuple(optim['betas']),
             },
         )
+        of_recipe = 'lr' not in (self.optim_wrapper_cfg.get('optimizer') or {})
         wrapper['optimizer'] = {'lr': optim['lr'], **wrapper['optimizer']}
+        built = self._build(model, wrapper)
+        setattr(built, _OF_RECIPE, of_recipe)
+        return built
+
+    def _build(self, model: nn.Module, wrapper: dict[str, Any]) -> OptimWrapper:
+        network = unwrap(model)
+        optim = network.gplq.recipe['optim']
         if not self.paramwise_cfg:
             return _two_groups(network, wrapper, optim)
         lr = wrapper['optimizer']['lr']
@@ -72,6 +83,46 @@ def _set_scale_groups(built: OptimWrapper, network: nn.Module, lr: float, decay:
     for group in built.optimizer.param_groups:
         if all(id(p) in scales for p in group['params']):
             group['lr'], group['weight_decay'] = lr, decay
+
+
+def shorten_lr_(runner: Any, network: Any) -> str | None:
+    """Smaller steps where stage 1 has few: ``lr * sqrt(steps / lr_iterations)``.
+
+    A model near its optimum has to average out what noise a step brings, and a short run has
+    no steps for it (measured: ``docs/accuracy.md``). Scales keep their learning rate. Done once
+    the length of the training is known, for the optimizer and what its schedulers start from.
+
+    Args:
+        runner: Runner before its training, checkpoints not yet resumed.
+        network: Converted model.
+
+    Returns:
+        What was done, in words; None where the learning rate stays: a training that is long
+        enough, or a number that the config gives.
+    """
+    optim, built = network.gplq.recipe['optim'], runner.optim_wrapper
+    full = optim.get('lr_iterations', 0)
+    if not getattr(built, _OF_RECIPE, False):
+        return None
+    steps = runner.max_iters / built._accumulative_counts
+    if not 0 < steps < full:
+        return None
+    factor = math.sqrt(steps / full)
+    scales = {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
+    schedulers = runner.param_schedulers or []
+    for index, group in enumerate(built.optimizer.param_groups):
+        if all(id(p) in scales for p in group['params']):
+            continue
+        for key in ('lr', 'initial_lr'):
+            if key in group:
+                group[key] *= factor
+        for scheduler in schedulers:
+            if scheduler.param_name == 'lr':
+                scheduler.base_values[index] *= factor
+    return (
+        f'{steps:g} steps are fewer than {full}: weights train with the learning '
+        f'rate {optim["lr"] * factor:.2g} instead of {optim["lr"]:.2g} (recipe.optim.lr_iterations)'
+    )
 
 
 def slow_average_warning(hooks: Iterable[Any], iterations: int) -> str | None:

@@ -3,10 +3,12 @@
 
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 
 class StageMeter:
@@ -14,7 +16,8 @@ class StageMeter:
 
     Peak memory is ``torch.cuda.max_memory_allocated`` on CUDA, else the process's
     peak resident set within the stage (Linux resets it; elsewhere it is the peak
-    since the process began).
+    since the process began). MMEngine's logger resets CUDA's counter with every line
+    that it writes: ``sample_after`` reads it before.
 
     Attributes:
         seconds: Wall time between entry and exit.
@@ -24,6 +27,7 @@ class StageMeter:
     def __init__(self) -> None:
         self.seconds = 0.0
         self.peak_memory_bytes = 0
+        self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> 'StageMeter':
         if torch.cuda.is_available():
@@ -33,6 +37,20 @@ class StageMeter:
         self._start = time.perf_counter()
         return self
 
+    def sample_after(self, register: Callable[[Callable[..., None]], RemovableHandle]) -> None:
+        """Keep CUDA's peak whenever something has happened, until the stage ends.
+
+        Args:
+            register: Registers a hook, such as a module's ``register_forward_hook`` or an
+                optimizer's ``register_step_post_hook``.
+        """
+        if torch.cuda.is_available():
+            self._handles.append(register(lambda *_: self._sample()))
+
+    def _sample(self) -> None:
+        peak = torch.cuda.max_memory_allocated()
+        self.peak_memory_bytes = max(self.peak_memory_bytes, peak)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
@@ -40,8 +58,10 @@ class StageMeter:
         trace: TracebackType | None,
     ) -> None:
         self.seconds = time.perf_counter() - self._start
+        for handle in self._handles:
+            handle.remove()
         if torch.cuda.is_available():
-            self.peak_memory_bytes = torch.cuda.max_memory_allocated()
+            self._sample()
         else:
             self.peak_memory_bytes = peak_rss_bytes()
 

@@ -95,6 +95,9 @@ class GPLQSession:
     def start_epoch(self) -> None:
         """Start measuring an epoch of stage 1."""
         self.meter = StageMeter().__enter__()
+        optimizer = getattr(self.runner.optim_wrapper, 'optimizer', None)
+        if optimizer is not None:
+            self.meter.sample_after(optimizer.register_step_post_hook)
 
     def end_epoch(self) -> None:
         """Add an epoch's time and memory to the report."""
@@ -135,6 +138,7 @@ class GPLQSession:
         self.report.update('fp32', model_bytes=model_bytes(self.model))
         metrics: dict[str, float] = {}
         with StageMeter() as meter:
+            meter.sample_after(self.model.register_forward_hook)
             if wanted and self.runner.val_loop is not None:
                 metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
         set_quantization(self.model, True)

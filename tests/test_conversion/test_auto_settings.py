@@ -47,13 +47,27 @@ def test_settled_recipes_share_no_list() -> None:
     assert one['optim']['betas'] is not two['optim']['betas']
 
 
-@pytest.mark.parametrize(('width', 'lr'), [(None, 5e-4), (64, 5e-4), (128, 5e-4), (768, 8.3e-5)])
+@pytest.mark.parametrize(('width', 'lr'), [(None, 1e-3), (64, 1e-3), (128, 1e-3), (768, 1.7e-4)])
 def test_wide_classifiers_take_smaller_steps(width: float | None, lr: float) -> None:
     found = settle_auto(resolve_recipe('w4a4'), False, width)['optim']
     assert (found['lr'], found['scale_lr']) == (lr, 1e-3)
     assert settle_auto(resolve_recipe('w4a4'), True, width)['optim']['lr'] == 5e-5
-    given = resolve_recipe(dict(base='w4a4', optim=dict(lr=1e-3)))
-    assert settle_auto(given, False, width)['optim']['lr'] == 1e-3
+    given = resolve_recipe(dict(base='w4a4', optim=dict(lr=2e-3)))
+    assert settle_auto(given, False, width)['optim']['lr'] == 2e-3
+
+
+def test_a_given_learning_rate_holds_for_any_length() -> None:
+    lengths = {}
+    for name, optim in {
+        'auto': {},
+        'lr': {'lr': 2e-3},
+        'n': {'lr': 2e-3, 'lr_iterations': 7},
+    }.items():
+        recipe = resolve_recipe(dict(base='w4a4', optim=optim))
+        lengths[name] = [settle_auto(recipe, d)['optim']['lr_iterations'] for d in (False, True)]
+    assert lengths == {'auto': [390, 0], 'lr': [0, 0], 'both': [7, 7]}
+    with pytest.raises(ValueError, match='lr_iterations=-1: write an integer from 0'):
+        resolve_recipe(dict(optim=dict(lr_iterations=-1)))
 
 
 def test_the_width_is_that_of_the_layers_there_are() -> None:

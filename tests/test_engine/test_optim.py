@@ -9,13 +9,19 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import MMLogger
-from mmengine.optim import AmpOptimWrapper, OptimWrapper, build_optim_wrapper
+from mmengine.optim import (
+    AmpOptimWrapper,
+    CosineAnnealingLR,
+    LinearLR,
+    OptimWrapper,
+    build_optim_wrapper,
+)
 from mmengine.runner import Runner
 from torch import nn
 
 from gplq_mm.conversion import convert_, resolve_recipe
 from gplq_mm.engine import GPLQOptimWrapperConstructor
-from gplq_mm.engine.optim import shared_lr_warning, slow_average_warning
+from gplq_mm.engine.optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from tests.helpers.models import Detector
 
 OPTIM = dict(lr=1e-3, scale_lr=5e-3, weight_decay=0.02, scale_weight_decay=0.01, betas=[0.8, 0.9])
@@ -163,6 +169,67 @@ def test_auto_scale_lr_scales_both_groups(model: Any) -> None:
     Runner.scale_lr(runner, wrapper, dict(base_batch_size=16, enable=True))
     lrs = [g['lr'] for g in wrapper.optimizer.param_groups]
     assert lrs == [pytest.approx(2.5e-4), pytest.approx(1.25e-3)]
+
+
+def short_run(model: Any, wrapper: OptimWrapper, iterations: int) -> tuple[str | None, list]:
+    schedulers = [
+        LinearLR(wrapper, start_factor=0.5, by_epoch=False, end=4),
+        CosineAnnealingLR(wrapper, T_max=iterations - 4, by_epoch=False, begin=4, end=iterations),
+    ]
+    fields = dict(optim_wrapper=wrapper, param_schedulers=schedulers, max_iters=iterations)
+    return shorten_lr_(SimpleNamespace(**fields), model), schedulers
+
+
+def curve(wrapper: OptimWrapper, schedulers: list, steps: int) -> list[list[float]]:
+    found = []
+    for _ in range(steps):
+        found.append([group['lr'] for group in wrapper.optimizer.param_groups])
+        wrapper.optimizer.step()
+        for scheduler in schedulers:
+            scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize('paramwise', [{}, dict(custom_keys={'roi_head': dict(lr_mult=0.1)})])
+def test_few_iterations_take_smaller_steps_from_the_first_to_the_last(
+    model: Any, paramwise: dict[str, Any]
+) -> None:
+    options = {'paramwise_cfg': paramwise} if paramwise else {}
+    curves = {}
+    for full in (0, 80):
+        model.gplq.recipe['optim']['lr_iterations'] = full
+        wrapper = build(model, **options)
+        said, schedulers = short_run(model, wrapper, 20)
+        assert (said is None) == (full == 0)
+        curves[full] = curve(wrapper, schedulers, 20)
+    assert '20 steps are fewer than 80' in said
+    assert '0.0005 instead of 0.001' in said
+    groups = wrapper.optimizer.param_groups
+    of_scales = [all('_quantizer.scale' in n for n in names(model, g)) for g in groups]
+    for long, short in zip(curves[0], curves[80], strict=True):
+        for is_scale, a, b in zip(of_scales, long, short, strict=True):
+            assert b == pytest.approx(a if is_scale else a / 2)
+
+
+def test_what_keeps_its_learning_rate_in_a_short_run(model: Any) -> None:
+    model.gplq.recipe['optim']['lr_iterations'] = 80
+    assert short_run(model, build(model), 80)[0] is None
+    assert short_run(model, build(model, accumulative_counts=4), 320)[0] is None
+    assert short_run(model, build(model, accumulative_counts=4), 160)[0] is not None
+    given = build(model, optimizer=dict(type='AdamW', lr=0.1))
+    assert short_run(model, given, 20)[0] is None
+    assert (
+        short_run(
+            model,
+            build(
+                model,
+                constructor='DefaultOptimWrapperConstructor',
+                optimizer=dict(type='SGD', lr=0.1),
+            ),
+            20,
+        )[0]
+        is None
+    )
 
 
 def test_a_float_model_is_refused() -> None:

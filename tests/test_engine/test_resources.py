@@ -40,3 +40,26 @@ def test_the_peak_is_of_this_stage_and_outlives_what_was_freed() -> None:
         pass
     assert big.peak_memory_bytes > small.peak_memory_bytes + 64 * MIB
     assert before > MIB
+
+
+def test_a_peak_outlives_a_reset_by_the_logger(monkeypatch: pytest.MonkeyPatch) -> None:
+    peak = {'bytes': 0}
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'max_memory_allocated', lambda: peak['bytes'])
+    monkeypatch.setattr(torch.cuda, 'reset_peak_memory_stats', lambda: peak.update(bytes=0))
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    with StageMeter() as meter:
+        meter.sample_after(optimizer.register_step_post_hook)
+        meter.sample_after(layer.register_forward_hook)
+        layer(torch.ones(2)).sum().backward()
+        peak['bytes'] = 7 * MIB
+        optimizer.step()
+        torch.cuda.reset_peak_memory_stats()
+        layer(torch.ones(2))
+        peak['bytes'] = 3 * MIB
+    assert meter.peak_memory_bytes == 7 * MIB
+    peak['bytes'] = 9 * MIB
+    optimizer.step()
+    layer(torch.ones(2))
+    assert meter.peak_memory_bytes == 7 * MIB  # the stage has ended

@@ -135,10 +135,12 @@ def test_the_table_averages_over_seeds(tmp_path: Path) -> None:
     assert lines[0] == 'm, d'
     cells = [[c.strip() for c in line.strip('|').split('|')] for line in lines[3:]]
     assert cells[0] == [
-        'ours', 'W4A4', '2', '70.00', '69.00', '68.50 ± 0.71', '1.50 ± 0.71', '10', '1024',
+        'ours', 'W4A4', '2', '70.00', '69.00', '68.50 ± 0.71', '1.50 ± 0.71', 'cpu', '10', '1024',
     ]  # fmt: skip
     assert cells[1][:3] == ['rtn', 'W3A3', '1']
     assert table.table([]) == 'no rows'
+    mixed = table.table([stored(), stored(seed=1, device='X200')]).splitlines()[3]
+    assert [c.strip() for c in mixed.strip('|').split('|')][7:] == ['X200, cpu', '-', '-']
 
 
 @pytest.fixture(scope='module')

@@ -69,13 +69,14 @@ def _paper(name: str, **overrides: Any) -> Recipe:
 
 
 _NO_TRAINING = {'mimic': None, 'weight': {'ptq': 'mse'}, 'stage2': {'compensation': None}}
+_LR = {'lr': 5e-4}  # whatever the presets take: a baseline stays what it was
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         # calibrated, weights rounded to nearest, nothing trained
         Recipe('rtn', overrides=_NO_TRAINING, epochs=0),
         # weights and activations quantized from the first step, task loss
-        Recipe('direct', overrides={'mimic': None, 'weight': _TRAINED_WEIGHTS}),
+        Recipe('direct', overrides={'mimic': None, 'weight': _TRAINED_WEIGHTS, 'optim': _LR}),
         _paper('paper'),
         Recipe('ours'),
         _paper('paper-no-mimic', mimic=None),

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accuracy_table import CPU
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
@@ -153,11 +155,17 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         'seconds': round(seconds, 1),
         'peak_memory_bytes': max(parts['stage1_memory_bytes'], last['peak_memory_bytes']),
         'metric': metric,
+        'device': device_name(),
         **parts,
         'stage2_seconds': last['seconds'],
         'stage1_key': job['stage1_key'],
         'fingerprint': job['fingerprint'],
     }
+
+
+def device_name() -> str:
+    """What a row was computed on: the GPU's name, or `cpu`."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
 
 
 def _percent(metrics: dict[str, float], metric: str) -> float | None:

@@ -11,7 +11,8 @@ from typing import Any
 from gplq_mm.evaluation import format_table
 
 KEYS = ('model', 'dataset', 'recipe', 'bits', 'seed')
-TITLES = ['recipe', 'bits', 'seeds', 'FP32', 'stage 1', 'stage 2', 'drop', 's', 'peak MiB']
+TITLES = ['recipe', 'bits', 'seeds', 'FP32', 'stage 1', 'stage 2', 'drop', 'on', 's', 'peak MiB']
+CPU = 'cpu'
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -49,15 +50,19 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _line(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     drops = [r['fp32'] - r['stage2'] for r in rows]
-    memory = max(r['peak_memory_bytes'] for r in rows) / 2**20
+    devices = sorted({r.get('device', CPU) for r in rows})
+    cost = ['-', '-']  # seconds and bytes of different devices have no mean
+    if len(devices) == 1:
+        memory = max(r['peak_memory_bytes'] for r in rows) / 2**20
+        cost = [f'{statistics.mean(r["seconds"] for r in rows):.0f}', f'{memory:.0f}']
     return [
         rows[0]['recipe'],
         rows[0]['bits'].upper(),
         str(len(rows)),
         *(_mean([r[key] for r in rows]) for key in ('fp32', 'stage1', 'stage2')),
         _mean(drops),
-        f'{statistics.mean(r["seconds"] for r in rows):.0f}',
-        f'{memory:.0f}',
+        ', '.join(devices),
+        *cost,
     ]
 
 

@@ -13,7 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
-from ..optim import shared_lr_warning, slow_average_warning
+from ..optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from ..preflight import check_float_checkpoint
 from ..resume import resumable_checkpoint
 from ..seeding import RandomState, random_state, seed_epoch, set_random_state
@@ -59,6 +59,9 @@ class GPLQHook(Hook):
         ):
             if warning:
                 print_log(warning, logger='current', level=logging.WARNING)
+        shortened = shorten_lr_(runner, unwrap(runner.model))
+        if shortened:
+            print_log(shortened, logger='current')
         self.session = GPLQSession(runner, resumed=runner._resume)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
