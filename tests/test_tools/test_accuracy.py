@@ -95,7 +95,8 @@ def test_a_fingerprint_stands_for_what_a_recipe_means(monkeypatch: pytest.Monkey
         return recipes.fingerprint(recipes.settled(resolved, is_detector))
 
     numbers = settle_auto(resolve_recipe('w4a4'), is_detector=False)['optim']
-    written = ','.join(f'optim.{key}={numbers[key]}' for key in ('lr', 'scale_lr', 'betas'))
+    keys = ('lr', 'lr_iterations', 'scale_lr', 'betas')
+    written = ','.join(f'optim.{key}={numbers[key]}' for key in keys)
     ours = meant('ours')
     assert meant(f'x=ours,{written}') == ours
     assert len({ours, meant('ours', is_detector=True), meant('x=ours,optim.lr=1e-9')}) == 3
