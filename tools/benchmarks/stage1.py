@@ -131,7 +131,7 @@ def measure(workload: Workload, name: str, args: argparse.Namespace) -> list[dic
                 'model': workload.name,
                 'engine': key[0],
                 'teacher': key[1],
-                'device': args.device,
+                'device': device_name(args.device),
                 'batch': args.batch,
                 'threads': torch.get_num_threads(),
                 'step_ratio': wall,
@@ -146,6 +146,11 @@ def measure(workload: Workload, name: str, args: argparse.Namespace) -> list[dic
             }
         )
     return rows
+
+
+def device_name(device: str) -> str:
+    """A GPU with its name."""
+    return f'{device} ({torch.cuda.get_device_name(device)})' if device != 'cpu' else device
 
 
 def ratio(seconds: dict[Key, list[tuple[float, float]]], key: Key, clock: int) -> float | None:

@@ -19,11 +19,16 @@ def label(row: dict[str, Any]) -> str:
     return row['engine'] + (' + teacher' if row['teacher'] else '')
 
 
+def workload(row: dict[str, Any]) -> str:
+    """Model of a row, and what it ran on where that is no CPU."""
+    return row['model'] if row['device'] == 'cpu' else f'{row["model"]}, {row["device"]}'
+
+
 def table(rows: Rows) -> str:
     """The rows as text."""
     cells = [
         [
-            f'{row["model"]} {label(row)}',
+            f'{workload(row)} {label(row)}',
             str(row['batch']),
             f'{row["saved_bytes_per_image"] / 2**20:.2f}',
             f'{row["saved_ratio"]:.3f}',
@@ -46,9 +51,9 @@ def draw(rows: Rows, path: Path) -> None:
     mpl.use('Agg')
     from matplotlib import pyplot
 
-    models = list(dict.fromkeys(row['model'] for row in rows))
+    models = list(dict.fromkeys(map(workload, rows)))
     labels = [name for name in dict.fromkeys(map(label, rows)) if name != 'float']
-    known = {(row['model'], label(row)): row for row in rows}
+    known = {(workload(row), label(row)): row for row in rows}
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout='constrained')
     width = 0.8 / max(len(labels), 1)
     for axis, key in zip(axes, ('saved_ratio', 'step_ratio'), strict=True):
@@ -59,7 +64,8 @@ def draw(rows: Rows, path: Path) -> None:
             drawn = axis.bar(places, [value for _, value in bars], width, label=name)
             axis.bar_label(drawn, fmt='%.2f', fontsize=7)
         axis.axhline(1.0, color='black', linewidth=0.8)
-        axis.set_xticks(range(len(models)), models, fontsize=8)
+        names = [model.replace(', ', '\n') for model in models]
+        axis.set_xticks(range(len(models)), names, fontsize=8)
         axis.set_xlim(-0.5, len(models) - 0.5)
         axis.set_title(f'{FIGURES[key]}, float training = 1')
     handles, names = axes[0].get_legend_handles_labels()
