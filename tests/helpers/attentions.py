@@ -2,7 +2,7 @@
 """Attention classes of mmpretrain, each alone: how to make it, its input, its other arguments."""
 
 import torch
-from mmpretrain.models.backbones import efficientformer, hivit, levit, vit_sam
+from mmpretrain.models.backbones import efficientformer, hivit, levit, twins, vit_sam
 from mmpretrain.models.backbones.vit_eva02 import AttentionWithRoPE
 from mmpretrain.models.utils import (
     BEiTAttention,
@@ -89,6 +89,31 @@ ATTENTIONS = {
         lambda: hivit.Attention(3, 16, 2, rpe=False),
         TOKENS,
         (None, torch.tensor([[1] * 9, [1] * 5 + [0] * 4])),
+    ),
+    'subsampled': (
+        lambda: twins.GlobalSubsampledAttention(16, 2, sr_ratio=2, attn_drop=0.2),
+        (2, 24, 16),
+        ((4, 6),),
+    ),
+    'subsampled_1': (
+        lambda: twins.GlobalSubsampledAttention(16, 2, qk_scale=0.3, qkv_bias=False),
+        (2, 6, 16),
+        ((2, 3),),
+    ),
+    'grouped': (
+        lambda: twins.LocallyGroupedSelfAttention(16, 2, attn_drop_rate=0.2, window_size=3),
+        (2, 20, 16),
+        ((4, 5),),
+    ),
+    'grouped_whole': (
+        lambda: twins.LocallyGroupedSelfAttention(16, 2, True, 0.3, window_size=2),
+        (2, 24, 16),
+        ((4, 6),),
+    ),
+    'grouped_right': (
+        lambda: twins.LocallyGroupedSelfAttention(16, 2, window_size=2),
+        (2, 20, 16),
+        ((4, 5),),
     ),
 }
 
