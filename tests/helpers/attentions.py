@@ -2,10 +2,20 @@
 """Attention classes of mmpretrain, each alone: how to make it, its input, its other arguments."""
 
 import torch
-from mmpretrain.models.backbones import efficientformer, hivit, levit, twins, vit_sam
+from mmpretrain.models.backbones import (
+    davit,
+    efficientformer,
+    hivit,
+    levit,
+    mixmim,
+    twins,
+    vit_sam,
+    xcit,
+)
 from mmpretrain.models.backbones.vit_eva02 import AttentionWithRoPE
 from mmpretrain.models.utils import (
     BEiTAttention,
+    ChannelMultiheadAttention,
     LeAttention,
     MultiheadAttention,
     RotaryEmbeddingFast,
@@ -114,6 +124,29 @@ ATTENTIONS = {
         lambda: twins.LocallyGroupedSelfAttention(16, 2, window_size=2),
         (2, 20, 16),
         ((4, 5),),
+    ),
+    'davit_window': (lambda: davit.DaViTWindowMSA(16, (3, 3), 2, attn_drop=0.2), TOKENS, ()),
+    'davit_window_mask': (lambda: davit.DaViTWindowMSA(16, (3, 3), 2), (4, 9, 16), (MASK,)),
+    'davit_channel': (lambda: davit.ChannelAttention(16, 2), TOKENS, ()),
+    'mixmim': (lambda: mixmim.MixMIMWindowAttention(16, (3, 3), 2), (4, 9, 16), ()),
+    'mixmim_mask': (
+        lambda: mixmim.MixMIMWindowAttention(16, (3, 3), 2, attn_drop_rate=0.2),
+        (4, 9, 16),
+        ((torch.arange(36).view(4, 9, 1) % 5 < 2).float(),),
+    ),
+    'xca': (lambda: xcit.XCA(16, 2, attn_drop=0.2, proj_drop=0.2), TOKENS, ()),
+    'xca_bias': (lambda: xcit.XCA(16, 4, qkv_bias=True), TOKENS, ()),
+    'class_token': (lambda: xcit.ClassAttntion(16, 2, attn_drop=0.2), TOKENS, ()),
+    'channel': (lambda: ChannelMultiheadAttention(16, 2, proj_drop=0.2), TOKENS, ()),
+    'channel_fixed': (
+        lambda: ChannelMultiheadAttention(16, 2, qkv_bias=True, qk_scale_type='fixed'),
+        TOKENS,
+        (),
+    ),
+    'channel_shortcut': (
+        lambda: ChannelMultiheadAttention(16, 1, input_dims=12, v_shortcut=True),
+        (2, 9, 12),
+        (),
     ),
 }
 

@@ -19,6 +19,10 @@ from tests.helpers.mm_models import calibrate_activations, calibrate_weights, te
 PRODUCTS = {
     'twins_pcpvt': 2 * 3,
     'twins_svt': 2 * 3,
+    'davit': 2 * 4,
+    'mixmim': 2 * 2,
+    'xcit': 2 * 3,
+    'edgenext': 2 * 3,
 }
 """Name -> matrix products of its attentions."""
 
