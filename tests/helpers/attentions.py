@@ -8,6 +8,7 @@ from mmpretrain.models.backbones import (
     hivit,
     levit,
     mixmim,
+    mvit,
     twins,
     vit_sam,
     xcit,
@@ -28,6 +29,7 @@ from torch import nn
 TOKENS = (2, 9, 16)
 MASK = torch.where(torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5, 0, -100)
 SHIFT = dict(shift_size=1, pad_small_map=True)
+REL_POS = dict(rel_pos_spatial=True, input_size=(4, 4))
 
 
 def _rope() -> nn.Module:
@@ -147,6 +149,21 @@ ATTENTIONS = {
         lambda: ChannelMultiheadAttention(16, 1, input_dims=12, v_shortcut=True),
         (2, 9, 12),
         (),
+    ),
+    'mvit': (
+        lambda: mvit.MultiScaleAttention(12, 16, 2, stride_q=2, residual_pooling=False),
+        (2, 20, 12),
+        ((4, 5),),
+    ),
+    'mvit_rel_pos': (
+        lambda: mvit.MultiScaleAttention(16, 16, 2, stride_kv=2, **REL_POS),
+        (2, 16, 16),
+        ((4, 4),),
+    ),
+    'mvit_resized': (
+        lambda: mvit.MultiScaleAttention(16, 16, 2, stride_q=2, qkv_bias=False, **REL_POS),
+        (2, 15, 16),
+        ((3, 5),),
     ),
 }
 

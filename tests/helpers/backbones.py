@@ -52,6 +52,15 @@ BACKBONES: dict[str, tuple[dict[str, Any], int]] = {
         ),
         64,
     ),
+    'mvit': (
+        dict(
+            type='MViT',
+            arch=dict(embed_dims=8, num_layers=3, num_heads=1, downscale_indices=[1]),
+            img_size=32,
+            mlp_ratio=2.0,
+        ),
+        32,
+    ),
 }
 """Name -> config, image size."""
 

@@ -23,6 +23,7 @@ PRODUCTS = {
     'mixmim': 2 * 2,
     'xcit': 2 * 3,
     'edgenext': 2 * 3,
+    'mvit': 4 * 3,
 }
 """Name -> matrix products of its attentions."""
 

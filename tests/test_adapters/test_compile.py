@@ -27,7 +27,7 @@ def plain(module: nn.Module, x: torch.Tensor) -> object:
 
 
 @pytest.mark.parametrize(
-    'case', ['vit_block', 'window_mask', 'beit', 'sam_rel_pos', 'grouped', 'xca']
+    'case', ['vit_block', 'window_mask', 'beit', 'sam_rel_pos', 'grouped', 'mvit_rel_pos', 'xca']
 )
 def test_one_graph_with_the_numbers_of_the_reference(case: str) -> None:
     torch.manual_seed(0)

@@ -55,7 +55,7 @@ def test_strict_accepts_what_stays_float_on_purpose() -> None:
 
 @pytest.mark.parametrize(
     'case',
-    ['mha', 'beit', 'window_v2', 'sam_rel_pos', 'rope', 'grouped', 'xca'],
+    ['mha', 'beit', 'window_v2', 'sam_rel_pos', 'rope', 'grouped', 'xca', 'mvit_rel_pos'],
 )
 @pytest.mark.parametrize(
     'rule', [dict(role='query'), dict(role='softmax'), dict(name='qkv'), dict(role='rel_pos')]
