@@ -64,6 +64,11 @@ def added(logits: Tensor, *terms: Tensor) -> Tensor:
     return logits
 
 
+def multiplied(logits: Tensor, factor: Tensor) -> Tensor:
+    """Logits times a factor that broadcasts over them, as a learned one a head."""
+    return logits * factor
+
+
 def quantized_attention(
     qk_matmul: Any,
     pv_matmul: Any,

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 else:
     _Base = object
 
+Size = tuple[int, int]
+
 
 def resized_table(table: Tensor, size: int) -> Tensor:
     """Relative position table for ``size`` positions, ``(2 * size - 1, D)``.
@@ -67,15 +69,19 @@ class SharedQueryMatMul(QuantMatMul):
 
 
 class _RelPosContract:
-    """Einsum of queries ``(B, heads, H, W, D)`` and a table ``(2 * S - 1, D)``."""
+    """Einsum of queries ``(B, heads, H, W, D)`` and a table ``(2 * S - 1, D)``.
+
+    Or a table with a row for each pair of positions, ``(H or W, S, D)``.
+    """
 
     equation: str
 
     def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """``(B, heads, H, W, S)``."""
-        steps = torch.arange((len(rhs) + 1) // 2, device=rhs.device)
-        index = steps[:, None] - steps[None, :] + len(steps) - 1
-        return torch.einsum(self.equation, lhs, rhs[index])
+        if rhs.dim() == 2:
+            steps = torch.arange((len(rhs) + 1) // 2, device=rhs.device)
+            rhs = rhs[steps[:, None] - steps[None, :] + len(steps) - 1]
+        return torch.einsum(self.equation, lhs, rhs)
 
 
 class FloatRelPosMatMul(_RelPosContract, FloatMatMul):
@@ -107,12 +113,6 @@ class QuantRelPosMatMul(_RelPosContract, SharedQueryMatMul):
         return self._query[0]
 
 
-def _with_positions(logits: Tensor, rel_h: Tensor, rel_w: Tensor, size: tuple[int, int]) -> Tensor:
-    """``(B, heads, N, N)`` plus the row and column terms, ``(B, heads, H, W, H or W)``."""
-    logits = logits.unflatten(3, size).unflatten(2, size)  # (B, heads, H, W, H, W)
-    return (logits + rel_h[..., None] + rel_w[..., None, :]).flatten(4).flatten(2, 3)
-
-
 class RelPosAttention(_Base):
     """Mixin that replaces ``forward``; the float class brings the parameters."""
 
@@ -134,20 +134,44 @@ class RelPosAttention(_Base):
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         qkv = qkv.reshape(3, B * self.num_heads, H * W, -1)
         q, k, v = qkv.unflatten(1, (B, self.num_heads)).unbind(0)  # each (B, heads, N, D)
-        out = self.attend(q, k, v, (H, W)).unflatten(2, (H, W))  # (B, heads, H, W, D)
+        out = self.attend(q, k, v, (H, W), (H, W)).unflatten(2, (H, W))  # (B, heads, H, W, D)
         return self.proj(out.permute(0, 2, 3, 1, 4).reshape(B, H, W, -1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: tuple[int, int]) -> Tensor:
-        """Operands ``(B, heads, N, D)`` with ``N = H * W`` -> same shape."""
+    def tables(self, size: Size, key_size: Size) -> list[Tensor]:
+        """Float tables of rows and of columns, each a right operand of its product."""
+        positions = (self.rel_pos_h, self.rel_pos_w)
+        return [resized_table(x, length) for x, length in zip(positions, size, strict=True)]
+
+    def with_positions(self, logits: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        """Logits with the row and the column terms.
+
+        Args:
+            logits: ``(B, heads, H, W, Hk, Wk)``.
+            rel_h: ``(B, heads, H, W, Hk)``.
+            rel_w: ``(B, heads, H, W, Wk)``.
+        """
+        return logits + rel_h[..., None] + rel_w[..., None, :]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, key_size: Size) -> Tensor:
+        """Attention of queries to keys on a grid of their own.
+
+        Args:
+            q: ``(B, heads, H * W, D)``, not scaled.
+            k: ``(B, heads, Hk * Wk, D)``.
+            v: Shape of ``k``.
+            size: ``(H, W)``.
+            key_size: ``(Hk, Wk)``.
+
+        Returns:
+            Shape of ``q``.
+        """
         if not can_pack_attention(self.qk_matmul, self.pv_matmul):
-            return self.pv_matmul(self.logits(q, k, size).softmax(dim=-1), v)
+            return self.pv_matmul(self.logits(q, k, size, key_size).softmax(dim=-1), v)
         quantizers = attention_quantizers(self.qk_matmul, self.pv_matmul)
         tables = []
         if self.use_rel_pos:
             products = (self.rel_h_matmul, self.rel_w_matmul)
-            positions = (self.rel_pos_h, self.rel_pos_w)
-            for product, position, length in zip(products, positions, size, strict=True):
-                table = resized_table(position, length)
+            for product, table in zip(products, self.tables(size, key_size), strict=True):
                 is_quantized = isinstance(product, QuantMatMul)
                 tables.append(product.rhs_quantizer(table) if is_quantized else table)
 
@@ -158,12 +182,12 @@ class RelPosAttention(_Base):
             grid = q.unflatten(2, size)
             rel_h = self.rel_h_matmul.contract(grid, tables[0])
             rel_w = self.rel_w_matmul.contract(grid, tables[1])
-            return _with_positions(total, rel_h, rel_w, size)
+            return self._positioned(total, rel_h, rel_w)
 
         return packed_attention(quantizers, logits, q, k.transpose(-2, -1), v, tables)
 
-    def logits(self, q: Tensor, k: Tensor, size: tuple[int, int]) -> Tensor:
-        """``(B, heads, N, N)`` from ``q`` and ``k``, ``(B, heads, N, D)`` with ``N = H * W``."""
+    def logits(self, q: Tensor, k: Tensor, size: Size, key_size: Size) -> Tensor:
+        """``(B, heads, H * W, Hk * Wk)`` from what ``attend`` gets."""
         query, scale = self._quantized_query(q)
         if scale is None:
             logits = self.qk_matmul(query * self.scale, k.transpose(-2, -1))
@@ -174,9 +198,16 @@ class RelPosAttention(_Base):
         grid = query.unflatten(2, size)  # (B, heads, H, W, D)
         if scale is not None and scale.dim():
             scale = scale.unsqueeze(-1)
-        rel_h = self.rel_h_matmul(grid, resized_table(self.rel_pos_h, size[0]), scale)
-        rel_w = self.rel_w_matmul(grid, resized_table(self.rel_pos_w, size[1]), scale)
-        return _with_positions(logits, rel_h, rel_w, size)
+        rows, columns = self.tables(size, key_size)
+        rel_h = self.rel_h_matmul(grid, rows, scale)
+        rel_w = self.rel_w_matmul(grid, columns, scale)
+        return self._positioned(logits, rel_h, rel_w)
+
+    def _positioned(self, logits: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+        """``with_positions`` of logits ``(B, heads, H * W, Hk * Wk)``."""
+        keys = (rel_h.shape[-1], rel_w.shape[-1])
+        grid = logits.unflatten(3, keys).unflatten(2, rel_h.shape[2:4])
+        return self.with_positions(grid, rel_h, rel_w).flatten(4).flatten(2, 3)
 
     def _quantized_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes and their scale where every product takes codes, else values and None."""

@@ -25,11 +25,22 @@ def biased(logits: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
         Shape of ``logits``.
     """
     logits = logits + bias
-    if mask is not None:
-        _, heads, N, _ = logits.shape
-        logits = logits.view(-1, len(mask), heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
-        logits = logits.view(-1, heads, N, N)
-    return logits
+    return logits if mask is None else masked(logits, mask)
+
+
+def masked(logits: Tensor, mask: Tensor) -> Tensor:
+    """Logits plus the mask of each window.
+
+    Args:
+        logits: ``(windows * B, heads, N, N)``.
+        mask: ``(windows, N, N)``, 0 or a large negative number.
+
+    Returns:
+        Shape of ``logits``.
+    """
+    _, heads, N, _ = logits.shape
+    logits = logits.view(-1, len(mask), heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
+    return logits.view(-1, heads, N, N)
 
 
 def gathered_bias(table: Tensor, index: Tensor) -> Tensor:

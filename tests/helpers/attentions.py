@@ -2,10 +2,21 @@
 """Attention classes of mmpretrain, each alone: how to make it, its input, its other arguments."""
 
 import torch
-from mmpretrain.models.backbones import efficientformer, hivit, levit, vit_sam
+from mmpretrain.models.backbones import (
+    davit,
+    efficientformer,
+    hivit,
+    levit,
+    mixmim,
+    mvit,
+    twins,
+    vit_sam,
+    xcit,
+)
 from mmpretrain.models.backbones.vit_eva02 import AttentionWithRoPE
 from mmpretrain.models.utils import (
     BEiTAttention,
+    ChannelMultiheadAttention,
     LeAttention,
     MultiheadAttention,
     RotaryEmbeddingFast,
@@ -18,6 +29,7 @@ from torch import nn
 TOKENS = (2, 9, 16)
 MASK = torch.where(torch.rand(2, 9, 9, generator=torch.Generator().manual_seed(0)) > 0.5, 0, -100)
 SHIFT = dict(shift_size=1, pad_small_map=True)
+REL_POS = dict(rel_pos_spatial=True, input_size=(4, 4))
 
 
 def _rope() -> nn.Module:
@@ -89,6 +101,69 @@ ATTENTIONS = {
         lambda: hivit.Attention(3, 16, 2, rpe=False),
         TOKENS,
         (None, torch.tensor([[1] * 9, [1] * 5 + [0] * 4])),
+    ),
+    'subsampled': (
+        lambda: twins.GlobalSubsampledAttention(16, 2, sr_ratio=2, attn_drop=0.2),
+        (2, 24, 16),
+        ((4, 6),),
+    ),
+    'subsampled_1': (
+        lambda: twins.GlobalSubsampledAttention(16, 2, qk_scale=0.3, qkv_bias=False),
+        (2, 6, 16),
+        ((2, 3),),
+    ),
+    'grouped': (
+        lambda: twins.LocallyGroupedSelfAttention(16, 2, attn_drop_rate=0.2, window_size=3),
+        (2, 20, 16),
+        ((4, 5),),
+    ),
+    'grouped_whole': (
+        lambda: twins.LocallyGroupedSelfAttention(16, 2, True, 0.3, window_size=2),
+        (2, 24, 16),
+        ((4, 6),),
+    ),
+    'grouped_right': (
+        lambda: twins.LocallyGroupedSelfAttention(16, 2, window_size=2),
+        (2, 20, 16),
+        ((4, 5),),
+    ),
+    'davit_window': (lambda: davit.DaViTWindowMSA(16, (3, 3), 2, attn_drop=0.2), TOKENS, ()),
+    'davit_window_mask': (lambda: davit.DaViTWindowMSA(16, (3, 3), 2), (4, 9, 16), (MASK,)),
+    'davit_channel': (lambda: davit.ChannelAttention(16, 2), TOKENS, ()),
+    'mixmim': (lambda: mixmim.MixMIMWindowAttention(16, (3, 3), 2), (4, 9, 16), ()),
+    'mixmim_mask': (
+        lambda: mixmim.MixMIMWindowAttention(16, (3, 3), 2, attn_drop_rate=0.2),
+        (4, 9, 16),
+        ((torch.arange(36).view(4, 9, 1) % 5 < 2).float(),),
+    ),
+    'xca': (lambda: xcit.XCA(16, 2, attn_drop=0.2, proj_drop=0.2), TOKENS, ()),
+    'xca_bias': (lambda: xcit.XCA(16, 4, qkv_bias=True), TOKENS, ()),
+    'class_token': (lambda: xcit.ClassAttntion(16, 2, attn_drop=0.2), TOKENS, ()),
+    'channel': (lambda: ChannelMultiheadAttention(16, 2, proj_drop=0.2), TOKENS, ()),
+    'channel_fixed': (
+        lambda: ChannelMultiheadAttention(16, 2, qkv_bias=True, qk_scale_type='fixed'),
+        TOKENS,
+        (),
+    ),
+    'channel_shortcut': (
+        lambda: ChannelMultiheadAttention(16, 1, input_dims=12, v_shortcut=True),
+        (2, 9, 12),
+        (),
+    ),
+    'mvit': (
+        lambda: mvit.MultiScaleAttention(12, 16, 2, stride_q=2, residual_pooling=False),
+        (2, 20, 12),
+        ((4, 5),),
+    ),
+    'mvit_rel_pos': (
+        lambda: mvit.MultiScaleAttention(16, 16, 2, stride_kv=2, **REL_POS),
+        (2, 16, 16),
+        ((4, 4),),
+    ),
+    'mvit_resized': (
+        lambda: mvit.MultiScaleAttention(16, 16, 2, stride_q=2, qkv_bias=False, **REL_POS),
+        (2, 15, 16),
+        ((3, 5),),
     ),
 }
 

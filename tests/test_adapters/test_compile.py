@@ -26,7 +26,9 @@ def plain(module: nn.Module, x: torch.Tensor) -> object:
     return module(x)
 
 
-@pytest.mark.parametrize('case', ['vit_block', 'window_mask', 'beit', 'sam_rel_pos'])
+@pytest.mark.parametrize(
+    'case', ['vit_block', 'window_mask', 'beit', 'sam_rel_pos', 'grouped', 'mvit_rel_pos', 'xca']
+)
 def test_one_graph_with_the_numbers_of_the_reference(case: str) -> None:
     torch.manual_seed(0)
     if case == 'vit_block':

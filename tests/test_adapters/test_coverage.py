@@ -17,12 +17,14 @@ pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 
 from gplq_mm.conversion import convert_
+from tests.helpers.backbones import BACKBONES, backbone
 from tests.helpers.mm_models import CLASSIFIERS, DETECTORS, classifier, vit_sam
 
 TABLE = Path(__file__).with_name('coverage.json')
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     **{name: (lambda name=name: classifier(name), 'all') for name in CLASSIFIERS},
     'vit_sam': (vit_sam, 'all'),
+    **{name: (lambda name=name: backbone(name), 'all') for name in BACKBONES},
     **{
         f'{name} {scope}': (DETECTORS[name], scope)
         for name in DETECTORS

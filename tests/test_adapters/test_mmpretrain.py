@@ -6,8 +6,9 @@ from torch import nn
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmdet')
 
-from mmengine.registry import MODELS, DefaultScope
+from mmengine.registry import DefaultScope
 from mmpretrain.models import heads
+from mmpretrain.models.backbones.xcit import XCA, ClassAttntion
 from mmpretrain.models.utils import MultiheadAttention
 from mmpretrain.structures import DataSample
 
@@ -25,7 +26,7 @@ def test_attention_off_is_float(case: str, recipe: str) -> None:
     report = assert_identity(
         randomized(make()), [torch.randn(shape)], lambda m, x: m(x[0], *extra), recipe
     )
-    assert report.counts['matmul'] == (4 if case in ('sam_rel_pos', 'sam_resized') else 2)
+    assert report.counts['matmul'] == (4 if case.endswith(('rel_pos', 'resized')) else 2)
     kept = [name for name, _ in report.kept_float]
     assert all(name.endswith('cpb_mlp') for name in kept)
     assert len(kept) == ('v2' in case)
@@ -52,12 +53,15 @@ def test_strict_accepts_what_stays_float_on_purpose() -> None:
     assert all(name.endswith('cpb_mlp') for name, _ in report.kept_float)
 
 
-@pytest.mark.parametrize('case', ['mha', 'beit', 'window_v2', 'sam_rel_pos', 'rope'])
+@pytest.mark.parametrize(
+    'case',
+    ['mha', 'beit', 'window_v2', 'sam_rel_pos', 'rope', 'grouped', 'xca', 'mvit_rel_pos'],
+)
 @pytest.mark.parametrize(
     'rule', [dict(role='query'), dict(role='softmax'), dict(name='qkv'), dict(role='rel_pos')]
 )
 def test_rules_turn_single_products_off(case: str, rule: dict) -> None:
-    if rule.get('role') == 'rel_pos' and case != 'sam_rel_pos':
+    if rule.get('role') == 'rel_pos' and not case.endswith('rel_pos'):
         rule = dict(name='proj')
     make, shape, extra = ATTENTIONS[case]
     recipe = dict(base='w4a4', scope='all', rules=[dict(**rule, enabled=False)])
@@ -109,6 +113,13 @@ def test_subclass_of_an_attention_class_is_reported() -> None:
         )
 
 
+@pytest.mark.parametrize('cls', [XCA, ClassAttntion])
+def test_a_name_of_another_kind_is_seen_to_be_attention(cls: type[nn.Module]) -> None:
+    model = nn.ModuleDict({'attn': type(f'My{cls.__name__}', (cls,), {})(16, 2)})
+    report = convert_(model, dict(base='w4a4', scope='all'))
+    assert [name for name, _ in report.kept_float] == ['attn']
+
+
 @pytest.mark.parametrize('name', ['LeViTClsHead', 'EfficientFormerClsHead'])
 def test_a_distilled_head_trains_on_the_mean_of_its_scores(name: str) -> None:
     """mmpretrain raises NotImplementedError for them in training."""
@@ -129,18 +140,3 @@ def test_a_distilled_head_trains_on_the_mean_of_its_scores(name: str) -> None:
             part.eval()
     assert model[0].training
     torch.testing.assert_close(model[0](feats), model.eval()[0](feats))
-
-
-def test_attention_of_another_kind_is_named() -> None:
-    """XCiT multiplies activations in classes of its own; no handler, but never in silence."""
-    with DefaultScope.overwrite_default_scope('mmpretrain'):
-        backbone = dict(
-            type='XCiT', img_size=32, patch_size=8, embed_dims=16, depth=2, num_heads=2,
-            mlp_ratio=2, cls_attn_layers=1,
-        )  # fmt: skip
-        model = MODELS.build(backbone)
-    report = convert_(model, dict(scope='all'))
-    named = [name for name, _ in report.kept_float]
-    assert [n for n in named if n.endswith('.attn')] == [
-        'xca_layers.0.attn', 'xca_layers.1.attn', 'ca_layers.0.attn',
-    ]  # fmt: skip

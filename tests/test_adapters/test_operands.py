@@ -17,6 +17,7 @@ from mmdet.models.layers.transformer import DetrTransformerDecoderLayer
 
 from gplq_mm.conversion import convert_
 from tests.helpers.attentions import ATTENTIONS, randomized
+from tests.helpers.backbones import BACKBONES, backbone
 from tests.helpers.mm_models import (
     CLASSIFIERS,
     DETECTORS,
@@ -78,6 +79,10 @@ CASES: dict[str, Case] = {
         for name, (_, size) in CLASSIFIERS.items()
     },
     'vit_sam': (vit_sam, lambda m, x: m(x), (2, 3, 32, 32)),
+    **{
+        name: (lambda name=name: backbone(name), lambda m, x: m(x), (2, 3, size, size))
+        for name, (_, size) in BACKBONES.items()
+    },
     'vit_sam_larger': (vit_sam, lambda m, x: m(x), (1, 3, 40, 36)),
     'detr_layer': (_detr_layer, _run_detr_layer, (2, 8, 16)),
     **{name: (make, run_detector, (1, 3, 40, 56)) for name, make in DETECTORS.items()},

@@ -26,6 +26,15 @@ def test_table_rows_are_distances() -> None:
     assert torch.equal(columns[0, 0, 1].long(), distance)
 
 
+def test_a_table_of_pairs_is_taken_as_it_is() -> None:
+    """Queries on a finer grid than keys: a row for each pair."""
+    query, table = torch.randn(2, 3, 4, 2, 5), torch.randn(4, 2, 5)
+    rows = FloatRelPosMatMul(ROWS)(query, table)
+    torch.testing.assert_close(rows, (query.unsqueeze(4) * table[:, None]).sum(-1))
+    columns = FloatRelPosMatMul(COLUMNS)(query.transpose(2, 3), table)
+    torch.testing.assert_close(columns, rows.transpose(2, 3))
+
+
 def test_resized_table_keeps_a_linear_table() -> None:
     table = torch.linspace(0, 1, 5)[:, None].expand(5, 2)
     assert resized_table(table, 3) is table

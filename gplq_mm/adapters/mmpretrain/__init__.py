@@ -1,6 +1,30 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """mmpretrain: one file a family of classes."""
 
-from . import attention, bias_attention, heads, vit_sam, window
+from . import (
+    attention,
+    bias_attention,
+    davit,
+    edgenext,
+    heads,
+    mixmim,
+    mvit,
+    twins,
+    vit_sam,
+    window,
+    xcit,
+)
 
-__all__ = ['attention', 'bias_attention', 'heads', 'vit_sam', 'window']
+__all__ = [
+    'attention',
+    'bias_attention',
+    'davit',
+    'edgenext',
+    'heads',
+    'mixmim',
+    'mvit',
+    'twins',
+    'vit_sam',
+    'window',
+    'xcit',
+]

@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Plain attention: ViT, DeiT, DINOv2, MAE (one class), BEiT, EVA-02."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -20,50 +19,24 @@ from ...conversion import (
     register_roles,
     set_ffn_roles,
 )
-from ...modules import (
-    QuantLinear,
-    quant_scaled_dot_product_attention,
-    quantized_attention,
-    swap_class,
-)
+from ...modules import QuantLinear, quantized_attention, swap_class
 from ...modules.attention import added
+from ...modules.dot_product_attention import DotProductAttention
 from ...modules.fused_ffn import SequentialFeedForward
 from ...modules.window_attention import gathered_bias
 
 
-class QuantMultiheadAttention(MultiheadAttention):
+class QuantMultiheadAttention(DotProductAttention, MultiheadAttention):
     """``MultiheadAttention`` whose fused attention is written out."""
-
-    qk_matmul: Any
-    pv_matmul: Any
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, N, C)`` -> same."""
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dims)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
-        x = quant_scaled_dot_product_attention(
-            self.qk_matmul,
-            self.pv_matmul,
-            q,
-            k,
-            v,
-            dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self._logit_factor(),
-            float_attention=self._float_attention,
-        )
-        x = self.proj(x.transpose(1, 2).reshape(B, N, self.embed_dims))
-        x = self.out_drop(self.gamma1(self.proj_drop(x)))
+        x = self.attend(q, k, v).transpose(1, 2).reshape(B, N, self.embed_dims)
+        x = self.out_drop(self.gamma1(self.proj_drop(self.proj(x))))
         return v.squeeze(1) + x if self.v_shortcut else x
-
-    def _logit_factor(self) -> float | None:
-        """With ``qk_scale`` set, mmpretrain divides the logits by ``D ** -0.5``."""
-        attention = self.scaled_dot_product_attention
-        return 1 / attention.keywords['scale'] if isinstance(attention, partial) else None
-
-    def _float_attention(self, *args: Any, scale: float | None = None, **options: Any) -> Tensor:
-        """What the float model calls; it has its own scale."""
-        return self.scaled_dot_product_attention(*args, **options)
 
 
 class QuantBEiTAttention(BEiTAttention):
