@@ -61,7 +61,7 @@ def test_a_given_learning_rate_holds_for_any_length() -> None:
     for name, optim in {
         'auto': {},
         'lr': {'lr': 2e-3},
-        'n': {'lr': 2e-3, 'lr_iterations': 7},
+        'both': {'lr': 2e-3, 'lr_iterations': 7},
     }.items():
         recipe = resolve_recipe(dict(base='w4a4', optim=optim))
         lengths[name] = [settle_auto(recipe, d)['optim']['lr_iterations'] for d in (False, True)]
