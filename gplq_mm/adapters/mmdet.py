@@ -13,12 +13,11 @@ from mmdet.models.roi_heads.mask_heads import FCNMaskHead, MaskIoUHead, MaskPoin
 
 from ..conversion import (
     Context,
-    attach_matmuls,
+    register_attention,
     register_handler,
     register_roles,
     set_predictor_roles,
 )
-from ..modules import swap_class
 from ..modules.window_attention import WindowAttention
 
 PREDICTORS = r'(^|_)(cls|reg|iou|obj|centerness|logits|score|pred|embed|branches)$'
@@ -30,11 +29,7 @@ class QuantWindowMSA(WindowAttention, WindowMSA):
     """``WindowMSA`` with quantized matmuls."""
 
 
-@register_handler(WindowMSA)
-def convert_window_msa(module: Any, name: str, context: Context) -> None:
-    """Both matmuls; ``qkv`` and ``proj`` are children."""
-    swap_class(module, QuantWindowMSA)
-    attach_matmuls(module, name, context, module.num_heads)
+register_attention({WindowMSA: QuantWindowMSA})
 
 
 @register_handler(ShiftWindowMSA, ChannelAttention)

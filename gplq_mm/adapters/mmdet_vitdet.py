@@ -5,13 +5,7 @@ from typing import Any
 
 from projects.ViTDet.vitdet.vit import Attention, Mlp
 
-from ..conversion import (
-    Context,
-    attach_rel_pos_matmuls,
-    register_handler,
-    register_roles,
-    set_ffn_roles,
-)
+from ..conversion import Context, attach_rel_pos_matmuls, register_ffn, register_handler
 from ..modules import swap_class
 from ..modules.fused_ffn import MlpFeedForward
 from ..modules.rel_pos_attention import RelPosAttention
@@ -32,13 +26,4 @@ class QuantMlp(MlpFeedForward, Mlp):
     """``Mlp`` as one operator, where the engine says so."""
 
 
-@register_handler(Mlp)
-def convert_mlp(module: Any, name: str, context: Context) -> None:
-    """Its layers are children."""
-    swap_class(module, QuantMlp)
-
-
-@register_roles(Mlp)
-def give_mlp_roles(module: Any, name: str, context: Context) -> None:
-    """``post_gelu`` behind the activation."""
-    set_ffn_roles(module, name, context)
+register_ffn(Mlp, QuantMlp)

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Floor 2: from a float model and a recipe to a model with quantizers."""
 
-from .attention import attach_matmuls, attach_rel_pos_matmuls
+from .attention import attach_matmuls, attach_rel_pos_matmuls, register_attention
 from .auto_settings import settle_auto, typical_width
 from .convert import (
     CoverageReport,
@@ -14,7 +14,13 @@ from .convert import (
 from .handlers import Context, find_handler, make_matmul, register_handler, register_layer
 from .presets import PRESETS
 from .recipe import recipe_difference, resolve_recipe
-from .roles import child_name, register_roles, set_ffn_roles, set_predictor_roles
+from .roles import (
+    child_name,
+    register_ffn,
+    register_roles,
+    set_ffn_roles,
+    set_predictor_roles,
+)
 
 __all__ = [
     'PRESETS',
@@ -30,6 +36,8 @@ __all__ = [
     'quantized_layers',
     'quantizers',
     'recipe_difference',
+    'register_attention',
+    'register_ffn',
     'register_handler',
     'register_layer',
     'register_roles',

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """What the handlers of attention classes share, and the handler of torch's own."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -41,6 +42,20 @@ def attach_matmuls(module: Any, name: str, context: Context, heads: int) -> None
     for child, roles in (('qk_matmul', ('query', 'key')), ('pv_matmul', ('softmax', 'value'))):
         matmul = make_matmul(child_name(name, child), context, roles, heads)
         setattr(module, child, FloatMatMul() if matmul is None else matmul)
+
+
+def register_attention(quantized: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+    """Register handlers of attention classes: both matmuls, the projections are children.
+
+    Args:
+        quantized: Class -> subclass whose forward calls ``qk_matmul`` and ``pv_matmul``. The
+            modules have ``num_heads``.
+    """
+
+    @register_handler(*quantized)
+    def convert_attention(module: Any, name: str, context: Context) -> None:
+        swap_class(module, quantized[type(module)])
+        attach_matmuls(module, name, context, module.num_heads)
 
 
 def attach_rel_pos_matmuls(module: Any, name: str, context: Context) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .handlers import Context
+from ..modules import swap_class
+from .handlers import Context, register_handler
 
 RoleGiver = Callable[[Any, str, Context], None]
 ROLE_GIVERS: list[tuple[tuple[type[nn.Module], ...], RoleGiver]] = []
@@ -60,6 +61,21 @@ def set_ffn_roles(module: nn.Module, name: str, context: Context) -> None:
                 context.set_role(child_name(name, child), role)
             role = None
         role = next((after for cls, after in _AFTER if isinstance(layer, cls)), role)
+
+
+def register_ffn(float_class: type[nn.Module], quantized: type[nn.Module]) -> None:
+    """Register a feed-forward class whose layers are its own children.
+
+    Args:
+        float_class: Its layers behind the activation get ``post_gelu`` or ``post_relu``.
+        quantized: Subclass that may run them as one operator, see ``MlpFeedForward``.
+    """
+
+    @register_handler(float_class)
+    def convert_ffn(module: Any, name: str, context: Context) -> None:
+        swap_class(module, quantized)
+
+    register_roles(float_class)(set_ffn_roles)
 
 
 def set_predictor_roles(module: nn.Module, name: str, context: Context, pattern: str) -> None:

@@ -57,16 +57,15 @@ class GPLQOptimWrapperConstructor:
         )
         of_recipe = 'lr' not in (self.optim_wrapper_cfg.get('optimizer') or {})
         wrapper['optimizer'] = {'lr': optim['lr'], **wrapper['optimizer']}
-        built = self._build(model, wrapper)
+        if self.paramwise_cfg:
+            built = self._paramwise(model, network, wrapper)
+        else:
+            built = _two_groups(network, wrapper, optim)
         setattr(built, _OF_RECIPE, of_recipe)
         return built
 
-    def _build(self, model: nn.Module, wrapper: dict[str, Any]) -> OptimWrapper:
-        network = unwrap(model)
-        optim = network.gplq.recipe['optim']
-        if not self.paramwise_cfg:
-            return _two_groups(network, wrapper, optim)
-        lr = wrapper['optimizer']['lr']
+    def _paramwise(self, model: nn.Module, network: Any, wrapper: dict[str, Any]) -> OptimWrapper:
+        optim, lr = network.gplq.recipe['optim'], wrapper['optimizer']['lr']
         built = DefaultOptimWrapperConstructor(wrapper, self.paramwise_cfg)(model)
         if not any('quantizer' in key for key in self.paramwise_cfg.get('custom_keys') or {}):
             _set_scale_groups(built, network, _scale_lr(lr, optim), optim['scale_weight_decay'])
@@ -79,7 +78,7 @@ def _set_scale_groups(built: OptimWrapper, network: nn.Module, lr: float, decay:
     Done afterwards: among MMEngine's custom keys the longest that matches wins, so that
     a key of the scales would lose against ``backbone.stages.0``.
     """
-    scales = {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
+    scales = _scale_ids(network)
     for group in built.optimizer.param_groups:
         if all(id(p) in scales for p in group['params']):
             group['lr'], group['weight_decay'] = lr, decay
@@ -108,7 +107,7 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     if not 0 < steps < full:
         return None
     factor = math.sqrt(steps / full)
-    scales = {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
+    scales = _scale_ids(network)
     schedulers = runner.param_schedulers or []
     for index, group in enumerate(built.optimizer.param_groups):
         if all(id(p) in scales for p in group['params']):
@@ -158,7 +157,7 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
         The warning; None where the scales have their own LR or the recipe wants none.
     """
     optim = network.gplq.recipe['optim']
-    scales = {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
+    scales = _scale_ids(network)
     groups = getattr(getattr(built, 'optimizer', None), 'param_groups', [])
     rates = {
         is_scale: {
@@ -196,6 +195,11 @@ def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, An
             "recipe learns none; write train='all' or activation=dict(learn_scale=True)"
         )
     return OPTIM_WRAPPERS.build({**wrapper, 'optimizer': OPTIMIZERS.build(optimizer)})
+
+
+def _scale_ids(network: nn.Module) -> set[int]:
+    """Identities of the quantizers' scales, to tell them among an optimizer's parameters."""
+    return {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
 
 
 def _scale_lr(lr: float, optim: dict[str, Any]) -> float:

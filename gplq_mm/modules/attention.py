@@ -64,7 +64,7 @@ def added(logits: Tensor, *terms: Tensor) -> Tensor:
     return logits
 
 
-def multiplied(logits: Tensor, factor: Tensor) -> Tensor:
+def multiplied(logits: Tensor, factor: Tensor | float) -> Tensor:
     """Logits times a factor that broadcasts over them, as a learned one a head."""
     return logits * factor
 

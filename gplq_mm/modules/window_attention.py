@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Forward of Swin's window attention with both matmuls as modules (mmdet and mmpretrain)."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -76,10 +77,14 @@ class WindowAttention(_Base):
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
-        bias = gathered_bias(self.relative_position_bias_table, self.relative_position_index)
-        extras = (bias,) if mask is None else (bias, mask)
+        adjust, extras = self.adjustment(mask)
         x = quantized_attention(
-            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, biased, extras, self.attn_drop
+            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, adjust, extras, self.attn_drop
         )
         x = x.transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))
+
+    def adjustment(self, mask: Tensor | None) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
+        """What comes between product and softmax: see ``quantized_attention``."""
+        bias = gathered_bias(self.relative_position_bias_table, self.relative_position_index)
+        return biased, ((bias,) if mask is None else (bias, mask))

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ...conversion import (
     Context,
-    attach_matmuls,
     child_name,
+    register_attention,
     register_handler,
     register_roles,
     set_ffn_roles,
@@ -99,18 +99,13 @@ class QuantAttentionWithRoPE(AttentionWithRoPE):
         return torch.cat((x[:, :, :1, :], rotated), -2)
 
 
-_QUANTIZED: dict[type, Any] = {
-    MultiheadAttention: QuantMultiheadAttention,
-    BEiTAttention: QuantBEiTAttention,
-    AttentionWithRoPE: QuantAttentionWithRoPE,
-}
-
-
-@register_handler(*_QUANTIZED)
-def convert_attention(module: Any, name: str, context: Context) -> None:
-    """Both matmuls; ``qkv`` and ``proj`` are children."""
-    swap_class(module, _QUANTIZED[type(module)])
-    attach_matmuls(module, name, context, module.num_heads)
+register_attention(
+    {
+        MultiheadAttention: QuantMultiheadAttention,
+        BEiTAttention: QuantBEiTAttention,
+        AttentionWithRoPE: QuantAttentionWithRoPE,
+    }
+)
 
 
 class QuantFFNLayers(SequentialFeedForward, Sequential):

@@ -7,14 +7,8 @@ from mmpretrain.models.backbones import efficientformer, hivit, levit
 from mmpretrain.models.utils import LeAttention
 from torch import Tensor
 
-from ...conversion import (
-    Context,
-    attach_matmuls,
-    register_handler,
-    register_roles,
-    set_ffn_roles,
-)
-from ...modules import quantized_attention, swap_class
+from ...conversion import register_attention, register_ffn
+from ...modules import quantized_attention
 from ...modules.attention import added
 from ...modules.fused_ffn import MlpFeedForward
 
@@ -114,33 +108,19 @@ class QuantHiViTAttention(hivit.Attention):
         return self.proj_drop(self.proj(x))
 
 
-_QUANTIZED: dict[type, Any] = {
-    LeAttention: QuantLeAttention,
-    levit.Attention: QuantLeViTAttention,
-    levit.AttentionSubsample: QuantAttentionSubsample,
-    efficientformer.AttentionWithBias: QuantAttentionWithBias,
-    hivit.Attention: QuantHiViTAttention,
-}
-
-
-@register_handler(*_QUANTIZED)
-def convert_attention(module: Any, name: str, context: Context) -> None:
-    """Both matmuls; the projections are children."""
-    swap_class(module, _QUANTIZED[type(module)])
-    attach_matmuls(module, name, context, module.num_heads)
+register_attention(
+    {
+        LeAttention: QuantLeAttention,
+        levit.Attention: QuantLeViTAttention,
+        levit.AttentionSubsample: QuantAttentionSubsample,
+        efficientformer.AttentionWithBias: QuantAttentionWithBias,
+        hivit.Attention: QuantHiViTAttention,
+    }
+)
 
 
 class QuantMlp(MlpFeedForward, hivit.Mlp):
     """``Mlp`` as one operator, where the engine says so."""
 
 
-@register_handler(hivit.Mlp)
-def convert_mlp(module: Any, name: str, context: Context) -> None:
-    """Its layers are children."""
-    swap_class(module, QuantMlp)
-
-
-@register_roles(hivit.Mlp)
-def give_mlp_roles(module: Any, name: str, context: Context) -> None:
-    """``post_gelu`` behind the activation."""
-    set_ffn_roles(module, name, context)
+register_ffn(hivit.Mlp, QuantMlp)

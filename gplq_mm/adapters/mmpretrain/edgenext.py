@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """EdgeNeXt: attention of channels."""
 
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -8,14 +9,8 @@ from mmpretrain.models.backbones.edgenext import SDTAEncoder
 from mmpretrain.models.utils import ChannelMultiheadAttention
 from torch import Tensor
 
-from ...conversion import (
-    Context,
-    attach_matmuls,
-    register_handler,
-    register_roles,
-    set_ffn_roles,
-)
-from ...modules import quantized_attention, swap_class
+from ...conversion import register_attention, register_roles, set_ffn_roles
+from ...modules import quantized_attention
 from ...modules.attention import multiplied
 
 
@@ -30,31 +25,15 @@ class QuantChannelMultiheadAttention(ChannelMultiheadAttention):
         B, N, _ = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dims)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).mT  # each (B, heads, D, N)
-        x = self._attend(F.normalize(q, dim=-1), F.normalize(k, dim=-1), v)
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        is_learned = isinstance(self.scale, Tensor)  # a tensor of the graph, else a number
+        adjust: Any = multiplied if is_learned else partial(multiplied, factor=self.scale)
+        extras = (self.scale,) if is_learned else ()
+        x = quantized_attention(self.qk_matmul, self.pv_matmul, q, k, v, adjust, extras)
         x = self.proj(x.permute(0, 3, 1, 2).reshape(B, N, self.embed_dims))
         x = self.out_drop(self.proj_drop(x))
         return v.mT.squeeze(1) + x if self.v_shortcut else x
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Operands ``(B, heads, D, N)`` -> same; the class never drops attention weights."""
-        scale = self.scale
-        if isinstance(scale, Tensor):
-            return quantized_attention(
-                self.qk_matmul, self.pv_matmul, q, k, v, multiplied, (scale,)
-            )
-        return quantized_attention(
-            self.qk_matmul, self.pv_matmul, q, k, v, lambda logits: logits * scale
-        )
 
-
-@register_handler(ChannelMultiheadAttention)
-def convert_attention(module: Any, name: str, context: Context) -> None:
-    """Both matmuls; ``qkv`` and ``proj`` are children."""
-    swap_class(module, QuantChannelMultiheadAttention)
-    attach_matmuls(module, name, context, module.num_heads)
-
-
-@register_roles(SDTAEncoder)
-def give_ffn_roles(module: Any, name: str, context: Context) -> None:
-    """``post_gelu`` behind the activation."""
-    set_ffn_roles(module, name, context)
+register_attention({ChannelMultiheadAttention: QuantChannelMultiheadAttention})
+register_roles(SDTAEncoder)(set_ffn_roles)

@@ -14,9 +14,8 @@ from torch import Tensor
 from ...conversion import (
     Context,
     attach_rel_pos_matmuls,
+    register_ffn,
     register_handler,
-    register_roles,
-    set_ffn_roles,
 )
 from ...modules import swap_class
 from ...modules.fused_ffn import MlpFeedForward
@@ -66,13 +65,4 @@ class QuantMLP(MlpFeedForward, MLP):
     """``MLP`` as one operator, where the engine says so."""
 
 
-@register_handler(MLP)
-def convert_mlp(module: Any, name: str, context: Context) -> None:
-    """Its layers are children."""
-    swap_class(module, QuantMLP)
-
-
-@register_roles(MLP)
-def give_mlp_roles(module: Any, name: str, context: Context) -> None:
-    """``post_gelu`` behind the activation."""
-    set_ffn_roles(module, name, context)
+register_ffn(MLP, QuantMLP)

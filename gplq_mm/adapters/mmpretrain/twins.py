@@ -11,8 +11,8 @@ from mmpretrain.models.backbones.twins import (
 )
 from torch import Tensor
 
-from ...conversion import Context, attach_matmuls, register_handler
-from ...modules import quantized_attention, swap_class
+from ...conversion import register_attention
+from ...modules import quantized_attention
 from ...modules.dot_product_attention import DotProductAttention
 from ...modules.window_attention import masked
 
@@ -88,14 +88,9 @@ class QuantLocallyGroupedSelfAttention(LocallyGroupedSelfAttention):
         return torch.where(padding.unsqueeze(1) != padding.unsqueeze(2), -1000.0, 0.0)
 
 
-_QUANTIZED: dict[type, Any] = {
-    GlobalSubsampledAttention: QuantGlobalSubsampledAttention,
-    LocallyGroupedSelfAttention: QuantLocallyGroupedSelfAttention,
-}
-
-
-@register_handler(*_QUANTIZED)
-def convert_attention(module: Any, name: str, context: Context) -> None:
-    """Both matmuls; the projections and the subsampling convolution are children."""
-    swap_class(module, _QUANTIZED[type(module)])
-    attach_matmuls(module, name, context, module.num_heads)
+register_attention(
+    {
+        GlobalSubsampledAttention: QuantGlobalSubsampledAttention,
+        LocallyGroupedSelfAttention: QuantLocallyGroupedSelfAttention,
+    }
+)

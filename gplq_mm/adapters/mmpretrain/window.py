@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from mmpretrain.models.utils import ShiftWindowMSA, WindowMSA, WindowMSAV2
 from torch import Tensor
 
-from ...conversion import Context, attach_matmuls, child_name, register_handler
+from ...conversion import Context, attach_matmuls, child_name, register_attention, register_handler
 from ...modules import QuantLinear, quantized_attention, swap_class
 from ...modules.window_attention import WindowAttention, biased, gathered_bias
 
@@ -58,11 +58,7 @@ def _scaled_and_biased(logits: Tensor, factor: Tensor, *bias_and_mask: Tensor) -
     return biased(logits * factor, *bias_and_mask)
 
 
-@register_handler(WindowMSA)
-def convert_window_msa(module: Any, name: str, context: Context) -> None:
-    """Both matmuls; ``qkv`` and ``proj`` are children."""
-    swap_class(module, QuantWindowMSA)
-    attach_matmuls(module, name, context, module.num_heads)
+register_attention({WindowMSA: QuantWindowMSA})
 
 
 @register_handler(WindowMSAV2)

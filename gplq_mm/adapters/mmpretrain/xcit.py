@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from mmpretrain.models.backbones.xcit import XCA, ClassAttentionBlock, ClassAttntion, XCABlock
 from torch import Tensor
 
-from ...conversion import Context, attach_matmuls, register_handler
-from ...modules import quantized_attention, swap_class
+from ...conversion import Context, register_attention, register_handler
+from ...modules import quantized_attention
 from ...modules.attention import added, multiplied
 
 
@@ -50,14 +50,7 @@ class QuantClassAttntion(ClassAttntion):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, 1, C)))
 
 
-_QUANTIZED: dict[type, Any] = {XCA: QuantXCA, ClassAttntion: QuantClassAttntion}
-
-
-@register_handler(*_QUANTIZED)
-def convert_attention(module: Any, name: str, context: Context) -> None:
-    """Both matmuls; the projections are children."""
-    swap_class(module, _QUANTIZED[type(module)])
-    attach_matmuls(module, name, context, module.num_heads)
+register_attention({XCA: QuantXCA, ClassAttntion: QuantClassAttntion})
 
 
 @register_handler(XCABlock, ClassAttentionBlock)

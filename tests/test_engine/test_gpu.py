@@ -15,16 +15,17 @@ pytest.importorskip('mmdet')
 
 from mmpretrain.models.backbones.vision_transformer import TransformerEncoderLayer
 
-from gplq_mm.algorithms.weight_ptq.labels import parse_ptq
 from gplq_mm.engine.ptq_comparison import PTQComparison
 from gplq_mm.modules import set_engine
 from tests.helpers.attentions import ATTENTIONS, randomized
 from tests.helpers.engines import assert_engines_agree, converted
 from tests.helpers.gplq_runs import assert_same_weights, report, train, weights, write_gplq_config
 from tests.helpers.mm_models import CLASSIFIERS, DETECTORS, classifier, run_detector
-from tests.helpers.runners import RECIPE, gplq_config, make_runner, save_float
+from tests.helpers.runners import RECIPE, gplq_config, make_runner
 from tests.helpers.saved import saved_bytes
 from tests.helpers.tiny_projects import TinyProject, make_project, our_tool, run_ok, train_float
+
+from .conftest import FinishedRun
 
 PTQS = (
     'minmax',
@@ -99,16 +100,6 @@ def test_fused_blocks_save_and_hold_less_than_float_ones() -> None:
     assert peaks['fused'] < peaks['float'] < peaks['reference']
 
 
-@pytest.fixture(scope='module')
-def project(tmp_path_factory: pytest.TempPathFactory) -> TinyProject:
-    return make_project(tmp_path_factory.mktemp('classifier'), 'vit_classifier')
-
-
-@pytest.fixture(scope='module')
-def fp32(project: TinyProject) -> Path:
-    return save_float(project, project.root / 'fp32.pth')
-
-
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
 def test_a_whole_run_trains_float32_weights_and_scales(
     project: TinyProject, fp32: Path, tmp_path: Path, dtype: str
@@ -156,17 +147,10 @@ def test_the_same_run_twice_and_resumed_gives_the_same_weights(
         assert_same_weights(tmp_path / 'a/gplq_final.pth', tmp_path / other / 'gplq_final.pth')
 
 
-@pytest.fixture(scope='module')
-def stage1(project: TinyProject, fp32: Path) -> Path:
-    work_dir = project.root / 'stage1'
-    make_runner(gplq_config(project, fp32, work_dir)).train()
-    return work_dir / 'gplq_stage1.pth'
-
-
 @pytest.mark.parametrize('ptq', PTQS)
-def test_stage2(project: TinyProject, stage1: Path, tmp_path: Path, ptq: str) -> None:
-    parse_ptq(ptq)
-    runner = make_runner(gplq_config(project, stage1, tmp_path))
+def test_stage2(finished: FinishedRun, tmp_path: Path, ptq: str) -> None:
+    stage1 = finished.work_dir / 'gplq_stage1.pth'
+    runner = make_runner(gplq_config(finished.project, stage1, tmp_path))
     runner.call_hook('before_run')
     runner.load_checkpoint(str(stage1))
     comparison = PTQComparison(runner, str(stage1), 'tiny')
@@ -203,7 +187,6 @@ def test_a_detector(tmp_path: Path, name: str) -> None:
     done = train(project, config, 'gplq', *options, gpu=True)
     told = report(done)
     assert {'coco/bbox_mAP', 'coco/segm_mAP'} <= set(told['stage2']['metrics'])
-    final = weights(done / 'gplq_final.pth')
-    assert all(v.isfinite().all() for v in final.values())
-    final_checkpoint = done / 'gplq_final.pth'
-    run_ok(our_tool('test'), config, final_checkpoint, *options, cwd=project.root, gpu=True)
+    final = done / 'gplq_final.pth'
+    assert all(v.isfinite().all() for v in weights(final).values())
+    run_ok(our_tool('test'), config, final, *options, cwd=project.root, gpu=True)
