@@ -1,6 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Units that weight PTQ finds in models of mmpretrain and mmdet, and GPTQ on all of them."""
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,8 +11,12 @@ import torch
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+
 from gplq_mm.algorithms.stage2 import run_stage2
 from gplq_mm.algorithms.streaming import UnitStream, find_units
+from gplq_mm.algorithms.weight_ptq.feature_source import RoIFeatures, feature_source
 from gplq_mm.conversion import convert_, quantized_layers, resolve_recipe
 from tests.helpers.mm_models import (
     CLASSIFIERS,
@@ -18,6 +24,7 @@ from tests.helpers.mm_models import (
     calibrate_activations,
     classifier,
     run_detector,
+    tensors,
     vit_sam,
 )
 
@@ -33,25 +40,26 @@ WANTED = {
 }
 
 
-def prepared(name: str, bits: int = 4) -> tuple[Any, Any]:
+def prepared(name: str) -> tuple[Any, Any]:
     """A calibrated model and its pass over two images."""
-    recipe = dict(base=f'w{bits}a4', scope='all')
+    recipe = dict(base='w4a4', scope='all')
     images = torch.rand(2, 3, 32, 32)
-    if name in CLASSIFIERS:
-        model = classifier(name)
-        forwards = [lambda x=x[None]: model(x) for x in images]
-    else:
-        model = DETECTORS[name]()
-        forwards = [lambda x=x[None]: run_detector(model, x) for x in images]
+    model = classifier(name) if name in CLASSIFIERS else DETECTORS[name]()
     convert_(model, recipe)
+    run = pass_of(model, images)
+    calibrate_activations(model, run)
+    return model.eval() or model, run
+
+
+def pass_of(model: Any, images: torch.Tensor) -> Callable[[], None]:
+    """A pass of the model over images, one at a time."""
 
     def run() -> None:
         with torch.no_grad():
-            for forward in forwards:
-                forward()
+            for image in images:
+                model(image[None]) if hasattr(model, 'head') else run_detector(model, image[None])
 
-    calibrate_activations(model, run)
-    return model.eval() or model, run
+    return run
 
 
 @pytest.mark.parametrize('name', WANTED)
@@ -114,3 +122,39 @@ def test_vitdet_like_backbone() -> None:
     names = [u.name for u in units]
     assert names[:3] == ['patch_embed', 'layers.0', 'layers.1']
     assert {n for u in units for n in u.layers} == set(quantized_layers(model))
+
+
+@pytest.mark.parametrize('name', ['mask_rcnn', 'cascade_rcnn'])
+def test_global_learns_on_roi_features_at_the_proposals_of_stage_1(name: str) -> None:
+    torch.manual_seed(1)
+    model, run = prepared(name)
+    units = find_units(model, quantized_layers(model), run)
+    source, chosen = feature_source(model, units)
+    assert isinstance(source, RoIFeatures) and chosen == units
+    images = torch.rand(2, 3, 32, 32)
+    stage1, errors, heads = model, {}, {}
+    for ptq in ('mse', ['mse', dict(type='global', steps=30, batches=2)]):
+        model = copy.deepcopy(stage1)
+        recipe = resolve_recipe(dict(base='w4a4', scope='all', weight=dict(num_bits=3, ptq=ptq)))
+        result = run_stage2(model, recipe, pass_of(model, images))
+        assert result.notes == []
+        errors[str(ptq)] = _roi_error(stage1, model, images[:1])
+        heads[str(ptq)] = model.roi_head.state_dict()
+    plain, learned = errors.values()
+    assert learned < plain
+    before, after = heads.values()
+    assert any(not torch.equal(before[k], after[k]) for k in before if k.endswith('weight'))
+    assert 'predict' not in vars(model.roi_head)
+
+
+def _roi_error(stage1: Any, model: Any, image: torch.Tensor) -> float:
+    """Mean relative squared error of RoI outputs at the same proposals."""
+    proposals = [InstanceData(bboxes=torch.tensor([[2.0, 2.0, 20.0, 24.0], [8, 4, 30, 30]]))]
+    samples = [DetDataSample(metainfo=dict(img_shape=(32, 32)))]
+    with torch.no_grad():
+        wanted, got = (
+            tensors(m.roi_head.forward(m.extract_feat(image), proposals, samples))
+            for m in (stage1, model)
+        )
+    errors = [(a - b).square().mean() / b.square().mean() for a, b in zip(got, wanted, strict=True)]
+    return float(torch.stack(errors).mean())

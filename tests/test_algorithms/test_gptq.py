@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from gplq_mm.algorithms.calibration import calibrate_activations
 from gplq_mm.algorithms.stage2 import run_stage2
 from gplq_mm.algorithms.weight_ptq import GPTQ
-from gplq_mm.algorithms.weight_ptq.gptq import retargeted
+from gplq_mm.algorithms.weight_ptq.stage1_target import Target, change
 from gplq_mm.conversion import convert_, quantized_layers, resolve_recipe
 from tests.helpers.tiny_blocks import (
     images,
@@ -142,9 +142,43 @@ def test_wide_layers_are_solved_in_parts() -> None:
 def test_asymmetric_target_is_the_least_squares_solution() -> None:
     rows, p, q = (torch.randn(1, n, k).double() for n, k in ((3, 5), (40, 5), (40, 5)))
     hessian, cross = q.transpose(1, 2) @ q, (p - q).transpose(1, 2) @ q
-    got = retargeted(rows, hessian, cross)[0].T
+    got = (rows + change(rows, hessian, cross, damping=0.0))[0].T
     expected = np.linalg.lstsq(q[0].numpy(), (p[0] @ rows[0].T).numpy(), rcond=None)[0]
     np.testing.assert_allclose(got.numpy(), expected, rtol=1e-9)
+
+
+def two_halves(tokens: int, common: float) -> tuple[Tensor, Target]:
+    """Rows, and the target of an input error that is ``common`` times the input beside noise."""
+    rows, q = torch.randn(1, 3, 8).double(), torch.randn(2, 1, tokens, 8).double()
+    error = common * q.roll(1, -1) + torch.randn_like(q)
+    hessians = [x.transpose(1, 2) @ x for x in q]
+    crosses = [e.transpose(1, 2) @ x for e, x in zip(error, q, strict=True)]
+    return rows, Target(hessians, crosses)
+
+
+def test_a_target_is_left_out_where_it_does_not_hold_on_other_images() -> None:
+    """Chance correlations are not fitted; what holds on both halves is, whatever the noise."""
+    rows, target = two_halves(tokens=10, common=0.0)
+    assert target.gain(rows, 0.01) < 0
+    assert (target.retargeted(rows, 0.01) - rows).abs().max() < 0.2 * rows.abs().max()
+    rows, target = two_halves(tokens=2000, common=0.5)
+    assert target.gain(rows, 0.01) > 0
+    moved = target.retargeted(rows, 0.0) - rows
+    torch.testing.assert_close(moved, 0.5 * rows.roll(-1, -1), atol=0.1, rtol=0.1)
+
+
+def test_the_gain_of_a_target_is_the_error_that_it_saves_on_the_other_half() -> None:
+    rows, q, error = (torch.randn(n, 1, k, 4).double() for n, k in ((1, 3), (2, 50), (2, 50)))
+    error = error + 0.3 * q
+    hessians = [x.transpose(1, 2) @ x for x in q]
+    crosses = [e.transpose(1, 2) @ x for e, x in zip(error, q, strict=True)]
+    saved = 0.0
+    for fitted, other in ((0, 1), (1, 0)):
+        moved = change(rows[0], hessians[fitted], crosses[fitted], 0.1)
+        wanted = rows[0] @ error[other].transpose(1, 2)
+        left = wanted - moved @ q[other].transpose(1, 2)
+        saved += float(wanted.square().sum() - left.square().sum())
+    assert Target(hessians, crosses).gain(rows[0], 0.1) == pytest.approx(saved, rel=1e-9)
 
 
 def test_asymmetric_brings_the_output_closer() -> None:

@@ -13,7 +13,8 @@ from ...modules import QuantizedLayer
 from ..distributed import broadcast_from_0
 from ..streaming import CallStore, Unit
 from .base import PTQTask, folded, write_codes, write_nearest
-from .gptq import GPTQ, output_error
+from .gptq import GPTQ
+from .hessian import output_error
 from .layout import CodeProducts, from_rows, is_matrix_product, to_rows
 from .ranges import RANGES, check_range, set_range
 from .registry import register_weight_ptq

@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Global reconstruction: all roundings, scales and biases learned on the model's features.
 
-Source: the global term of GLF-Q (penultimate feature of a classifier, features of a
-detector's neck), here for all blocks at once behind an algorithm that rounds them one by
-one; rounding as in AdaRound (arXiv 2004.10568).
+Source: the global term of GLF-Q (penultimate feature of a classifier, RoI features of a
+detector), here for all blocks at once behind an algorithm that rounds them one by one;
+rounding as in AdaRound (arXiv 2004.10568).
 """
 
 import copy
@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import all_reduce_sum, broadcast_from_0, world
-from ..streaming import Call, CallStore, Reached, Unit, find_units, intercepted
-from ..streaming.calls import all_tensors
-from ..streaming.interception import run_until_reached
+from ..streaming import Call, CallStore, Unit, find_units, intercepted
 from .base import MENDS, PTQTask, WeightPTQ
+from .feature_source import FeatureSource, feature_source
 from .finished import FinishedUnits
 from .registry import register_weight_ptq
 from .soft_rounding import SoftRounding, annealed_beta, only_trainable, soft_weights
@@ -32,8 +31,10 @@ class GlobalReconstruction(WeightPTQ):
     """The quantized model's features approach those of the stage-1 model.
 
     Features are what the first head gets and gives (penultimate feature and logits of a
-    classifier, neck and RPN outputs of a detector), or what the pass over the images gives
-    where no head is quantized. Each tensor's squared error is taken relative to its power.
+    classifier, neck and RPN outputs of a detector) and, where RoI heads are quantized, RoI
+    features and outputs at the stage-1 model's proposals; or what the pass over the images
+    gives where no head is quantized. Each tensor's squared error is taken relative to its
+    power.
     The result is kept only if this error, with hard codes, falls. Put it behind an
     algorithm that rounds: ``ptq=['gptq', 'global']``. It needs the memory of training with
     one calibration batch.
@@ -81,8 +82,8 @@ class GlobalReconstruction(WeightPTQ):
         if finished.restore(0, task.model):
             return
         units = find_units(task.model, task.layers, task.run_pass)
-        units, head = _up_to_head(units)
-        problem = _Features(task, head)
+        source, units = feature_source(task.model, units)
+        problem = _Features(task, source)
         before = problem.error()
         start = copy.deepcopy(task.model.state_dict())
         layers = {n: la for unit in units for n, la in unit.layers.items()}
@@ -161,11 +162,16 @@ class GlobalReconstruction(WeightPTQ):
 class _Features:
     """Features of the model on all images, and those wanted."""
 
-    def __init__(self, task: PTQTask, head: Unit | None) -> None:
-        self.task, self.head = task, head
+    def __init__(self, task: PTQTask, source: FeatureSource) -> None:
+        self.task, self.source = task, source
         self.wanted = CallStore(task.budget_bytes, task.folder)
+
+        def keep(run: Callable[[], Any]) -> None:
+            source.prepare(run, len(self.wanted))
+            self.wanted.append(Call(tuple(source.features(run, len(self.wanted)))))
+
         with task.stage1():
-            self._each(lambda run: self.wanted.append(Call(tuple(self._features(run)))))
+            self._each(keep)
         total = torch.tensor(float(len(self.wanted)))
         all_reduce_sum(total)
         self.batches = int(total)
@@ -220,28 +226,13 @@ class _Features:
 
     def _loss(self, run: Callable[[], Any], index: int) -> Tensor:
         parts = []
-        for y, wanted in zip(self._features(run), self.wanted[index].args, strict=True):
+        for y, wanted in zip(
+            self.source.features(run, index), self.wanted[index].args, strict=True
+        ):
             target = wanted.to(y.device)
             power = target.square().mean().clamp_min(1e-12)
             parts.append((y - target).square().mean() / power)
         return torch.stack(parts).mean()
-
-    def _features(self, run: Callable[[], Any]) -> list[Tensor]:
-        """Inputs and outputs of the head, or what the pass gives."""
-        if self.head is None:
-            return _floating(run())
-        found: list[Tensor] = []
-
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            found.extend(_floating((args, output)))
-            raise Reached
-
-        handle = self.head.module.register_forward_hook(hook)
-        try:
-            run_until_reached(run)
-        finally:
-            handle.remove()
-        return found
 
 
 @contextmanager
@@ -255,18 +246,6 @@ def without_checkpointing(model: nn.Module) -> Iterator[None]:
     finally:
         for module in switched:
             module.with_cp = True  # type: ignore[assignment]
-
-
-def _floating(value: Any) -> list[Tensor]:
-    return [t for t in all_tensors(value) if t.is_floating_point() and t.numel()]
-
-
-def _up_to_head(units: list[Unit]) -> tuple[list[Unit], Unit | None]:
-    """Units up to the first head, and that; all units and None where none is quantized."""
-    for index, unit in enumerate(units):
-        if unit.name.split('.')[0].endswith('head'):
-            return units[: index + 1], unit
-    return units, None
 
 
 def _affine_parameters(units: list[Unit]) -> list[Tensor]:

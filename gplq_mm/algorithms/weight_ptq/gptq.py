@@ -18,6 +18,7 @@ from ..streaming import CallStore, Reached, Unit
 from ..streaming.interception import run_until_reached
 from ..streaming.stream import run_unit
 from .base import PTQTask, folded, write_codes
+from .hessian import damped, output_error, stable_cholesky
 from .layout import (
     CodeProducts,
     column_splits,
@@ -29,6 +30,7 @@ from .layout import (
 )
 from .ranges import RANGES, check_range, set_range
 from .registry import register_weight_ptq
+from .stage1_target import Target, image_numbers
 from .unit_ptq import UnitPTQ, codes_of, fall_back
 
 _BLOCK = 128
@@ -50,8 +52,9 @@ class GPTQ(UnitPTQ):
         damping: Added to the diagonal, relative to its mean.
         act_order: Round the columns with the largest inputs first.
         asymmetric: Approach the output of the stage-1 model on its own inputs, so that a
-            layer also makes up for the errors of those before; False for the output of
-            the float layer on the quantized model's inputs.
+            layer also makes up for the errors of those before, as far as this holds on
+            images that it was not fitted to (``Target``); False for the output of the float
+            layer on the quantized model's inputs.
         max_columns: Columns whose products are kept; wider layers are cut into parts.
 
     Raises:
@@ -86,8 +89,8 @@ class GPTQ(UnitPTQ):
                 task.note(f'{name}: overlapping transposed convolution, rounded to nearest')
                 fall_back(task, name)
                 continue
-            own, cross = self.products(task, unit, name, inputs, reference)
-            self._quantize_layer(layer, task.float_weights[name], own, cross)
+            sums = self.products(task, unit, name, inputs, reference)
+            self._quantize_layer(layer, task.float_weights[name], *sums)
 
     def products(
         self,
@@ -96,79 +99,64 @@ class GPTQ(UnitPTQ):
         name: str,
         inputs: CallStore,
         reference: CallStore | None,
-    ) -> tuple[CodeProducts, CodeProducts | None]:
-        """Sums of ``q q^T`` and, with a reference, of ``(p - q) q^T``; p: stage-1 codes."""
+    ) -> tuple[CodeProducts, list[Target]]:
+        """Sums of ``q q^T``, and with a reference those of a target a column range."""
         layer = unit.layers[name]
         device = layer.weight.device
         splits = column_splits(to_rows(layer, layer.weight).shape[2], self.max_columns)
-        own = CodeProducts(layer, splits, device)
-        cross = CodeProducts(layer, splits, device) if reference is not None else None
-        for index in range(len(inputs)):
+        # with a target by halves of the images, so that one can be checked on the other
+        own = [CodeProducts(layer, splits, device) for _ in range(2 if reference else 1)]
+        cross = [CodeProducts(layer, splits, device) for _ in range(2 if reference else 0)]
+        for index, number in enumerate(image_numbers(inputs)):
             codes = layer_codes(unit, name, inputs, index)
             wanted = codes
             if reference is not None:
                 with task.stage1():
                     wanted = layer_codes(unit, name, reference, index)
+            half = number % len(own)
             for q, p in zip(codes, wanted, strict=True):
                 for left, right in zip(columns(layer, q), columns(layer, p), strict=True):
-                    own.add(left, left)
-                    if cross is not None:
-                        cross.add(right - left, left)
-        for total in [*own.sums, *(cross.sums if cross else [])]:
-            all_reduce_sum(total)
-        return own, cross
+                    own[half].add(left, left)
+                    if cross:
+                        cross[half].add(right - left, left)
+        for products in (*own, *cross):
+            for total in products.sums:
+                all_reduce_sum(total)
+        targets = [
+            Target([o.sums[i] for o in own], [c.sums[i] for c in cross])
+            for i in range(len(splits) if cross else 0)
+        ]
+        return own[0].plus(own[1:]), targets
 
     def _quantize_layer(
         self,
         layer: QuantizedLayer,
         weight: Tensor,
         own: CodeProducts,
-        cross: CodeProducts | None,
+        targets: list[Target],
     ) -> None:
+        rows = to_rows(layer, folded(layer, weight)).double()
+        for index, target in enumerate(targets):
+            a, b = own.splits[index]
+            rows[..., a:b] = target.retargeted(rows[..., a:b], self.damping)
+        if targets:
+            rows = broadcast_from_0(rows)
+            weight = layer.unfolded_weight(from_rows(layer, rows).to(weight.dtype)).contiguous()
         quantizer = layer.weight_quantizer
         if self.range is not None or not quantizer.is_calibrated:
             diagonal = torch.cat([h.diagonal(dim1=1, dim2=2) for h in own.sums], 1)  # (G, K)
-            rows = to_rows(layer, weight)
             importance = from_rows(layer, diagonal[:, None].expand(rows.shape).float())
             set_range(layer, weight, self.range or 'mse', importance)
-        rows = to_rows(layer, folded(layer, weight)).double()
         scale, zero = quantizer.qparams(weight)
         scale, zero = (rows_of_qparams(layer, t).double() for t in (scale, zero))
-        qmin, qmax = quantizer.spec.quant_range
+        grid = (scale, zero, quantizer.spec.quant_range)
         codes = torch.empty_like(rows)
         for index, (a, b) in enumerate(own.splits):
-            hessian = damped(own.sums[index], self.damping)
-            part = rows[..., a:b]
-            if cross is not None:
-                part = retargeted(part, hessian, cross.sums[index])
-            grid = (scale, zero, (qmin, qmax))
+            part, hessian = rows[..., a:b], damped(own.sums[index], self.damping)
             found = gptq_codes(part, hessian, *grid, self.act_order)
             codes[..., a:b] = not_worse(part, found, own.sums[index], *grid)
         codes = broadcast_from_0(codes)
         write_codes(layer, from_rows(layer, codes).to(weight.dtype).contiguous())
-
-
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Hessian with dead inputs decoupled and its diagonal raised.
-
-    Args:
-        hessian: ``(groups, columns, columns)``.
-        damping: Relative to the mean of the diagonal.
-    """
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    mean = diagonal.mean(1, keepdim=True)
-    mean = torch.where(mean > 0, mean, 1.0)
-    raised = torch.where(diagonal > 0, diagonal, mean) + damping * mean
-    return hessian - torch.diag_embed(diagonal) + torch.diag_embed(raised)
-
-
-def retargeted(rows: Tensor, hessian: Tensor, cross: Tensor) -> Tensor:
-    """Weights whose output on the quantized inputs is nearest to the stage-1 output.
-
-    ``W + W (sum (p - q) q^T) H^-1``.
-    """
-    change = torch.cholesky_solve((rows @ cross).transpose(1, 2), stable_cholesky(hessian))
-    return rows + change.transpose(1, 2)
 
 
 def gptq_codes(
@@ -235,33 +223,6 @@ def not_worse(
     nearest = nearest_codes(rows, scale, zero_point, quant_range)
     error, plain = (output_error(rows, c * scale, hessian) for c in (codes, nearest))
     return torch.where(error <= plain, codes, nearest)
-
-
-def stable_cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor; a singular matrix is damped until it and its inverse have one.
-
-    Args:
-        matrix: ``(groups, columns, columns)``, symmetric.
-
-    Raises:
-        ValueError: If the matrix holds NaN or infinity.
-    """
-    mean = matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-    for damping in (0.0, *(10.0**p for p in range(-9, 3))):
-        lower, failed = torch.linalg.cholesky_ex(matrix + damping * mean * eye)
-        if failed.any():
-            continue
-        inverse = torch.cholesky_inverse(lower)
-        if not torch.linalg.cholesky_ex(inverse)[1].any() and inverse.isfinite().all():
-            return lower
-    raise ValueError('gptq: the Hessian holds NaN or infinity; check the calibration images')
-
-
-def output_error(rows: Tensor, values: Tensor, hessian: Tensor) -> Tensor:
-    """Squared output error of each row, ``(groups, rows, 1)``: ``(w - v) H (w - v)^T``."""
-    difference = rows - values
-    return ((difference @ hessian) * difference).sum(2, keepdim=True)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """A layer as a matrix product: rows of weights, columns of inputs."""
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -124,6 +125,17 @@ class CodeProducts:
             rhs = lhs if right is left else right[:, start : start + self.tokens].to(self.dtype)
             for total, (a, b) in zip(self.sums, self.splits, strict=True):
                 total += lhs[..., a:b].transpose(1, 2) @ rhs[..., a:b]
+
+    def plus(self, others: list['CodeProducts']) -> 'CodeProducts':
+        """These sums with those of others of the same layer; self where there are none."""
+        if not others:
+            return self
+        whole = copy.copy(self)
+        parts = [self, *others]
+        whole.sums = [
+            torch.stack(sums).sum(0) for sums in zip(*(p.sums for p in parts), strict=True)
+        ]
+        return whole
 
 
 def column_splits(count: int, largest: int) -> list[tuple[int, int]]:
