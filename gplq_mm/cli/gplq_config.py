@@ -11,6 +11,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
+from ..conversion import resolve_recipe
+from ..conversion.auto_settings import AUTO, MEASURED_ITERATIONS
 from ..engine.preflight import ConfigError
 
 HOOK = "dict(type='gplq_mm.GPLQHook')"
@@ -34,7 +36,7 @@ def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path)
         f"model = dict(type='gplq_mm.GPLQ', float_type={cfg.model.type!r}, recipe={recipe!r})",
         *_label_lines(cfg),
         *_hooks_lines(cfg),
-        *_schedule_lines(cfg),
+        *_schedule_lines(cfg, recipe),
         "optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')",
     ]
     if cfg.get('work_dir'):  # theirs holds the float model's checkpoints
@@ -59,26 +61,49 @@ def _label_lines(cfg: Config) -> list[str]:
     lines = []
     if 'augments' in (cfg.model.get('train_cfg') or {}):
         lines.append("model['train_cfg'] = None  # no Mixup: scales are learned on plain images")
-    if cfg.get('default_scope') == 'mmpretrain' and cfg.get('auto_scale_lr'):
+    if is_classifier(cfg) and cfg.get('auto_scale_lr'):
         lines.append("auto_scale_lr = dict(base_batch_size=128)  # of the recipe's learning rates")
     return lines
 
 
-def _schedule_lines(cfg: Config) -> list[str]:
-    """One epoch with a cosine, counted as the project counts: in epochs or in iterations.
+def _schedule_lines(cfg: Config, recipe: str) -> list[str]:
+    """Stage 1 with a cosine, counted as the project counts: in epochs or in iterations.
 
     The cosine ends where training ends, so that a longer run needs one number.
     """
+    repeats = is_classifier(cfg) and resolve_recipe(recipe)['optim']['lr_iterations'] == AUTO
     if not is_iteration_based(cfg):
+        epochs, why = epochs_of_stage1(cfg) if repeats else (1, '')
         return [
-            'train_cfg = dict(max_epochs=1, val_interval=1)',
+            f'train_cfg = dict(max_epochs={epochs}, val_interval={epochs}){why and f"  # {why}"}',
             "param_scheduler = [dict(type='CosineAnnealingLR', convert_to_iter_based=True)]",
         ]
-    iters = iterations_of_one_epoch(cfg)
+    iters, why = iterations_of_one_epoch(cfg), 'one epoch'
+    if repeats and iters < MEASURED_ITERATIONS:
+        iters, why = MEASURED_ITERATIONS, f'one epoch has {iters}'
     return [
-        f'train_cfg = dict(max_iters={iters}, val_interval={iters})  # one epoch',
+        f'train_cfg = dict(max_iters={iters}, val_interval={iters})  # {why}',
         "param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=False)]",
     ]
+
+
+def is_classifier(cfg: Config) -> bool:
+    """Whether a config is mmpretrain's."""
+    return cfg.get('default_scope') == 'mmpretrain'
+
+
+def epochs_of_stage1(cfg: Config) -> tuple[int, str]:
+    """Epochs of a classifier, and why: one, or as many as give it some hundred steps.
+
+    A detector has thousands of tokens an image; a classifier with few images needs them
+    repeatedly (measured: ``docs/accuracy.md``).
+    """
+    try:
+        iterations = iterations_of_one_epoch(cfg)
+    except ConfigError:
+        return 1, f'more where an epoch has far fewer than {MEASURED_ITERATIONS} iterations'
+    epochs = max(1, round(MEASURED_ITERATIONS / iterations))
+    return epochs, f'of {iterations} iterations' if epochs > 1 else ''
 
 
 def is_iteration_based(cfg: Config) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
+from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -119,9 +120,18 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
             if scheduler.param_name == 'lr':
                 scheduler.base_values[index] *= factor
     return (
-        f'{steps:g} steps are fewer than {full}: weights train with the learning '
-        f'rate {optim["lr"] * factor:.2g} instead of {optim["lr"]:.2g} (recipe.optim.lr_iterations)'
+        f'{steps:g} steps are fewer than {full}: weights train with the learning rate '
+        f'{optim["lr"] * factor:.2g} instead of {optim["lr"]:.2g} (recipe.optim.lr_iterations); '
+        f'for as many steps write {_longer(runner, full / steps)}'
     )
+
+
+def _longer(runner: Any, times: float) -> str:
+    """What to write for a training that is longer by a factor."""
+    loop = getattr(runner, '_train_loop', None)
+    if isinstance(loop, EpochBasedTrainLoop):
+        return f'train_cfg.max_epochs={math.ceil(loop.max_epochs * times)}'
+    return f'train_cfg.max_iters={math.ceil(runner.max_iters * times)}'
 
 
 def slow_average_warning(hooks: Iterable[Any], iterations: int) -> str | None:

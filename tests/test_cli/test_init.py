@@ -90,8 +90,32 @@ def test_iteration_based_loop(classifier: TinyProject, tmp_path: Path) -> None:
     out = tmp_path / 'out.py'
     assert init(str(config), '--checkpoint', 'float.pth', '-o', str(out)) == 0
     cfg = Config.fromfile(out)
-    assert cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=10, val_interval=10)
+    assert cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=390, val_interval=390)
+    assert 'one epoch has 10' in out.read_text()
     assert cfg.param_scheduler == [dict(type='CosineAnnealingLR', by_epoch=False)]
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'batch', 'there', 'epochs'),
+    [
+        ('w4a4', 4, True, 39),  # 40 images
+        ('w3a3', 1, True, 10),
+        ('gplq_w4a4_paper', 4, True, 1),  # a learning rate given as a number keeps its epoch
+        ('w4a4', 4, False, 1),
+    ],
+)
+def test_a_classifier_with_few_images_sees_them_more_than_once(
+    classifier: TinyProject, tmp_path: Path, recipe: str, batch: int, there: bool, epochs: int
+) -> None:
+    config, out = classifier.config.with_name('few.py'), tmp_path / 'out.py'
+    where = '' if there else ", dataset=dict(data_root='nowhere')"
+    config.write_text(
+        f"_base_ = './vit_classifier.py'\ntrain_dataloader = dict(batch_size={batch}{where})\n"
+    )
+    assert init(str(config), '--checkpoint', 'float.pth', '--recipe', recipe, '-o', str(out)) == 0
+    cfg = Config.fromfile(out)
+    assert cfg.train_cfg.max_epochs == cfg.train_cfg.val_interval == epochs
+    assert ('more where an epoch has far fewer than 390' in out.read_text()) != there
 
 
 def test_config_of_the_import_style(classifier: TinyProject, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 import copy
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from mmengine.optim import (
     OptimWrapper,
     build_optim_wrapper,
 )
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
 from gplq_mm.conversion import convert_, resolve_recipe
@@ -203,12 +204,21 @@ def test_few_iterations_take_smaller_steps_from_the_first_to_the_last(
         assert (said is None) == (full == 0)
         curves[full] = curve(wrapper, schedulers, 20)
     assert '20 steps are fewer than 80' in said
-    assert '0.0005 instead of 0.001' in said
+    assert '0.0005 instead of 0.001' in said and said.endswith('train_cfg.max_iters=80')
     groups = wrapper.optimizer.param_groups
     of_scales = [all('_quantizer.scale' in n for n in names(model, g)) for g in groups]
     for long, short in zip(curves[0], curves[80], strict=True):
         for is_scale, a, b in zip(of_scales, long, short, strict=True):
             assert b == pytest.approx(a if is_scale else a / 2)
+
+
+def test_a_short_run_is_told_how_many_epochs_would_do(model: Any) -> None:
+    model.gplq.recipe['optim']['lr_iterations'] = 80
+    loop = Mock(spec=EpochBasedTrainLoop, max_epochs=2)
+    runner = SimpleNamespace(
+        optim_wrapper=build(model), param_schedulers=[], max_iters=18, _train_loop=loop
+    )
+    assert shorten_lr_(runner, model).endswith('write train_cfg.max_epochs=9')
 
 
 def test_what_keeps_its_learning_rate_in_a_short_run(model: Any) -> None:

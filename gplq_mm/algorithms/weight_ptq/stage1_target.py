@@ -41,7 +41,8 @@ class Target:
         best = max(range(len(gains)), key=gains.__getitem__)
         if not gains[best] > 0:
             return rows
-        return rows + change(rows, sum(self.hessians), sum(self.crosses), strengths[best])
+        hessian, cross = torch.stack(self.hessians).sum(0), torch.stack(self.crosses).sum(0)
+        return rows + change(rows, hessian, cross, strengths[best])
 
     def gain(self, rows: Tensor, damping: float) -> float:
         """By how much the squared output error falls on the half that was not fitted to."""
