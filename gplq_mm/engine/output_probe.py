@@ -11,7 +11,8 @@ from ..algorithms.output_metrics import Outputs
 from .calibration_data import CalibrationSet
 from .model_outputs import build_comparison
 
-BATCHES = 8
+DETECTOR_IMAGES, CLASSIFIER_IMAGES = 8, 128
+"""Images a rank: a detector gives thousands of numbers for one, a classifier its logits."""
 
 
 class OutputProbe:
@@ -31,7 +32,8 @@ class OutputProbe:
     def __init__(self, model: Any, images: CalibrationSet) -> None:
         self.model = model
         self.metric, self.outputs_of = build_comparison(model, 'sqnr')
-        self.batches = images.others(BATCHES)
+        wanted = DETECTOR_IMAGES if model.gplq.is_detector else CLASSIFIER_IMAGES
+        self.batches = images.others(-(-wanted // len(images.batches[0])))
         self.before = self._first_outputs()
 
     def sqnr_db(self) -> float | None:
