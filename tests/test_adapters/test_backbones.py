@@ -10,6 +10,8 @@ from torch import Tensor, nn
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmdet')
 
+from mmpretrain.models import VAN
+
 from gplq_mm.conversion import convert_
 from tests.helpers.backbones import BACKBONES, backbone
 from tests.helpers.engines import assert_engines_agree, converted
@@ -61,3 +63,10 @@ def test_eight_bits_are_close(name: str) -> None:
 def test_it_trains_alike_with_both_engines(name: str) -> None:
     x = images(name)
     assert_engines_agree(converted(backbone(name), x, run), x, run)
+
+
+def test_a_gate_of_convolutions_is_no_unknown_attention() -> None:
+    arch = dict(embed_dims=[8, 8, 8, 8], depths=[1, 1, 1, 1], ffn_ratios=[2, 2, 2, 2])
+    report = convert_(VAN(arch=arch), dict(base='w4a4', scope='all'), strict=True)
+    assert report.kept_float == [] and report.counts['matmul'] == 0
+    assert report.counts['conv'] > 4 * 7

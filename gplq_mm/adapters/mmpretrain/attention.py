@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from mmengine.model import Sequential
 from mmpretrain.models.backbones.deit3 import DeiT3FFN
+from mmpretrain.models.backbones.van import SpatialAttention
 from mmpretrain.models.backbones.vit_eva02 import AttentionWithRoPE
 from mmpretrain.models.utils import BEiTAttention, MultiheadAttention
 from torch import Tensor
@@ -106,6 +107,11 @@ register_attention(
         AttentionWithRoPE: QuantAttentionWithRoPE,
     }
 )
+
+
+@register_handler(SpatialAttention)
+def convert_spatial_attention(module: Any, name: str, context: Context) -> None:
+    """VAN's: convolutions, which are children, and a gate; no product to quantize."""
 
 
 class QuantFFNLayers(SequentialFeedForward, Sequential):
