@@ -232,6 +232,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(table(read_rows(args.out)))
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if 0 < args.train_fraction < 1 and args.epochs == 1:
+        as_many = f'--epochs {round(1 / args.train_fraction)}'
+        print(f'one epoch over a share of the images; as many steps as over all: {as_many}')
     planned = plan(args)
     benchmark = Benchmark(args, read_rows(args.out))
     todo = benchmark.missing(planned)
