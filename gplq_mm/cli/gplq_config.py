@@ -16,6 +16,8 @@ from ..conversion.auto_settings import AUTO, MEASURED_ITERATIONS
 from ..engine.preflight import ConfigError
 
 HOOK = "dict(type='gplq_mm.GPLQHook')"
+MOST_EPOCHS = 20
+"""Of a classifier with very few images; ten were measured (``docs/accuracy.md``)."""
 
 
 def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path) -> str:
@@ -78,9 +80,9 @@ def _schedule_lines(cfg: Config, recipe: str) -> list[str]:
             f'train_cfg = dict(max_epochs={epochs}, val_interval={epochs}){why and f"  # {why}"}',
             "param_scheduler = [dict(type='CosineAnnealingLR', convert_to_iter_based=True)]",
         ]
-    iters, why = iterations_of_one_epoch(cfg), 'one epoch'
-    if repeats and iters < MEASURED_ITERATIONS:
-        iters, why = MEASURED_ITERATIONS, f'one epoch has {iters}'
+    one = iterations_of_one_epoch(cfg)
+    iters = max(one, min(MEASURED_ITERATIONS, MOST_EPOCHS * one)) if repeats else one
+    why = 'one epoch' if iters == one else f'one epoch has {one}'
     return [
         f'train_cfg = dict(max_iters={iters}, val_interval={iters})  # {why}',
         "param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=False)]",
@@ -102,7 +104,7 @@ def epochs_of_stage1(cfg: Config) -> tuple[int, str]:
         iterations = iterations_of_one_epoch(cfg)
     except ConfigError:
         return 1, f'more where an epoch has far fewer than {MEASURED_ITERATIONS} iterations'
-    epochs = max(1, round(MEASURED_ITERATIONS / iterations))
+    epochs = min(max(1, round(MEASURED_ITERATIONS / iterations)), MOST_EPOCHS)
     return epochs, f'of {iterations} iterations' if epochs > 1 else ''
 
 
