@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+from collections.abc import Collection
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +104,11 @@ def epochs_of_stage1(cfg: Config) -> tuple[int, str]:
     repeatedly (measured: ``docs/accuracy.md``).
     """
     try:
-        iterations = iterations_of_one_epoch(cfg)
-    except ConfigError:
-        return 1, f'more where an epoch has far fewer than {MEASURED_ITERATIONS} iterations'
+        iterations = iterations_of_one_epoch(cfg, download=False)
+    except Exception as error:  # whatever a project's own data set raises: init needs no data
+        why = type(error.__cause__ or error).__name__
+        few = f'more where an epoch has far fewer than {MEASURED_ITERATIONS} iterations'
+        return 1, f'training set not read ({why}): {few}'
     epochs = min(max(1, round(MEASURED_ITERATIONS / iterations)), MOST_EPOCHS)
     return epochs, f'of {iterations} iterations' if epochs > 1 else ''
 
@@ -116,15 +121,22 @@ def is_iteration_based(cfg: Config) -> bool:
     return 'max_iters' in loop
 
 
-def iterations_of_one_epoch(cfg: Config) -> int:
+def iterations_of_one_epoch(cfg: Config, download: bool = True) -> int:
     """Training images over batch size, rounded up; needs the data.
+
+    Args:
+        cfg: The float config.
+        download: Whether a data set that downloads what is not there may do so.
 
     Raises:
         ConfigError: If the training set cannot be read.
     """
+    given = copy.copy(cfg.train_dataloader.dataset)
     try:
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope')):
-            dataset = DATASETS.build(cfg.train_dataloader.dataset)
+            if not download and 'download' in _arguments(given['type']):
+                given['download'] = False
+            dataset = DATASETS.build(given)
     except FileNotFoundError as error:
         raise ConfigError(
             f'the config counts iterations, and how many make one epoch the training set tells, '
@@ -132,6 +144,14 @@ def iterations_of_one_epoch(cfg: Config) -> int:
         ) from error
     batch = cfg.train_dataloader.get('batch_size') or cfg.train_dataloader.batch_sampler.batch_size
     return math.ceil(len(dataset) / batch)
+
+
+def _arguments(kind: Any) -> Collection[str]:
+    """Names of a data set's arguments; none for an unknown one."""
+    if isinstance(kind, str):
+        with DATASETS.switch_scope_and_registry(None) as registry:
+            kind = registry.get(kind)
+    return signature(kind).parameters if kind else ()
 
 
 def _relative(base: str, out: Path) -> str:

@@ -119,6 +119,29 @@ def test_a_classifier_with_few_images_sees_them_more_than_once(
     assert ('more where an epoch has far fewer than 390' in out.read_text()) != there
 
 
+@pytest.mark.parametrize(
+    ('kind', 'why'),
+    [('CIFAR10', 'RuntimeError'), ('MNIST', 'RuntimeError'), ('SetOfTheirs', 'KeyError')],
+)
+def test_a_training_set_that_cannot_be_read_is_neither_downloaded_nor_a_failure(
+    classifier: TinyProject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError('downloads')
+
+    for module in ('cifar', 'mnist'):
+        monkeypatch.setattr(f'mmpretrain.datasets.{module}.download_and_extract_archive', refuse)
+    config, out = classifier.config.with_name('absent.py'), tmp_path / 'out.py'
+    dataset = f"dict(_delete_=True, type='{kind}', data_root='nowhere', split='train', pipeline=[])"
+    config.write_text(
+        f"_base_ = './vit_classifier.py'\ntrain_dataloader = dict(dataset={dataset})\n"
+    )
+    assert init(str(config), '--checkpoint', 'float.pth', '-o', str(out)) == 0
+    assert Config.fromfile(out).train_cfg.max_epochs == 1
+    assert f'training set not read ({why})' in out.read_text()
+    assert not (classifier.root / 'nowhere').exists()
+
+
 def test_config_of_the_import_style(classifier: TinyProject, tmp_path: Path) -> None:
     config = classifier.config.with_name('lazy.py')
     config.write_text(
