@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..algorithms.output_metrics import Metric, Outputs, build_metric
+from ..algorithms.weight_ptq.feature_source import PROPOSALS
 from .calibration_data import ends_before_heads
 
-PROPOSALS = 100
-"""Proposals an image at which a two-stage detector's heads are compared."""
 IndexedBatch = tuple[int, Any]
 
 

@@ -79,7 +79,7 @@ class BRECQ(UnitPTQ):
         self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
     ) -> None:
         """As in the base class."""
-        self._start(task, unit, inputs, reference)
+        self._start(task, unit, inputs)
         inputs = of_all_ranks(inputs, inputs.like())
         if reference is not None:
             reference = of_all_ranks(reference, reference.like())
@@ -95,12 +95,10 @@ class BRECQ(UnitPTQ):
         for tensor in unit.module.state_dict().values():
             tensor.copy_(broadcast_from_0(tensor))
 
-    def _start(
-        self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
-    ) -> None:
+    def _start(self, task: PTQTask, unit: Unit, inputs: CallStore) -> None:
         bare = {n for n, la in unit.layers.items() if not la.weight_quantizer.is_calibrated}
         if bare and self.start == 'gptq':
-            GPTQ().quantize_unit(task, unit, inputs, reference)
+            GPTQ().quantize_unit(task, unit, inputs, None)
         elif bare:
             for name in bare:
                 fall_back(task, name)

@@ -20,16 +20,14 @@ _ENTRIES = ('predict', 'forward')
 class FeatureSource:
     """What the pass over the images gives: for models of which no head is quantized."""
 
-    def prepare(self, run: Callable[[], Any], index: int) -> None:
-        """Keep what later features of the batch depend on; called with the stage-1 model.
+    def features(self, run: Callable[[], Any], index: int) -> list[Tensor]:
+        """Floating-point tensors that two models can be compared by.
 
         Args:
-            run: The model's forward with the batch.
+            run: The model's forward with a batch. The first call for a batch is made with the
+                stage-1 model.
             index: Number of the batch on this rank.
         """
-
-    def features(self, run: Callable[[], Any], index: int) -> list[Tensor]:
-        """Floating-point tensors that two models can be compared by; arguments as above."""
         return floating(run())
 
 
@@ -41,22 +39,13 @@ class HeadFeatures(FeatureSource):
 
     def features(self, run: Callable[[], Any], index: int) -> list[Tensor]:
         """As in the base class."""
-        return floating(self.call_of_head(run))
+        return floating(self.calls_of_head(run))
 
-    def call_of_head(self, run: Callable[[], Any]) -> Any:
-        """Arguments and output of the head; None where the batch does not reach it."""
-        calls: list[Any] = []
-
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            calls.append((args, output))
-            raise Reached
-
-        handle = self.head.register_forward_hook(hook)
-        try:
+    def calls_of_head(self, run: Callable[[], Any]) -> list[Any]:
+        """Arguments and output of the head's call; none where the batch does not reach it."""
+        with _calls_of([self.head], leave=True) as calls:
             run_until_reached(run)
-        finally:
-            handle.remove()
-        return calls[0] if calls else None
+        return calls
 
 
 class RoIFeatures(HeadFeatures):
@@ -74,8 +63,21 @@ class RoIFeatures(HeadFeatures):
         self.heads = [m for n, m in self.roi_head.named_modules() if _is_head(n)]
         self._proposals: dict[int, tuple[list[Any], Any]] = {}
 
-    def prepare(self, run: Callable[[], Any], index: int) -> None:
-        """Keep the batch's proposals."""
+    def features(self, run: Callable[[], Any], index: int) -> list[Tensor]:
+        """As in the base class; the first call for a batch keeps its proposals."""
+        if index in self._proposals:
+            first = self.calls_of_head(run)
+        else:
+            first = self._calls_up_to_proposals(run, index)
+        if index not in self._proposals:
+            return floating(first)
+        ((maps, *_), _), *_ = first
+        with _calls_of(self.heads) as second:
+            self.roi_head.forward(maps, *self._proposals[index])
+        return floating((first, second))
+
+    def _calls_up_to_proposals(self, run: Callable[[], Any], index: int) -> list[Any]:
+        """Calls of the RPN; runs on until the proposals are handed over, and keeps those."""
 
         def keep(_: Any, proposals: list[Any], samples: Any, **__: Any) -> None:
             self._proposals[index] = ([p[:PROPOSALS] for p in proposals], samples)
@@ -84,20 +86,12 @@ class RoIFeatures(HeadFeatures):
         own = vars(self.roi_head)
         own.update(dict.fromkeys(_ENTRIES, keep))
         try:
-            run_until_reached(run)
+            with _calls_of([self.head]) as calls:
+                run_until_reached(run)
         finally:
             for name in _ENTRIES:
                 del own[name]
-
-    def features(self, run: Callable[[], Any], index: int) -> list[Tensor]:
-        """As in the base class."""
-        call = self.call_of_head(run)
-        if index not in self._proposals:
-            return floating(call)
-        (maps, *_), _ = call
-        with _calls_of(self.heads) as calls:
-            self.roi_head.forward(maps, *self._proposals[index])
-        return floating((call, calls))
+        return calls
 
 
 def feature_source(model: Any, units: Sequence[Unit]) -> tuple[FeatureSource, list[Unit]]:
@@ -128,10 +122,20 @@ def _is_head(name: str) -> bool:
 
 
 @contextmanager
-def _calls_of(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
-    """While open, the list gets arguments and output of every call of the modules."""
+def _calls_of(modules: Sequence[nn.Module], leave: bool = False) -> Iterator[list[Any]]:
+    """While open, the list gets arguments and output of every call of the modules.
+
+    Args:
+        modules: Modules to watch.
+        leave: Raise ``Reached`` behind the first call.
+    """
     calls: list[Any] = []
-    hook = lambda _, args, output: calls.append((args, output))  # noqa: E731
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        calls.append((args, output))
+        if leave:
+            raise Reached
+
     handles = [m.register_forward_hook(hook) for m in modules]
     try:
         yield calls

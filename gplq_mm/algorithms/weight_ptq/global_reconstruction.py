@@ -165,16 +165,14 @@ class _Features:
     def __init__(self, task: PTQTask, source: FeatureSource) -> None:
         self.task, self.source = task, source
         self.wanted = CallStore(task.budget_bytes, task.folder)
-
-        def keep(run: Callable[[], Any]) -> None:
-            source.prepare(run, len(self.wanted))
-            self.wanted.append(Call(tuple(source.features(run, len(self.wanted)))))
-
         with task.stage1():
-            self._each(keep)
+            self._each(self._keep)
         total = torch.tensor(float(len(self.wanted)))
         all_reduce_sum(total)
         self.batches = int(total)
+
+    def _keep(self, run: Callable[[], Any]) -> None:
+        self.wanted.append(Call(tuple(self.source.features(run, len(self.wanted)))))
 
     def error(self) -> float:
         """Mean loss over all batches, the same on all ranks."""

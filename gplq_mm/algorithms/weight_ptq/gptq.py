@@ -84,7 +84,6 @@ class GPTQ(UnitPTQ):
         self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
     ) -> None:
         """As in the base class: layer by layer, in the order in which they run."""
-        reference = reference if self.asymmetric else None
         for name, layer in unit.layers.items():
             if not is_matrix_product(layer):
                 task.note(f'{name}: overlapping transposed convolution, rounded to nearest')
