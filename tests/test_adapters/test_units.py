@@ -94,6 +94,8 @@ def test_every_unit_gets_the_inputs_of_the_whole_model(name: str) -> None:
     [
         ('mask_rcnn', ['repq', dict(type='gptq', asymmetric=True), 'bias_correction', 'qwt_v2']),
         ('swin', ['gptq', dict(type='brecq', steps=2)]),
+        ('swin', ['gptq', dict(type='brecq', steps=2, global_weight=0.5)]),
+        ('mask_rcnn', dict(type='brecq', steps=2, global_weight=0.5, global_batches=1)),
         ('swin_v2', ['repq', 'gptq']),
     ],
 )

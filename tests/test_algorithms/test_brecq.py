@@ -12,14 +12,16 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from gplq_mm.algorithms.stage2 import run_stage2
-from gplq_mm.algorithms.streaming import Call, CallStore
+from gplq_mm.algorithms.streaming import Call, CallStore, find_units
 from gplq_mm.algorithms.streaming.sampling import BatchSampler, join, mixed
-from gplq_mm.algorithms.weight_ptq import BRECQ
+from gplq_mm.algorithms.weight_ptq import BRECQ, PTQTask
+from gplq_mm.algorithms.weight_ptq.frozen_suffix import FrozenSuffix
 from gplq_mm.algorithms.weight_ptq.soft_rounding import SoftRounding, only_trainable, soft_weights
 from gplq_mm.conversion import quantized_layers, resolve_recipe
 from tests.helpers.tiny_blocks import images, ptq_on_rank, ptq_state, stage1_stack
 
 BRECQ_FEW = dict(type='brecq', steps=8, lr=0.05)
+BRECQ_SUFFIX = dict(type='brecq', steps=6, lr=0.05, global_weight=0.5, global_batches=3)
 GLOBAL_FEW = dict(type='global', steps=7, batches=4)
 
 
@@ -105,13 +107,68 @@ def test_brecq_is_not_worse_than_its_start_and_better_here() -> None:
     assert learned < nearest
 
 
-def test_a_harmful_optimisation_is_undone() -> None:
+@pytest.mark.parametrize('weight', [0.0, 0.5])
+def test_a_harmful_optimisation_is_undone(weight: float) -> None:
     states = []
-    for ptq in ('gptq', ['gptq', dict(type='brecq', steps=1, lr=50.0, scale_lr=1.0)]):
+    harmful = dict(type='brecq', steps=1, lr=50.0, scale_lr=1.0, global_weight=weight)
+    for ptq in ('gptq', ['gptq', harmful]):
         model, run = stage1_stack(2)
         quantize(model, run, ptq)
         states.append(model.state_dict())
     assert [n for n in states[0] if not torch.equal(states[0][n], states[1][n])] == []
+
+
+def test_the_global_term_has_the_gradients_of_all_images_at_once() -> None:
+    """Against plain autograd on the whole model: feature before the head, and its output."""
+    model, run = stage1_stack(3)
+    layers = quantized_layers(model)
+    units = find_units(model, layers, run)
+    wanted = [w.detach() for w in head_calls(model)]
+    weights = {n: nn.Parameter(la.weight.detach().clone()) for n, la in layers.items()}
+    suffix = FrozenSuffix(PTQTask(model, layers, weights, run), units)
+    assert suffix.batches == 8 and all(map(suffix.sees, units))
+    with torch.no_grad():
+        assert suffix.error() == 0
+        for layer in layers.values():
+            layer.weight += 0.05 * torch.randn(layer.weight.shape)
+    learned = [model.layers[0].ffn[0].weight, model.head.bias]
+    given = [torch.ones_like(p) for p in learned]
+    for p, grad in zip(learned, given, strict=True):
+        p.grad = grad.clone()
+    suffix.add_gradients(learned, range(8), 3.0)
+    parts = [
+        (y - w).square().mean((1, 2)) / w.square().mean((1, 2))
+        for y, w in zip(head_calls(model), wanted, strict=True)
+    ]
+    loss = torch.stack(parts).mean()
+    assert suffix.error() == pytest.approx(loss.item(), rel=1e-5)
+    found = torch.autograd.grad(3.0 * loss, learned)
+    for p, grad, start in zip(learned, found, given, strict=True):
+        assert p.grad is not None and grad.abs().max() > 0
+        torch.testing.assert_close(p.grad - start, grad, rtol=1e-4, atol=1e-6)
+
+
+def head_calls(model: nn.Module) -> list[Tensor]:
+    """What the head gets and gives for all images, ``(images, tokens, channels)`` each."""
+    seen: list[Tensor] = []
+    handle = model.head.register_forward_hook(lambda _, args, y: seen.extend((*args, y)))
+    model(images().flatten(0, 1))
+    handle.remove()
+    return seen
+
+
+def test_the_global_term_brings_the_output_closer_to_stage_1() -> None:
+    """On the mean of four models; a single one may end in another minimum."""
+    errors = {0.0: 0.0, 2.0: 0.0}
+    for seed in range(4):
+        wanted = features(stage1_stack(2, seed=seed)[0])
+        for weight in errors:
+            model, run = stage1_stack(2, seed=seed)
+            ptq = dict(type='brecq', steps=60, global_weight=weight, global_batches=8)
+            assert quantize(model, run, ['gptq', ptq]).notes == []
+            power = wanted.square().mean()
+            errors[weight] += float((features(model) - wanted).square().mean() / power)
+    assert errors[2.0] < 0.95 * errors[0.0]
 
 
 def features(model: nn.Module) -> Tensor:
@@ -217,10 +274,11 @@ def test_global_trains_through_a_model_that_checkpoints_activations() -> None:
     assert torch.equal(features(model), features(reference))
 
 
+@pytest.mark.parametrize('ptq', [BRECQ_FEW, BRECQ_SUFFIX])
 def test_killed_and_run_again_gives_the_bits_of_an_uninterrupted_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ptq: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = ptq_state(BRECQ_FEW, images())
+    alone = ptq_state(ptq, images())
     original = BRECQ.quantize_unit
 
     def dies(self: BRECQ, task: Any, unit: Any, *args: Any) -> None:
@@ -230,9 +288,9 @@ def test_killed_and_run_again_gives_the_bits_of_an_uninterrupted_run(
 
     monkeypatch.setattr(BRECQ, 'quantize_unit', dies)
     with pytest.raises(KeyboardInterrupt):
-        ptq_state(BRECQ_FEW, images(), str(tmp_path))
+        ptq_state(ptq, images(), str(tmp_path))
     monkeypatch.setattr(BRECQ, 'quantize_unit', original)
-    resumed = ptq_state(BRECQ_FEW, images(), str(tmp_path))
+    resumed = ptq_state(ptq, images(), str(tmp_path))
     assert [n for n in alone if not torch.equal(alone[n], resumed[n])] == []
 
 
@@ -240,7 +298,7 @@ def test_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         port = probe.getsockname()[1]
-    ptq = ['repq', 'gptq', BRECQ_FEW, GLOBAL_FEW, 'bias_correction', 'qwt_v2']
+    ptq = ['repq', 'gptq', BRECQ_FEW, BRECQ_SUFFIX, GLOBAL_FEW, 'bias_correction', 'qwt_v2']
     torch.multiprocessing.spawn(ptq_on_rank, (ptq, 2, port, str(tmp_path)), nprocs=2)
     alone = ptq_state(ptq, images(9))
     for rank in range(2):
@@ -253,6 +311,7 @@ def test_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
     [
         (dict(type='brecq', start='best'), "start='best'"),
         (dict(type='brecq', drop=2), 'a drop from 0 to 1'),
+        (dict(type='brecq', global_weight=-1), 'a weight of at least 0'),
         (dict(type='global', batches=0), 'write positive numbers'),
         (dict(type='adaround', steps=0), 'write positive numbers'),
         (dict(type='adaround', range='hessian'), "range='hessian'"),

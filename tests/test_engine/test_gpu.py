@@ -38,6 +38,7 @@ PTQS = (
     'repq+gptq+bias_correction',
     'adaround(steps=20)',
     'brecq(steps=20)',
+    'brecq(steps=5,global_weight=0.5)',
     'gptq+global(steps=20)',
 )
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,13 +17,13 @@ class Reached(Exception):  # noqa: N818
 
 
 @contextmanager
-def intercepted(model: nn.Module, handle: Callable[[Callable[[], Any]], None]) -> Iterator[None]:
+def intercepted(model: nn.Module, handle: Callable[[partial[Any]], None]) -> Iterator[None]:
     """While open, calling the model calls ``handle`` with the forward to run, and gives None.
 
     Args:
         model: Its ``forward`` and, where it has one, its ``extract_feat`` are taken over;
             a call of the one from the other is the model's own.
-        handle: Called once for each batch of images.
+        handle: Called once for each batch of images, with the forward and its arguments.
     """
     own = {name: vars(model).get(name) for name in _ENTRIES if hasattr(model, name)}
     inside = False
@@ -34,7 +35,7 @@ def intercepted(model: nn.Module, handle: Callable[[Callable[[], Any]], None]) -
                 return original(*args, **kwargs)
             inside = True
             try:
-                handle(lambda: original(*args, **kwargs))
+                handle(partial(original, *args, **kwargs))
             finally:
                 inside = False
             return None

@@ -2,10 +2,12 @@
 """BRECQ: learn the rounding of all layers of a unit on the unit's output.
 
 Source: arXiv 2102.05426 (BRECQ), section 3.3; the rounding is AdaRound's
-(arXiv 2004.10568); inputs are mixed as in arXiv 2203.05740 (QDrop), equation 8.
+(arXiv 2004.10568); inputs are mixed as in arXiv 2203.05740 (QDrop), equation 8; the
+optional global term is that of GLF-Q, see ``FrozenSuffix``.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from ..streaming.calls import all_tensors
 from ..streaming.sampling import BatchSampler, join, mixed, of_all_ranks
 from ..streaming.stream import run_unit
 from .base import PTQTask
+from .feature_source import without_checkpointing
+from .frozen_suffix import FrozenSuffix
 from .gptq import GPTQ
 from .registry import register_weight_ptq
 from .soft_rounding import SoftRounding, annealed_beta, only_trainable, soft_weights
@@ -45,6 +49,10 @@ class BRECQ(UnitPTQ):
             than from the float weights (0).
         start: ``gptq`` or ``nearest``, for layers that no algorithm before has rounded.
         max_elements: Input elements a step, which bounds the memory.
+        global_weight: Weight of the error of the model's features through the frozen units
+            behind, beside that of the unit's output, each relative to its start; 0 for the
+            unit alone. It needs the memory of training with one calibration batch.
+        global_batches: Calibration batches a step for it.
 
     Raises:
         ValueError: If an option is out of range.
@@ -64,16 +72,29 @@ class BRECQ(UnitPTQ):
         commitment: float = 0.0,
         start: str = 'gptq',
         max_elements: int = 1 << 18,
+        global_weight: float = 0.0,
+        global_batches: int = 4,
     ) -> None:
-        if start not in STARTS or not 0 <= drop <= 1 or steps < 1 or batch_size < 1:
+        if start not in STARTS or not 0 <= drop <= 1 or min(steps, batch_size) < 1:
             raise ValueError(
                 f'brecq start={start!r}, drop={drop!r}, steps={steps!r}, batch_size='
                 f'{batch_size!r}: write a start of {STARTS}, a drop from 0 to 1, and positive '
                 'integers'
             )
+        if not global_weight >= 0 or global_batches < 1:
+            raise ValueError(
+                f'brecq global_weight={global_weight!r}, global_batches={global_batches!r}: write '
+                'a weight of at least 0, e.g. 0.5, and a positive number of batches'
+            )
         self.steps, self.lr, self.scale_lr, self.bias_lr = steps, lr, scale_lr, bias_lr
         self.batch_size, self.drop, self.regularization = batch_size, drop, regularization
         self.commitment, self.start, self.max_elements = commitment, start, max_elements
+        self.global_weight, self.global_batches = global_weight, global_batches
+        self._suffix: FrozenSuffix | None = None
+
+    def begin(self, task: PTQTask, units: Sequence[Unit]) -> None:
+        """Keep the features that the global term aims at."""
+        self._suffix = FrozenSuffix(task, units) if self.global_weight > 0 else None
 
     def quantize_unit(
         self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
@@ -83,14 +104,15 @@ class BRECQ(UnitPTQ):
         inputs = of_all_ranks(inputs, inputs.like())
         if reference is not None:
             reference = of_all_ranks(reference, reference.like())
+        suffix = self._suffix if self._suffix is not None and self._suffix.sees(unit) else None
         problem = _Problem(task, unit, inputs, reference)
         if not len(inputs):
             return
         start = copy.deepcopy(unit.module.state_dict())
-        before = problem.error()
+        objective = _Objective(problem, suffix, self.global_weight)
         with torch.enable_grad():
-            self._learn(task, unit, problem, max(before, 1e-12))
-        if not problem.error() < before:
+            self._learn(task, unit, objective)
+        if not objective.error() < objective.start:
             unit.module.load_state_dict(start)
         for tensor in unit.module.state_dict().values():
             tensor.copy_(broadcast_from_0(tensor))
@@ -103,8 +125,9 @@ class BRECQ(UnitPTQ):
             for name in bare:
                 fall_back(task, name)
 
-    def _learn(self, task: PTQTask, unit: Unit, problem: '_Problem', norm: float) -> None:
+    def _learn(self, task: PTQTask, unit: Unit, objective: '_Objective') -> None:
         generator = torch.Generator().manual_seed(_seed(task, unit))
+        problem, suffix = objective.problem, objective.suffix
         sampler = BatchSampler(problem.inputs, self.batch_size, self.max_elements, generator)
         roundings = [
             SoftRounding(layer, task.float_weights[name], self.scale_lr > 0, self.commitment)
@@ -112,16 +135,26 @@ class BRECQ(UnitPTQ):
         ]
         biases = _biases(unit) if self.bias_lr > 0 else []
         optimizer = torch.optim.Adam(self._groups(roundings, biases))
-        with only_trainable(unit.module, biases), soft_weights(roundings):
+        learned = [p for group in optimizer.param_groups for p in group['params']]
+        whole = unit.module if suffix is None else task.model
+        with (
+            only_trainable(whole, biases),
+            soft_weights(roundings),
+            without_checkpointing(whole),
+        ):
             for step in range(self.steps):
                 call, wanted = problem.batch(sampler.draw(), self.drop, generator)
-                loss = problem.loss(call, wanted) / norm
+                loss = problem.loss(call, wanted) / objective.local_start
                 beta = annealed_beta(step, self.steps, 0.2, 20, 2)
                 penalty = torch.stack([r.regularizer(beta) for r in roundings]).mean()
                 if step >= 0.2 * self.steps:
                     loss = loss + self.regularization * penalty
                 optimizer.zero_grad()
                 loss.backward()
+                if suffix is not None:
+                    order = torch.randperm(suffix.batches, generator=generator)
+                    numbers = order[: self.global_batches].tolist()
+                    suffix.add_gradients(learned, numbers, objective.global_factor)
                 optimizer.step()
         for rounding in roundings:
             rounding.write()
@@ -179,6 +212,22 @@ class _Problem:
         pairs = zip(self.inputs, self.wanted, strict=True)
         losses = [float(self.loss(call, wanted.args[0])) for call, wanted in pairs]
         return sum(losses) / max(len(losses), 1)
+
+
+class _Objective:
+    """Error of the unit's output and of the model's features, each relative to its start."""
+
+    def __init__(self, problem: _Problem, suffix: FrozenSuffix | None, weight: float) -> None:
+        self.problem, self.suffix = problem, suffix
+        local, far = problem.error(), 0.0 if suffix is None else suffix.error()
+        self.local_start = max(local, 1e-12)
+        self.global_factor = weight / max(far, 1e-12)
+        self.start = local / self.local_start + self.global_factor * far
+
+    def error(self) -> float:
+        """With the layers as they are."""
+        far = 0.0 if self.suffix is None else self.suffix.error()
+        return self.problem.error() / self.local_start + self.global_factor * far
 
 
 def _biases(unit: Unit) -> list[Tensor]:

@@ -7,8 +7,7 @@ rounding as in AdaRound (arXiv 2004.10568).
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,12 @@ from torch import Tensor, nn
 from ..distributed import all_reduce_sum, broadcast_from_0, world
 from ..streaming import Call, CallStore, Unit, find_units, intercepted
 from .base import MENDS, PTQTask, WeightPTQ
-from .feature_source import FeatureSource, feature_source
+from .feature_source import (
+    FeatureSource,
+    feature_source,
+    relative_error,
+    without_checkpointing,
+)
 from .finished import FinishedUnits
 from .registry import register_weight_ptq
 from .soft_rounding import SoftRounding, annealed_beta, only_trainable, soft_weights
@@ -223,27 +227,8 @@ class _Features:
             self.task.run_pass()
 
     def _loss(self, run: Callable[[], Any], index: int) -> Tensor:
-        parts = []
-        for y, wanted in zip(
-            self.source.features(run, index), self.wanted[index].args, strict=True
-        ):
-            target = wanted.to(y.device)
-            power = target.square().mean().clamp_min(1e-12)
-            parts.append((y - target).square().mean() / power)
-        return torch.stack(parts).mean()
-
-
-@contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Activation checkpointing (``with_cp``) off: it cannot give gradients of chosen tensors."""
-    switched = [m for m in model.modules() if getattr(m, 'with_cp', False) is True]
-    try:
-        for module in switched:
-            module.with_cp = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module in switched:
-            module.with_cp = True  # type: ignore[assignment]
+        features = self.source.features(run, index)
+        return relative_error(features, self.wanted[index].args)
 
 
 def _affine_parameters(units: list[Unit]) -> list[Tensor]:

@@ -2,6 +2,7 @@
 """Base of algorithms that work on one unit after the other with its calibration inputs."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,9 @@ class UnitPTQ(WeightPTQ):
                 order; None unless ``needs_reference``, or where the two cannot be paired.
         """
 
+    def begin(self, task: PTQTask, units: Sequence[Unit]) -> None:
+        """Called once, before the first unit that is still to be quantized."""
+
     def options(self) -> dict[str, Any]:
         """What decides the result; names the folder of finished units."""
         return {k: v for k, v in vars(self).items() if not k.startswith('_')}
@@ -60,6 +64,8 @@ class UnitPTQ(WeightPTQ):
         done = finished.count(units)
         for index, unit in enumerate(units[:done]):
             finished.restore(index, unit.module)
+        if done < len(units):
+            self.begin(task, units)
         stream, reference = self._streams(task, units)
         for index in range(done, len(units)):
             unit = units[index]
