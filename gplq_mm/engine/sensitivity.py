@@ -5,6 +5,7 @@ import base64
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ from ..algorithms.operands import (
 )
 from ..algorithms.sensitivity import Measured, SensitivityMeter
 from ..algorithms.streaming import all_tensors
-from ..algorithms.weight_ptq import WeightPTQ, build_weight_ptq
-from ..conversion import recipe_difference
+from ..algorithms.weight_ptq import GPTQ, SingleLayerGPTQ, WeightPTQ, build_weight_ptq
+from ..algorithms.weight_ptq.base import ROUNDS
+from ..conversion import quantized_layers, recipe_difference
 from ..evaluation import MacCount, count_macs, read_json, write_json
 from ..quantizers import Observer
 from ..utils.checkpoint_io import read_checkpoint
@@ -91,6 +93,9 @@ class SensitivityRun:
         measured: Keys of those that are measured.
         macs: Multiply-accumulates of one image.
         elements: Elements of each activation operand for one image.
+        meter: Compares the model with operands quantized and without.
+        calibration: Images on which weights are rounded.
+        observers: Observed activations by the path of the quantizer.
     """
 
     model: Any
@@ -101,13 +106,25 @@ class SensitivityRun:
     macs: MacCount
     elements: dict[str, int]
     meter: SensitivityMeter
-    algorithms: list[WeightPTQ]
+    calibration: CalibrationSet
     observers: dict[str, Observer] = field(default_factory=dict)
 
     @property
     def kinds(self) -> list[str]:
         """Kinds that are measured."""
         return self.data['settings']['kinds']
+
+    @cached_property
+    def algorithms(self) -> list[WeightPTQ]:
+        """How weights are rounded here: as stage 2 does it, but each layer for itself."""
+        rounding = _rounding(self.model.gplq.recipe['weight']['ptq'])
+        if not isinstance(rounding, GPTQ):
+            return rounding
+        model, folder = self.model, str(self.path.parent)
+        with baseline(model, True):
+            run = self.calibration.run_pass(model, 'inputs of the layers')
+            layers = quantized_layers(model)
+            return [SingleLayerGPTQ(rounding, model, layers, run, KEEP_BYTES, folder)]
 
     @property
     def damages(self) -> dict[str, dict[int, float]]:
@@ -139,6 +156,9 @@ class SensitivityRun:
         if len(todo) < len(self.measured):
             done = len(self.measured) - len(todo)
             print_log(f'{self.path}: {done} operands are measured already', logger='current')
+        if any(self.operands[key].kind == 'weight' for key in todo):
+            names = ', '.join(a.name for a in self.algorithms)
+            print_log(f'weights are rounded by {names}, each layer alone', logger='current')
         bar = ProgressBar(len(todo)) if todo and is_main_process() else None
         with baseline(self.model, False):
             for key in todo:
@@ -223,6 +243,7 @@ def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> Sen
         'kinds': kinds,
         'images': [len(images.indices), len(images.batches), options.seed],
         'include_pinned': options.include_pinned,
+        'rounding': _rounding_name(recipe['weight']['ptq']),
     }
     path = Path(runner.work_dir) / SENSITIVITY_NAME
     data = _known(path, settings, options.overwrite)
@@ -245,7 +266,7 @@ def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> Sen
         MacCount(macs.total // size, {n: m // size for n, m in macs.layers.items()}),
         {key: number // size for key, number in elements.items()},
         SensitivityMeter(model, metric, forward, _Batches(images).__iter__, KEEP_BYTES),
-        _rounding_only(recipe['weight']['ptq']),
+        calibration,
         observers,
     )
 
@@ -345,10 +366,17 @@ def _image_set(
     return CalibrationSet(cfg, number, options.seed, size, fewer)
 
 
-def _rounding_only(ptq: Any) -> list[WeightPTQ]:
-    """The recipe's algorithms if they need no data, else round to nearest with MSE ranges."""
-    algorithms = build_weight_ptq(ptq)
-    return build_weight_ptq('mse') if any(a.needs_data for a in algorithms) else algorithms
+def _rounding(ptq: Any) -> list[WeightPTQ] | GPTQ:
+    """The recipe's algorithms that round; GPTQ in place of those that need images."""
+    algorithms = [a for a in build_weight_ptq(ptq) if a.phase == ROUNDS]
+    if not any(a.needs_data for a in algorithms):
+        return algorithms
+    return next((a for a in algorithms if isinstance(a, GPTQ)), GPTQ())
+
+
+def _rounding_name(ptq: Any) -> list[str]:
+    rounding = _rounding(ptq)
+    return [rounding.name] if isinstance(rounding, GPTQ) else [a.name for a in rounding]
 
 
 def _known(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:

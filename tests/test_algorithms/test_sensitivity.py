@@ -1,4 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import copy
 import math
 
 import pytest
@@ -9,8 +10,8 @@ from torch import nn
 from gplq_mm.algorithms.operands import baseline, find_operands, quantized_as, weight_precisions
 from gplq_mm.algorithms.output_metrics import KL, SQNR, build_metric
 from gplq_mm.algorithms.sensitivity import SKETCH, SensitivityMeter, sketch
-from gplq_mm.algorithms.weight_ptq import build_weight_ptq
-from gplq_mm.conversion import convert_
+from gplq_mm.algorithms.weight_ptq import GPTQ, PTQTask, SingleLayerGPTQ, build_weight_ptq
+from gplq_mm.conversion import convert_, quantized_layers
 from tests.helpers.tiny_blocks import images, stage1_stack
 
 BITS = [2, 3, 4, 8]
@@ -19,6 +20,13 @@ BITS = [2, 3, 4, 8]
 def outputs_of(count=3, size=(4, 5)):
     generator = torch.Generator().manual_seed(7)
     return [torch.randn(*size, generator=generator) for _ in range(count)]
+
+
+def quantized_copy(layer):
+    copied = copy.deepcopy(layer)
+    with torch.no_grad():
+        copied.weight.mul_(1.5)
+    return copied
 
 
 def noisy(outputs, amount):
@@ -171,3 +179,36 @@ def test_unknown_metric_is_refused():
         ValueError, match=r"metric='mse' is unknown; write one of \['kl', 'loss', 'sqnr'\]"
     ):
         build_metric('mse')
+
+
+@pytest.mark.parametrize('budget', [1 << 20, 0])
+def test_a_layer_alone_gets_the_codes_of_gptq_on_its_stage_1_inputs(budget, tmp_path):
+    model, run = stage1_stack(3)
+    layers = quantized_layers(model)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    alone = SingleLayerGPTQ(GPTQ(), model, layers, run, budget, str(tmp_path))
+    for key, operand in find_operands(model, (), ['weight']).items():
+        found = weight_precisions(model, operand, [2, 4], [alone])
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), key
+        for bits, precision in found.items():
+            other, other_run = stage1_stack(3)
+            layer = quantized_layers(other)[operand.module]
+            weight = nn.Parameter(layer.weight.detach().clone())
+            layer.weight_quantizer.spec = precision.spec
+            layer.weight_quantizer.quant_range.copy_(torch.tensor(precision.spec.quant_range))
+            task = PTQTask(other, {operand.module: layer}, {operand.module: weight}, other_run)
+            with torch.no_grad():
+                GPTQ().apply(task)
+            assert precision.spec.num_bits == bits
+            assert torch.equal(precision.weight, layer.weight), (key, bits)
+            assert not torch.equal(precision.weight, weight)
+
+
+def test_a_layer_that_no_image_reaches_is_rounded_to_nearest():
+    model, run = stage1_stack(3)
+    model.spare = quantized_copy(model.head)
+    alone = SingleLayerGPTQ(GPTQ(), model, quantized_layers(model), run)
+    operand = find_operands(model, (), ['weight'])['weight:spare']
+    found = weight_precisions(model, operand, [3], [alone])[3]
+    nearest = weight_precisions(model, operand, [3], build_weight_ptq('mse'))[3]
+    assert torch.equal(found.weight, nearest.weight)

@@ -14,6 +14,7 @@ from .qwt_branch import QwTBranch
 from .qwt_v2 import QwTv2
 from .registry import WEIGHT_PTQ, build_weight_ptq, register_weight_ptq
 from .repq import RepQ
+from .single_layer import SingleLayerGPTQ
 
 __all__ = [
     'BRECQ',
@@ -30,6 +31,7 @@ __all__ = [
     'QwTv2',
     'RangePTQ',
     'RepQ',
+    'SingleLayerGPTQ',
     'WeightPTQ',
     'build_weight_ptq',
     'register_weight_ptq',

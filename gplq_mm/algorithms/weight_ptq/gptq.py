@@ -90,7 +90,7 @@ class GPTQ(UnitPTQ):
                 fall_back(task, name)
                 continue
             sums = self.products(task, unit, name, inputs, reference)
-            self._quantize_layer(layer, task.float_weights[name], *sums)
+            self.quantize_layer(layer, task.float_weights[name], *sums)
 
     def products(
         self,
@@ -128,13 +128,22 @@ class GPTQ(UnitPTQ):
         ]
         return own[0].plus(own[1:]), targets
 
-    def _quantize_layer(
+    @torch.no_grad()
+    def quantize_layer(
         self,
         layer: QuantizedLayer,
         weight: Tensor,
         own: CodeProducts,
         targets: list[Target],
     ) -> None:
+        """Quantize one layer.
+
+        Args:
+            layer: The layer; its range is kept if it has one and no other is asked for.
+            weight: Float weight, not folded.
+            own: Products of its input codes.
+            targets: What to aim at in each column range; empty for the float weight.
+        """
         rows = to_rows(layer, folded(layer, weight)).double()
         for index, target in enumerate(targets):
             a, b = own.splits[index]

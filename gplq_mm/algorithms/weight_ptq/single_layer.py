@@ -1,0 +1,72 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""GPTQ of any one layer of a stage-1 model, at any bits, from one pass over the images."""
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ...modules import QuantizedLayer
+from ..calibration import RunPass
+from ..streaming import Call, CallStore, UnitStream, find_units
+from .base import PTQTask, WeightPTQ
+from .gptq import GPTQ
+from .layout import CodeProducts, column_splits, is_matrix_product, to_rows
+from .unit_ptq import fall_back
+
+
+class SingleLayerGPTQ(WeightPTQ):
+    """GPTQ on the inputs that each layer has in the stage-1 model, all other weights float.
+
+    The products of the input codes do not depend on the weight's bits. They are summed once,
+    and kept up to a budget in memory and beyond it on disk. A layer that is no matrix product,
+    or that no image reaches, is rounded to nearest with an ``mse`` range.
+
+    Args:
+        gptq: Its options.
+        model: Converted model in evaluation mode, activations quantized, weights float.
+        layers: Layers that will be asked for, by name.
+        run_pass: Runs the model over this rank's images.
+        budget_bytes: Products kept in memory.
+        folder: Where the rest lies; the system's temporary folder if None.
+    """
+
+    name: ClassVar[str] = GPTQ.name
+
+    def __init__(
+        self,
+        gptq: GPTQ,
+        model: nn.Module,
+        layers: Mapping[str, QuantizedLayer],
+        run_pass: RunPass,
+        budget_bytes: int = 1 << 27,
+        folder: str | None = None,
+    ) -> None:
+        self.gptq = gptq
+        self._kept = CallStore(budget_bytes, folder)
+        self._positions: dict[str, int] = {}
+        weights = {n: nn.Parameter(la.weight.detach(), False) for n, la in layers.items()}
+        task = PTQTask(model, layers, weights, run_pass)
+        units = find_units(model, layers, run_pass)
+        stream = UnitStream(model, units, run_pass, None, budget_bytes, folder)
+        for index, unit in enumerate(units):
+            inputs = stream.inputs(index)
+            for name in filter(lambda n: is_matrix_product(layers[n]), unit.layers):
+                products, _ = gptq.products(task, unit, name, inputs, None)
+                self._positions[name] = len(self._kept)
+                self._kept.append(Call(tuple(products.sums)))
+
+    @torch.no_grad()
+    def apply(self, task: PTQTask) -> None:
+        """Layer by layer; layers do not influence each other."""
+        for name, layer in task.layers.items():
+            layer.weight_quantizer.reset()
+            if name not in self._positions:
+                fall_back(task, name)
+                continue
+            device = layer.weight.device
+            splits = column_splits(to_rows(layer, layer.weight).shape[2], self.gptq.max_columns)
+            products = CodeProducts(layer, splits, device)
+            products.sums = [t.to(device) for t in self._kept[self._positions[name]].args]
+            self.gptq.quantize_layer(layer, task.float_weights[name], products, [])
