@@ -118,13 +118,14 @@ class SensitivityRun:
     def algorithms(self) -> list[WeightPTQ]:
         """How weights are rounded here: as stage 2 does it, but each layer for itself."""
         rounding = _rounding(self.model.gplq.recipe['weight']['ptq'])
-        if not isinstance(rounding, GPTQ):
+        gptq = rounding[0]
+        if not isinstance(gptq, GPTQ):
             return rounding
         model, folder = self.model, str(self.path.parent)
         with baseline(model, True):
             run = self.calibration.run_pass(model, 'inputs of the layers')
             layers = quantized_layers(model)
-            return [SingleLayerGPTQ(rounding, model, layers, run, KEEP_BYTES, folder)]
+            return [SingleLayerGPTQ(gptq, model, layers, run, KEEP_BYTES, folder)]
 
     @property
     def damages(self) -> dict[str, dict[int, float]]:
@@ -243,7 +244,7 @@ def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> Sen
         'kinds': kinds,
         'images': [len(images.indices), len(images.batches), options.seed],
         'include_pinned': options.include_pinned,
-        'rounding': _rounding_name(recipe['weight']['ptq']),
+        'rounding': [a.name for a in _rounding(recipe['weight']['ptq'])],
     }
     path = Path(runner.work_dir) / SENSITIVITY_NAME
     data = _known(path, settings, options.overwrite)
@@ -366,17 +367,12 @@ def _image_set(
     return CalibrationSet(cfg, number, options.seed, size, fewer)
 
 
-def _rounding(ptq: Any) -> list[WeightPTQ] | GPTQ:
-    """The recipe's algorithms that round; GPTQ in place of those that need images."""
+def _rounding(ptq: Any) -> list[WeightPTQ]:
+    """The recipe's algorithms that round; GPTQ alone where one of them needs images."""
     algorithms = [a for a in build_weight_ptq(ptq) if a.phase == ROUNDS]
     if not any(a.needs_data for a in algorithms):
         return algorithms
-    return next((a for a in algorithms if isinstance(a, GPTQ)), GPTQ())
-
-
-def _rounding_name(ptq: Any) -> list[str]:
-    rounding = _rounding(ptq)
-    return [rounding.name] if isinstance(rounding, GPTQ) else [a.name for a in rounding]
+    return [next((a for a in algorithms if isinstance(a, GPTQ)), GPTQ())]
 
 
 def _known(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:
