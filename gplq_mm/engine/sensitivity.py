@@ -36,8 +36,7 @@ from ..algorithms.operands import (
 )
 from ..algorithms.sensitivity import Measured, SensitivityMeter
 from ..algorithms.streaming import all_tensors
-from ..algorithms.weight_ptq import GPTQ, SingleLayerGPTQ, WeightPTQ, build_weight_ptq
-from ..algorithms.weight_ptq.base import ROUNDS
+from ..algorithms.weight_ptq import GPTQ, SingleLayerGPTQ, WeightPTQ, layerwise_rounding
 from ..conversion import quantized_layers, recipe_difference
 from ..evaluation import MacCount, count_macs, read_json, write_json
 from ..quantizers import Observer
@@ -117,7 +116,7 @@ class SensitivityRun:
     @cached_property
     def algorithms(self) -> list[WeightPTQ]:
         """How weights are rounded here: as stage 2 does it, but each layer for itself."""
-        rounding = _rounding(self.model.gplq.recipe['weight']['ptq'])
+        rounding = layerwise_rounding(self.model.gplq.recipe['weight']['ptq'])
         gptq = rounding[0]
         if not isinstance(gptq, GPTQ):
             return rounding
@@ -244,7 +243,7 @@ def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> Sen
         'kinds': kinds,
         'images': [len(images.indices), len(images.batches), options.seed],
         'include_pinned': options.include_pinned,
-        'rounding': [a.name for a in _rounding(recipe['weight']['ptq'])],
+        'rounding': [a.name for a in layerwise_rounding(recipe['weight']['ptq'])],
     }
     path = Path(runner.work_dir) / SENSITIVITY_NAME
     data = _known(path, settings, options.overwrite)
@@ -365,14 +364,6 @@ def _image_set(
         cfg = with_labels(cfg)
     fewer = options.num_images is None and recipe['calibration'].get('all_if_fewer', False)
     return CalibrationSet(cfg, number, options.seed, size, fewer)
-
-
-def _rounding(ptq: Any) -> list[WeightPTQ]:
-    """The recipe's algorithms that round; GPTQ alone where one of them needs images."""
-    algorithms = [a for a in build_weight_ptq(ptq) if a.phase == ROUNDS]
-    if not any(a.needs_data for a in algorithms):
-        return algorithms
-    return [next((a for a in algorithms if isinstance(a, GPTQ)), GPTQ())]
 
 
 def _known(path: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from .qwt_branch import QwTBranch
 from .qwt_v2 import QwTv2
 from .registry import WEIGHT_PTQ, build_weight_ptq, register_weight_ptq
 from .repq import RepQ
-from .single_layer import SingleLayerGPTQ
+from .single_layer import SingleLayerGPTQ, layerwise_rounding
 
 __all__ = [
     'BRECQ',
@@ -34,6 +34,7 @@ __all__ = [
     'SingleLayerGPTQ',
     'WeightPTQ',
     'build_weight_ptq',
+    'layerwise_rounding',
     'register_weight_ptq',
     'write_codes',
     'write_nearest',

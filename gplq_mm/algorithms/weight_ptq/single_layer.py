@@ -10,9 +10,10 @@ from torch import nn
 from ...modules import QuantizedLayer
 from ..calibration import RunPass
 from ..streaming import Call, CallStore, UnitStream, find_units
-from .base import PTQTask, WeightPTQ
+from .base import ROUNDS, PTQTask, WeightPTQ
 from .gptq import GPTQ
 from .layout import CodeProducts, column_splits, is_matrix_product, to_rows
+from .registry import PTQConfig, build_weight_ptq
 from .unit_ptq import fall_back
 
 
@@ -70,3 +71,25 @@ class SingleLayerGPTQ(WeightPTQ):
             products = CodeProducts(layer, splits, device)
             products.sums = [t.to(device) for t in self._kept[self._positions[name]].args]
             self.gptq.quantize_layer(layer, task.float_weights[name], products, [])
+
+
+def layerwise_rounding(ptq: PTQConfig) -> list[WeightPTQ]:
+    """What rounds each layer for itself as a recipe's algorithms round all of them.
+
+    Args:
+        ptq: As for ``build_weight_ptq``.
+
+    Returns:
+        The algorithms that round, or GPTQ alone, for ``SingleLayerGPTQ``, where one of them
+        needs images.
+
+    Examples:
+        >>> [a.name for a in layerwise_rounding(['repq', 'brecq'])]
+        ['gptq']
+        >>> [a.name for a in layerwise_rounding(['percentile', 'bias_correction'])]
+        ['percentile']
+    """
+    algorithms = [a for a in build_weight_ptq(ptq) if a.phase == ROUNDS]
+    if not any(a.needs_data for a in algorithms):
+        return algorithms
+    return [next((a for a in algorithms if isinstance(a, GPTQ)), GPTQ())]
