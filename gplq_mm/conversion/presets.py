@@ -52,6 +52,8 @@ def _with_bits(weight: int, activation: int) -> dict[str, Any]:
     recipe['name'] = f'w{weight}a{activation}'
     recipe['weight']['num_bits'] = weight
     recipe['activation']['num_bits'] = activation
+    if weight < 3 <= activation:  # coarse weights behind inputs that hold: worth aiming further
+        recipe['weight']['ptq'] = [{'type': 'gptq', 'asymmetric': True}]
     return recipe
 
 

@@ -50,3 +50,11 @@ def test_resolving_hands_out_copies():
     resolve_recipe('w4a4')['activation']['num_bits'] = 2
     resolve_recipe({'base': 'w4a4', 'rules': []})['rules'].clear()
     assert PRESETS['w4a4']['activation']['num_bits'] == 4 and PRESETS['w4a4']['rules']
+
+
+def test_weights_of_two_bits_aim_at_the_stage_1_output_where_activations_have_more():
+    ptq = {name: resolve_recipe(name)['weight']['ptq'] for name in ('w2a4', 'w2a2', 'w3a3', 'w4a4')}
+    assert ptq.pop('w2a4') == [{'type': 'gptq', 'asymmetric': True}]
+    assert set(ptq.values()) == {'gptq'}
+    own = resolve_recipe(dict(base='w2a4', weight=dict(ptq=dict(type='mse'))))
+    assert own['weight']['ptq'] == {'type': 'mse'}
