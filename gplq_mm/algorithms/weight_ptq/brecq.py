@@ -19,11 +19,16 @@ from ..streaming.calls import all_tensors
 from ..streaming.sampling import BatchSampler, join, mixed, of_all_ranks
 from ..streaming.stream import run_unit
 from .base import PTQTask
-from .feature_source import without_checkpointing
 from .frozen_suffix import FrozenSuffix
 from .gptq import GPTQ
 from .registry import register_weight_ptq
-from .soft_rounding import SoftRounding, annealed_beta, only_trainable, soft_weights
+from .soft_rounding import (
+    SoftRounding,
+    annealed_beta,
+    only_trainable,
+    soft_weights,
+    without_checkpointing,
+)
 from .unit_ptq import UnitPTQ, fall_back
 
 STARTS = ('gptq', 'nearest')

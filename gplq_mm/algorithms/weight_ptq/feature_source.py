@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..streaming import Reached, Unit
@@ -109,33 +108,6 @@ def feature_source(model: Any, units: Sequence[Unit]) -> tuple[FeatureSource, li
         if owner.endswith('head'):
             return HeadFeatures(units[index].module), list(units[: index + 1])
     return FeatureSource(), list(units)
-
-
-def relative_error(features: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Mean over the features of their squared error, each relative to the power wanted.
-
-    Raises:
-        ValueError: If their numbers differ.
-    """
-    parts = []
-    for y, w in zip(features, wanted, strict=True):
-        target = w.to(y.device)
-        power = target.square().mean().clamp_min(1e-12)
-        parts.append((y - target).square().mean() / power)
-    return torch.stack(parts).mean()
-
-
-@contextmanager
-def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Activation checkpointing (``with_cp``) off: it cannot give gradients of chosen tensors."""
-    switched = [m for m in model.modules() if getattr(m, 'with_cp', False) is True]
-    try:
-        for module in switched:
-            module.with_cp = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module in switched:
-            module.with_cp = True  # type: ignore[assignment]
 
 
 def floating(value: Any) -> list[Tensor]:

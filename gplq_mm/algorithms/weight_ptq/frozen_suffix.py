@@ -13,15 +13,16 @@ import torch
 from torch import Tensor
 
 from ..distributed import all_reduce_sum, world
-from ..streaming import Call, CallStore, Unit, intercepted
+from ..streaming import Call, CallStore, Unit
 from .base import PTQTask
-from .feature_source import feature_source, relative_error
+from .feature_source import feature_source
+from .wanted_features import WantedFeatures
 
 CHECKED = 8
 """Batches that the error of a unit is measured on."""
 
 
-class FrozenSuffix:
+class FrozenSuffix(WantedFeatures):
     """Distance of the model's features from those of stage 1, one batch of images at a time.
 
     The model runs as it is: units before quantized, those behind as the algorithm found them.
@@ -31,49 +32,41 @@ class FrozenSuffix:
     Args:
         task: The task.
         units: All units, in the order in which they run.
-
-    Attributes:
-        batches: Calibration batches over all ranks.
     """
 
     def __init__(self, task: PTQTask, units: Sequence[Unit]) -> None:
-        assert task.run_pass is not None
-        self.source, reached = feature_source(task.model, units)
+        source, reached = feature_source(task.model, units)
         self._reached = {unit.name for unit in reached}
         self._device = next(task.model.parameters()).device
         self._forwards: list[Callable[..., Any]] = []
         self._inputs = CallStore(task.budget_bytes // 4, task.folder)
-        self._wanted = self._inputs.like()
-        with task.stage1(), intercepted(task.model, self._keep):
-            task.run_pass()
-        total = torch.tensor(float(len(self._inputs)))
-        all_reduce_sum(total)
-        self.batches = int(total)
+        super().__init__(task, source, task.budget_bytes // 4)
 
-    def _keep(self, run: partial[Any]) -> None:
+    def keep(self, run: partial[Any]) -> None:
+        """As in the base class, and the model's inputs."""
         self._forwards.append(run.func)
         self._inputs.append(Call(run.args, run.keywords))
-        self._wanted.append(Call(tuple(self.source.features(run, len(self._wanted)))))
+        super().keep(run)
 
     def sees(self, unit: Unit) -> bool:
         """Whether the features depend on a unit: the last head of a detector is behind them."""
         return unit.name in self._reached
 
-    def _loss(self, number: int) -> Tensor | None:
+    def _loss_of(self, number: int) -> Tensor | None:
         """Relative error of a batch's features; None where it is another rank's batch."""
         index, owner = divmod(number, world()[1])
         if owner != world()[0]:
             return None
         call = self._inputs[index].map(lambda t: t.to(self._device))
         run = partial(self._forwards[index], *call.args, **call.kwargs)
-        return relative_error(self.source.features(run, index), self._wanted[index].args)
+        return self.loss(run, index)
 
     @torch.no_grad()
     def error(self) -> float:
         """Mean relative error over the first batches, the same on all ranks."""
         losses = torch.zeros(min(self.batches, CHECKED), dtype=torch.float64)
         for number in range(len(losses)):
-            loss = self._loss(number)
+            loss = self._loss_of(number)
             losses[number] = 0.0 if loss is None else float(loss)
         all_reduce_sum(losses)  # exact: one rank's value and zeros
         return float(losses.mean())
@@ -89,7 +82,7 @@ class FrozenSuffix:
             weight: Factor of the mean.
         """
         for number in numbers:
-            loss = self._loss(number)
+            loss = self._loss_of(number)
             found = _gradients(loss, parameters)
             all_reduce_sum(found)  # exact: one rank's values and zeros
             parts = found.split([p.numel() for p in parameters])

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import all_reduce_sum, broadcast_from_0, world
-from ..streaming import Call, CallStore, Unit, find_units, intercepted
+from ..streaming import Unit, find_units
 from .base import MENDS, PTQTask, WeightPTQ
-from .feature_source import (
-    FeatureSource,
-    feature_source,
-    relative_error,
-    without_checkpointing,
-)
+from .feature_source import feature_source
 from .finished import FinishedUnits
 from .registry import register_weight_ptq
-from .soft_rounding import SoftRounding, annealed_beta, only_trainable, soft_weights
+from .soft_rounding import (
+    SoftRounding,
+    annealed_beta,
+    only_trainable,
+    soft_weights,
+    without_checkpointing,
+)
+from .wanted_features import WantedFeatures
 
 _FIXED = 2.0**40
 """Gradients are summed as multiples of its inverse: exact in float64, in any order."""
@@ -87,7 +89,7 @@ class GlobalReconstruction(WeightPTQ):
             return
         units = find_units(task.model, task.layers, task.run_pass)
         source, units = feature_source(task.model, units)
-        problem = _Features(task, source)
+        problem = _Features(task, source, task.budget_bytes)
         before = problem.error()
         start = copy.deepcopy(task.model.state_dict())
         layers = {n: la for unit in units for n, la in unit.layers.items()}
@@ -163,25 +165,13 @@ class GlobalReconstruction(WeightPTQ):
             (self.regularization * penalty).backward(inputs=[r.v for r in roundings])
 
 
-class _Features:
-    """Features of the model on all images, and those wanted."""
-
-    def __init__(self, task: PTQTask, source: FeatureSource) -> None:
-        self.task, self.source = task, source
-        self.wanted = CallStore(task.budget_bytes, task.folder)
-        with task.stage1():
-            self._each(self._keep)
-        total = torch.tensor(float(len(self.wanted)))
-        all_reduce_sum(total)
-        self.batches = int(total)
-
-    def _keep(self, run: Callable[[], Any]) -> None:
-        self.wanted.append(Call(tuple(self.source.features(run, len(self.wanted)))))
+class _Features(WantedFeatures):
+    """Goes over all images, again and again."""
 
     def error(self) -> float:
         """Mean loss over all batches, the same on all ranks."""
         losses: list[float] = []
-        self._each(lambda run: losses.append(float(self._loss(run, len(losses)))))
+        self.each(lambda run: losses.append(float(self.loss(run, len(losses)))))
         total = torch.tensor(losses, dtype=torch.float64).mul(_FIXED).round().sum()
         all_reduce_sum(total)
         return float(total) / _FIXED / self.batches
@@ -215,20 +205,11 @@ class _Features:
             flush((rank + seen * size) // batches)
             if more():
                 with torch.enable_grad():
-                    add(self._loss(run, seen))
+                    add(self.loss(run, seen))
             seen += 1
 
-        self._each(handle)
+        self.each(handle)
         flush(steps)
-
-    def _each(self, handle: Callable[[Callable[[], Any]], Any]) -> None:
-        assert self.task.run_pass is not None
-        with intercepted(self.task.model, handle):
-            self.task.run_pass()
-
-    def _loss(self, run: Callable[[], Any], index: int) -> Tensor:
-        features = self.source.features(run, index)
-        return relative_error(features, self.wanted[index].args)
 
 
 def _affine_parameters(units: list[Unit]) -> list[Tensor]:

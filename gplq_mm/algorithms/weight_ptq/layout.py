@@ -130,12 +130,14 @@ class CodeProducts:
         """These sums with those of others of the same layer; self where there are none."""
         if not others:
             return self
-        whole = copy.copy(self)
-        parts = [self, *others]
-        whole.sums = [
-            torch.stack(sums).sum(0) for sums in zip(*(p.sums for p in parts), strict=True)
-        ]
-        return whole
+        parts = zip(*(p.sums for p in (self, *others)), strict=True)
+        return self.with_sums([torch.stack(sums).sum(0) for sums in parts])
+
+    def with_sums(self, sums: list[Tensor]) -> 'CodeProducts':
+        """Products of the same layer and column ranges with other sums."""
+        other = copy.copy(self)
+        other.sums = sums
+        return other
 
 
 def column_splits(count: int, largest: int) -> list[tuple[int, int]]:

@@ -12,7 +12,7 @@ from ..calibration import RunPass
 from ..streaming import Call, CallStore, UnitStream, find_units
 from .base import ROUNDS, PTQTask, WeightPTQ
 from .gptq import GPTQ
-from .layout import CodeProducts, column_splits, is_matrix_product, to_rows
+from .layout import CodeProducts, is_matrix_product
 from .registry import PTQConfig, build_weight_ptq
 from .unit_ptq import fall_back
 
@@ -46,7 +46,7 @@ class SingleLayerGPTQ(WeightPTQ):
     ) -> None:
         self.gptq = gptq
         self._kept = CallStore(budget_bytes, folder)
-        self._positions: dict[str, int] = {}
+        self._products: dict[str, tuple[int, CodeProducts]] = {}
         weights = {n: nn.Parameter(la.weight.detach(), False) for n, la in layers.items()}
         task = PTQTask(model, layers, weights, run_pass)
         units = find_units(model, layers, run_pass)
@@ -55,7 +55,7 @@ class SingleLayerGPTQ(WeightPTQ):
             inputs = stream.inputs(index)
             for name in filter(lambda n: is_matrix_product(layers[n]), unit.layers):
                 products, _ = gptq.products(task, unit, name, inputs, None)
-                self._positions[name] = len(self._kept)
+                self._products[name] = (len(self._kept), products.with_sums([]))
                 self._kept.append(Call(tuple(products.sums)))
 
     @torch.no_grad()
@@ -63,14 +63,12 @@ class SingleLayerGPTQ(WeightPTQ):
         """Layer by layer; layers do not influence each other."""
         for name, layer in task.layers.items():
             layer.weight_quantizer.reset()
-            if name not in self._positions:
+            if name not in self._products:
                 fall_back(task, name)
                 continue
-            device = layer.weight.device
-            splits = column_splits(to_rows(layer, layer.weight).shape[2], self.gptq.max_columns)
-            products = CodeProducts(layer, splits, device)
-            products.sums = [t.to(device) for t in self._kept[self._positions[name]].args]
-            self.gptq.quantize_layer(layer, task.float_weights[name], products, [])
+            position, products = self._products[name]
+            sums = [t.to(layer.weight.device) for t in self._kept[position].args]
+            self.gptq.quantize_layer(layer, task.float_weights[name], products.with_sums(sums), [])
 
 
 def layerwise_rounding(ptq: PTQConfig) -> list[WeightPTQ]:

@@ -125,6 +125,19 @@ def only_trainable(module: nn.Module, parameters: Iterable[Any]) -> Iterator[Non
             p.grad = None
 
 
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Activation checkpointing (``with_cp``) off: it cannot give gradients of chosen tensors."""
+    switched = [m for m in model.modules() if getattr(m, 'with_cp', False) is True]
+    try:
+        for module in switched:
+            module.with_cp = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in switched:
+            module.with_cp = True  # type: ignore[assignment]
+
+
 def annealed_beta(step: int, steps: int, warm_up: float, first: float, last: float) -> float:
     """Exponent of the regulariser: falls from ``first`` to ``last`` by a cosine after warm-up.
 
