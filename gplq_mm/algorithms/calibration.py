@@ -63,10 +63,17 @@ def calibrate_activations(model: nn.Module, run_pass: RunPass) -> int:
             reached (each named).
     """
     observers = observe_activations(model, run_pass)
-    qparams = {name: observer.calculate_qparams() for name, observer in observers.items()}
     for name, quantizer in quantizers(model, 'activation').items():
-        quantizer.set_qparams(*qparams[name])
-    return len(qparams)
+        set_observed(quantizer, observers[name])
+    return len(observers)
+
+
+def set_observed(quantizer: FakeQuantizer, observer: Observer) -> None:
+    """Give a quantizer what its observer found."""
+    levels = observer.calculate_levels()
+    if levels is not None:
+        quantizer.set_levels(levels)
+    quantizer.set_qparams(*observer.calculate_qparams())
 
 
 @torch.no_grad()

@@ -61,12 +61,14 @@ class Precision:
         scale: As stored by the quantizer.
         zero_point: Same shape.
         weight: Values on the grid, shape of the layer's weight; None for an activation.
+        levels: Table of a logarithmic code, if it has one.
     """
 
     spec: QuantSpec
     scale: Tensor
     zero_point: Tensor
     weight: Tensor | None = None
+    levels: Tensor | None = None
 
 
 def find_operands(
@@ -147,7 +149,8 @@ def activation_precisions(observer: Observer, bits: Sequence[int]) -> dict[int, 
     try:
         for value in bits:
             observer.spec = replace(own, num_bits=value)
-            found[value] = Precision(observer.spec, *observer.calculate_qparams())
+            qparams, levels = observer.calculate_qparams(), observer.calculate_levels()
+            found[value] = Precision(observer.spec, *qparams, levels=levels)
     finally:
         observer.spec = own
     return found
@@ -168,6 +171,8 @@ def quantized_as(model: nn.Module, chosen: Mapping[str, Precision]) -> Iterator[
             assert isinstance(quantizer, FakeQuantizer)
             stack.enter_context(_restoring(quantizer, layer))
             _set_spec(quantizer, precision.spec.num_bits)
+            if precision.levels is not None:
+                quantizer.set_levels(precision.levels)
             quantizer.set_qparams(precision.scale, precision.zero_point)
             quantizer.enabled = True
             if layer is not None and precision.weight is not None:
@@ -285,14 +290,14 @@ def _inputs(module: nn.Module) -> tuple[str, ...]:
 
 
 def _set_spec(quantizer: FakeQuantizer, num_bits: int) -> None:
-    quantizer.spec = replace(quantizer.spec, num_bits=num_bits)
-    quantizer.quant_range.copy_(torch.tensor(quantizer.spec.quant_range))
+    quantizer.set_spec(replace(quantizer.spec, num_bits=num_bits))
 
 
 def _present(quantizer: FakeQuantizer, layer: QuantizedLayer | None) -> Precision:
     weight = None if layer is None else layer.weight.detach().clone()
     scale, zero_point = quantizer.scale.detach().clone(), quantizer.zero_point.clone()
-    return Precision(quantizer.spec, scale, zero_point, weight)
+    levels = quantizer.levels.clone() if quantizer.spec.is_log else None
+    return Precision(quantizer.spec, scale, zero_point, weight, levels)
 
 
 @torch.no_grad()
@@ -308,6 +313,8 @@ def _restoring(quantizer: FakeQuantizer, layer: QuantizedLayer | None) -> Iterat
         yield
     finally:
         _set_spec(quantizer, before.spec.num_bits)
+        if before.levels is not None:
+            quantizer.set_levels(before.levels)
         quantizer.set_qparams(torch.ones_like(before.scale), before.zero_point)
         if not was_calibrated:
             quantizer.reset()

@@ -98,7 +98,7 @@ class PTQComparison:
         if not self.attached:
             detach_compensation(self.model)
         for name, quantizer in quantizers(self.model, 'weight').items():
-            stage2.set_spec(quantizer, self.specs[name])
+            quantizer.set_spec(self.specs[name])
         self.model.load_state_dict(self.state)
 
     def _earlier_metrics(self, checkpoint: str) -> tuple[dict[str, float], dict[str, float]]:

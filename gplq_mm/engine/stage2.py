@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger, print_log
@@ -23,7 +22,7 @@ from ..algorithms.weight_ptq.registry import PTQConfig
 from ..conversion import quantizers
 from ..conversion.match import sets_bits
 from ..evaluation import REPORT_NAME
-from ..quantizers import FakeQuantizer, QuantSpec, integer_range
+from ..quantizers import integer_range
 from .calibration_data import CalibrationSet
 from .checkpoint import FINAL_NAME, record, save_snapshot, short_sha256, snapshot, unwrap
 from .evaluate import evaluate, validation_key
@@ -51,7 +50,7 @@ def stage2_set(
     number = min(wanted, len(calibration.dataset))
     if number < wanted:
         print_log(f'stage 2: {wanted} images asked for, the training set has {number}', 'current')
-    return CalibrationSet(cfg, **{**recipe['calibration'], 'num_images': number})
+    return CalibrationSet.of_recipe(cfg, recipe, number)
 
 
 def apply_stage2(
@@ -129,7 +128,7 @@ def run(
         set_weight_bits(model, bits)
         recipe = {**recipe, 'weight': {**recipe['weight'], 'num_bits': bits}}
     build_weight_ptq(recipe['weight']['ptq'])
-    calibration = CalibrationSet(runner.cfg, **recipe['calibration'])
+    calibration = CalibrationSet.of_recipe(runner.cfg, recipe)
     out = out or os.path.join(runner.work_dir, FINAL_NAME)
     report = RunReport(runner.work_dir, resume=True)
     report.path = report_path(out)
@@ -177,13 +176,7 @@ def set_weight_bits(model: Any, bits: int) -> None:
     for path, quantizer in quantizers(model, 'weight').items():
         layer = path.rpartition('.')[0]
         if not sets_bits(recipe['rules'], 'weight', layer, quantizer.role):
-            set_spec(quantizer, dataclasses.replace(quantizer.spec, num_bits=bits))
-
-
-def set_spec(quantizer: FakeQuantizer, spec: QuantSpec) -> None:
-    """Give a quantizer another spec and the range of codes that belongs to it."""
-    quantizer.spec = spec
-    quantizer.quant_range.copy_(torch.tensor(spec.quant_range, dtype=torch.int32))
+            quantizer.set_spec(dataclasses.replace(quantizer.spec, num_bits=bits))
 
 
 def _require_stage1(model: Any) -> None:

@@ -58,7 +58,9 @@ def use_codes(x: Tensor, *quantizers: FakeQuantizer) -> bool:
 
 
 def max_code(quantizer: FakeQuantizer) -> int:
-    """Largest magnitude of a centred code."""
+    """Largest magnitude of a centred code, or of a level of a logarithmic code."""
+    if quantizer.spec.is_log:
+        return int(quantizer.levels[-1])
     qmin, qmax = quantizer.spec.quant_range
     if quantizer.spec.symmetric:
         return max(-qmin, qmax)

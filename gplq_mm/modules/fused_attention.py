@@ -58,21 +58,24 @@ class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         parameters, (logits, operands), extras = rest[:4], rest[4:6], rest[6:]
-        scales = [o.scale(p) for o, p in zip(operands, parameters, strict=True)]
-        grids = [operand.grid for operand in operands]
-        values, packed, ends = [], [], [4]
+        values: list[Tensor] = []
+        packed: list[Tensor] = []
+        of_steps: list[Tensor | None] = []
+        ends = [10]
         for x, index in zip((q, k, v), _SAVED, strict=True):
-            on_grid, codes = quantize_packed(x.float(), scales[index], grids[index])
+            steps = operands[index].steps(x.float(), parameters[index])
+            on_grid, codes = quantize_packed(x.float(), *steps)
             values.append(on_grid.to(x.dtype))
             packed += codes
-            ends.append(4 + len(packed))
+            of_steps += operands[index].kept(steps)
+            ends.append(10 + len(packed))
         ctx.logits, ctx.operands, ctx.dtypes = logits, operands, (q.dtype, k.dtype, v.dtype)
         ctx.autocast = autocast_state(q)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*parameters, *packed, *extras)
+        ctx.save_for_backward(*parameters, *of_steps, *packed, *extras)
         ctx.ends = ends
         weights = logits(values[0], values[1], *extras).softmax(dim=-1)
-        on_grid = quantize_values(weights.float(), scales[2], grids[2])
+        on_grid = quantize_values(weights.float(), *operands[2].steps(weights.float(), parameters[2]))
         return on_grid.to(weights.dtype) @ values[2]
 
     @staticmethod
@@ -80,26 +83,28 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         parameters, extras = saved[:4], saved[ctx.ends[-1] :]
-        scales = [o.scale(p) for o, p in zip(ctx.operands, parameters, strict=True)]
-        grids = [operand.grid for operand in ctx.operands]
+        steps = {
+            i: ctx.operands[i].kept_steps(saved[4 + 2 * n : 6 + 2 * n], parameters[i])
+            for n, i in enumerate(_SAVED)
+        }
         codes = {i: saved[ctx.ends[n] : ctx.ends[n + 1]] for n, i in enumerate(_SAVED)}
         wanted = ctx.needs_input_grad[9:]
         with torch.autocast(**ctx.autocast):
             q, k, v = (
-                unpack_values(codes[i], scales[i], grids[i]).to(dtype)
+                unpack_values(codes[i], *steps[i]).to(dtype)
                 for i, dtype in zip(_SAVED, ctx.dtypes, strict=True)
             )
             logits, back = _logits_with_graph(ctx.logits, q, k, extras, wanted)
             weights = logits.softmax(dim=-1)
-            on_grid = quantize_values(weights.float(), scales[2], grids[2])
+            steps[2] = ctx.operands[2].steps(weights.float(), parameters[2])
+            on_grid = quantize_values(weights.float(), *steps[2])
             grad = grad.contiguous()
             grad_v = on_grid.to(weights.dtype).transpose(-2, -1) @ grad
             del on_grid
             grad_logits, grad_scale = softmax_backward(
                 weights.float(),
                 grad @ v.transpose(-2, -1),
-                scales[2],
-                grids[2],
+                *steps[2],
                 ctx.needs_input_grad[5],
             )
             del weights, logits
@@ -107,10 +112,13 @@ class _PackedAttention(torch.autograd.Function):
         grads, grad_scales = [], {2: grad_scale}
         for i, grad_x, dtype in zip(_SAVED, (grad_q, grad_k, grad_v), ctx.dtypes, strict=True):
             grad_x, grad_scales[i] = packed_backward(
-                codes[i], grad_x, scales[i], grids[i], ctx.needs_input_grad[3 + i]
+                codes[i], grad_x, *steps[i], ctx.needs_input_grad[3 + i]
             )
             grads.append(grad_x.to(dtype))
-        of_scales = [o.gradient(grad_scales[i], parameters[i]) for i, o in enumerate(ctx.operands)]
+        of_scales = [
+            o.gradient(grad_scales[i], parameters[i], steps[i].scale)
+            for i, o in enumerate(ctx.operands)
+        ]
         return (*grads, *of_scales, None, None, *grad_extras)
 
 

@@ -115,37 +115,38 @@ class _RecomputedFFN(torch.autograd.Function):
         act: nn.Module,
         operands: tuple[Operand, Operand],
     ) -> Tensor:
-        values, packed = quantize_packed(x.float(), operands[0].scale(first), operands[0].grid)
+        steps = operands[0].steps(x.float(), first)
+        values, packed = quantize_packed(x.float(), *steps)
         ctx.act, ctx.operands, ctx.dtype, ctx.autocast = act, operands, x.dtype, autocast_state(x)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(first, first_weight, first_bias, second, second_weight, *packed)
+        ctx.save_for_backward(
+            first, first_weight, first_bias, second, second_weight, *operands[0].kept(steps), *packed
+        )
         with torch.autocast(**ctx.autocast):
             hidden = act(F.linear(values.to(x.dtype), first_weight, first_bias))
-            on_grid = quantize_values(
-                hidden.float(), operands[1].scale(second), operands[1].grid
-            ).to(hidden.dtype)
+            on_grid = quantize_values(hidden.float(), *operands[1].steps(hidden.float(), second))
+            on_grid = on_grid.to(hidden.dtype)
             del hidden
             return own_tensor(F.linear(on_grid, second_weight, second_bias))
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        first, first_weight, first_bias, second, second_weight, *packed = ctx.saved_tensors
-        ours, theirs = ctx.operands
-        first_scale, second_scale = ours.scale(first), theirs.scale(second)
+        first, first_weight, first_bias, second, second_weight, *rest = ctx.saved_tensors
+        of_first, of_second = ctx.operands
+        first_steps, packed = of_first.kept_steps(rest[:2], first), rest[2:]
         needs = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 9
         with torch.autocast(**ctx.autocast):
-            x = unpack_values(packed, first_scale, ours.grid).to(ctx.dtype)
+            x = unpack_values(packed, *first_steps).to(ctx.dtype)
             before = F.linear(x, first_weight, first_bias).requires_grad_()
             with torch.enable_grad():
                 hidden = ctx.act(before.clone() if getattr(ctx.act, 'inplace', False) else before)
-            on_grid, codes = quantize_packed(hidden.detach().float(), second_scale, theirs.grid)
+            second_steps = of_second.steps(hidden.detach().float(), second)
+            on_grid, codes = quantize_packed(hidden.detach().float(), *second_steps)
             grads[5], grads[6] = _of_parameters(grad, on_grid.to(hidden.dtype), needs[5], needs[6])
             del on_grid
-            grad, grads[4] = packed_backward(
-                codes, grad @ second_weight, second_scale, theirs.grid, needs[4]
-            )
+            grad, grads[4] = packed_backward(codes, grad @ second_weight, *second_steps, needs[4])
             del codes
             (grad,) = torch.autograd.grad(hidden, before, grad.to(hidden.dtype))
             del hidden, before
@@ -153,10 +154,9 @@ class _RecomputedFFN(torch.autograd.Function):
             if needs[0] or needs[1]:
                 grad_x = grad @ first_weight
                 del grad
-                grads[0], grads[1] = packed_backward(
-                    packed, grad_x, first_scale, ours.grid, needs[1]
-                )
-        grads[1], grads[4] = ours.gradient(grads[1], first), theirs.gradient(grads[4], second)
+                grads[0], grads[1] = packed_backward(packed, grad_x, *first_steps, needs[1])
+        grads[1] = of_first.gradient(grads[1], first, first_steps.scale)
+        grads[4] = of_second.gradient(grads[4], second, second_steps.scale)
         return tuple(grads)
 
 

@@ -68,10 +68,11 @@ class _PackedProduct(torch.autograd.Function):
         operation: LinearOperation,
         autocast: torch.dtype | None,
     ) -> Tensor:
-        values, packed = quantize_packed(x.float(), operand.scale(scale), operand.grid)
+        steps = operand.steps(x.float(), scale)
+        values, packed = quantize_packed(x.float(), *steps)
         ctx.operand, ctx.operation, ctx.dtypes = operand, operation, (x.dtype, autocast)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scale, weight, *packed)
+        ctx.save_for_backward(scale, weight, *operand.kept(steps), *packed)
         with torch.autocast(x.device.type, enabled=False):
             dtype = autocast or x.dtype
             operands = values.to(dtype), _cast(weight, autocast), _cast(bias, autocast)
@@ -81,27 +82,26 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        parameter, weight, *packed = ctx.saved_tensors
-        operand, scale = ctx.operand, ctx.operand.scale(parameter)
+        parameter, weight, *rest = ctx.saved_tensors
+        operand, packed = ctx.operand, rest[2:]
+        steps = operand.kept_steps(rest[:2], parameter)
         x_dtype, autocast = ctx.dtypes
         of_x, of_scale, of_weight, of_bias = ctx.needs_input_grad[:4]
         grad_x = grad_scale = grad_weight = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if of_bias:
                 grad_bias = _sum_over_outputs(grad, ctx.operation.channel_axis)
-            values = unpack_values(packed, scale, operand.grid).to(autocast or x_dtype)
+            values = unpack_values(packed, *steps).to(autocast or x_dtype)
             grad_values, grad_weight = ctx.operation.gradients(
                 grad, values, _cast(weight, autocast), of_x or of_scale, of_weight
             )
             del values
             if grad_values is not None:
-                grad_x, grad_scale = packed_backward(
-                    packed, grad_values, scale, operand.grid, of_scale
-                )
+                grad_x, grad_scale = packed_backward(packed, grad_values, *steps, of_scale)
                 grad_x = grad_x.to(x_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        grad_scale = operand.gradient(grad_scale, parameter)
+        grad_scale = operand.gradient(grad_scale, parameter, steps.scale)
         return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
 
 

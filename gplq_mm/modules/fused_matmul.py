@@ -43,32 +43,32 @@ class _PackedMatMul(torch.autograd.Function):
         rhs_scale: Tensor,
         operands: tuple[Operand, Operand],
     ) -> Tensor:
-        scales = operands[0].scale(lhs_scale), operands[1].scale(rhs_scale)
-        left, left_packed = quantize_packed(lhs.float(), scales[0], operands[0].grid)
-        right, right_packed = quantize_packed(rhs.float(), scales[1], operands[1].grid)
+        steps = operands[0].steps(lhs.float(), lhs_scale), operands[1].steps(rhs.float(), rhs_scale)
+        left, left_packed = quantize_packed(lhs.float(), *steps[0])
+        right, right_packed = quantize_packed(rhs.float(), *steps[1])
         ctx.operands, ctx.split, ctx.dtypes = operands, len(left_packed), (lhs.dtype, rhs.dtype)
         ctx.autocast = autocast_state(lhs)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(lhs_scale, rhs_scale, *left_packed, *right_packed)
+        of_steps = (*operands[0].kept(steps[0]), *operands[1].kept(steps[1]))
+        ctx.save_for_backward(lhs_scale, rhs_scale, *of_steps, *left_packed, *right_packed)
         return left.to(lhs.dtype) @ right.to(rhs.dtype)
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        lhs_parameter, rhs_parameter, *packed = ctx.saved_tensors
-        left, right = packed[: ctx.split], packed[ctx.split :]
-        ours, theirs = ctx.operands
-        lhs_scale, rhs_scale = ours.scale(lhs_parameter), theirs.scale(rhs_parameter)
+        lhs_parameter, rhs_parameter, *rest = ctx.saved_tensors
+        lhs_steps = ctx.operands[0].kept_steps(rest[:2], lhs_parameter)
+        rhs_steps = ctx.operands[1].kept_steps(rest[2:4], rhs_parameter)
+        left, right = rest[4 : 4 + ctx.split], rest[4 + ctx.split :]
         with torch.autocast(**ctx.autocast):
-            values = unpack_values(right, rhs_scale, theirs.grid).to(ctx.dtypes[1])
+            values = unpack_values(right, *rhs_steps).to(ctx.dtypes[1])
             grad_lhs = sum_to_shape(grad @ values.transpose(-2, -1), left[0].shape)
-            values = unpack_values(left, lhs_scale, ours.grid).to(ctx.dtypes[0])
+            values = unpack_values(left, *lhs_steps).to(ctx.dtypes[0])
             grad_rhs = sum_to_shape(values.transpose(-2, -1) @ grad, right[0].shape)
-        grad_lhs, of_lhs = packed_backward(
-            left, grad_lhs, lhs_scale, ours.grid, ctx.needs_input_grad[2]
+        grad_lhs, of_lhs = packed_backward(left, grad_lhs, *lhs_steps, ctx.needs_input_grad[2])
+        grad_rhs, of_rhs = packed_backward(right, grad_rhs, *rhs_steps, ctx.needs_input_grad[3])
+        of_scales = (
+            ctx.operands[0].gradient(of_lhs, lhs_parameter, lhs_steps.scale),
+            ctx.operands[1].gradient(of_rhs, rhs_parameter, rhs_steps.scale),
         )
-        grad_rhs, of_rhs = packed_backward(
-            right, grad_rhs, rhs_scale, theirs.grid, ctx.needs_input_grad[3]
-        )
-        of_scales = ours.gradient(of_lhs, lhs_parameter), theirs.gradient(of_rhs, rhs_parameter)
         return grad_lhs.to(ctx.dtypes[0]), grad_rhs.to(ctx.dtypes[1]), *of_scales, None

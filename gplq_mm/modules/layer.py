@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..quantizers import FakeQuantizer, PerTensor
+from ..quantizers import FakeQuantizer, PerChannel
 from .engine import EngineUser, needs_graph, packs
 from .exact import accumulator_dtype, exact_total, use_codes
 from .fused_layer import LinearOperation, packed_product
@@ -47,7 +47,7 @@ class QuantizedLayer(EngineUser, _Base):
     @property
     def folds_input_scale(self) -> bool:
         """Whether the input scale differs between input channels."""
-        return not isinstance(self.input_quantizer.spec.granularity, PerTensor)
+        return isinstance(self.input_quantizer.spec.granularity, PerChannel)
 
     def input_scale_on_weight(self) -> Tensor:
         """Per-channel input scale, shaped to broadcast over ``weight``."""

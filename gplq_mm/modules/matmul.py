@@ -3,7 +3,7 @@
 
 from torch import Tensor, nn
 
-from ..quantizers import FakeQuantizer, PerChannel
+from ..quantizers import FakeQuantizer, PerChannel, PerRow
 from .engine import EngineUser, packs
 from .exact import accumulator_dtype, exact_total, use_codes
 from .fused_matmul import packed_matmul
@@ -13,7 +13,8 @@ class QuantMatMul(EngineUser, nn.Module):
     """``lhs @ rhs`` with both operands fake-quantized.
 
     A scale must not vary along the summed dimension, or it could not be taken out
-    of the integer sum: use per-tensor, or per-head (axis 1 of ``(B, heads, N, D)``).
+    of the integer sum: use per-tensor, per-head (axis 1 of ``(B, heads, N, D)``), or one
+    scale a vector along the summed dimension (``PerRow``: a row of ``lhs``, a column of ``rhs``).
 
     Args:
         lhs: Quantizer of the left operand.
@@ -29,7 +30,13 @@ class QuantMatMul(EngineUser, nn.Module):
             if quantizer.spec.granularity == PerChannel(axis):
                 raise ValueError(
                     f'{side}: axis={axis} is summed over, its scales cannot leave the integer '
-                    'sum; write PerTensor(), or PerChannel(axis=1) for one scale a head'
+                    'sum; write PerTensor(), PerChannel(axis=1) for one scale a head, or '
+                    f'PerRow(axis={axis})'
+                )
+            if quantizer.follows_rows and quantizer.spec.granularity != PerRow(axis):
+                raise ValueError(
+                    f'{side}: {quantizer.spec.granularity} has scales along the summed axis; '
+                    f'write PerRow(axis={axis})'
                 )
         self.lhs_quantizer = lhs
         self.rhs_quantizer = rhs
@@ -41,9 +48,14 @@ class QuantMatMul(EngineUser, nn.Module):
             q.enabled or q.observer is not None for q in (self.lhs_quantizer, self.rhs_quantizer)
         )
 
+    def _packs(self) -> bool:
+        """Whether codes are saved for the backward pass; logarithmic ones have no residual."""
+        quantizers = (self.lhs_quantizer, self.rhs_quantizer)
+        return packs(self.engine, *quantizers) and not any(q.spec.is_log for q in quantizers)
+
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """``(..., N, K) @ (..., K, M)`` -> ``(..., N, M)``."""
-        if packs(self.engine, self.lhs_quantizer, self.rhs_quantizer):
+        if self._packs():
             return packed_matmul(self.lhs_quantizer, self.rhs_quantizer, lhs, rhs)
         if not use_codes(lhs, self.lhs_quantizer, self.rhs_quantizer):
             return self.lhs_quantizer(lhs) @ self.rhs_quantizer(rhs)

@@ -196,8 +196,8 @@ class RelPosAttention(_Base):
         if not self.use_rel_pos:
             return logits
         grid = query.unflatten(2, size)  # (B, heads, H, W, D)
-        if scale is not None and scale.dim():
-            scale = scale.unsqueeze(-1)
+        if scale is not None and scale.dim():  # (1, heads, 1, 1), or (B, heads, N, 1) a row
+            scale = scale.unflatten(2, size if scale.shape[2] > 1 else (1, 1))
         rows, columns = self.tables(size, key_size)
         rel_h = self.rel_h_matmul(grid, rows, scale)
         rel_w = self.rel_w_matmul(grid, columns, scale)

@@ -4,7 +4,7 @@
 from .fake_quantizer import FakeQuantizer, UncalibratedError
 from .functional import dequantize, integer_range, quantize
 from .observers import OBSERVERS, Observer, build_observer, qparams_from_range, register_observer
-from .spec import Granularity, PerChannel, PerTensor, QuantSpec
+from .spec import Granularity, PerChannel, PerRow, PerTensor, QuantSpec
 
 __all__ = [
     'OBSERVERS',
@@ -12,6 +12,7 @@ __all__ = [
     'Granularity',
     'Observer',
     'PerChannel',
+    'PerRow',
     'PerTensor',
     'QuantSpec',
     'UncalibratedError',

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
+from .log_codes import thresholds, upper_bound
 
 SWITCH = 'GPLQ_CPU_KERNELS'
 """Environment variable: ``0`` keeps to torch."""
@@ -30,6 +31,8 @@ _FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-
 _FLAGS += ['-std=gnu11', '-fPIC']
 _PARALLEL_FROM = 1 << 15
 """Elements from which several threads pay."""
+_BLOCK, _ROWS = 4096, 64
+"""As in the C file: elements, or rows of channels, that a thread sums at a time."""
 _READS = (torch.float32, torch.int8)
 _NAMES = ('pack', 'quantize', 'unpack', 'backward', 'softmax_backward')
 
@@ -40,12 +43,18 @@ class CGrid(ctypes.Structure):
     _fields_ = [
         ('scale', ctypes.c_void_p),
         ('zero_point', ctypes.c_void_p),
+        ('groups', ctypes.c_int64),
         ('outer', ctypes.c_int64),
         ('channels', ctypes.c_int64),
         ('inner', ctypes.c_int64),
         ('qmin', ctypes.c_float),
         ('qmax', ctypes.c_float),
         ('offset', ctypes.c_float),
+        ('slack', ctypes.c_float),
+        ('upper', ctypes.c_float),
+        ('levels', ctypes.c_void_p),
+        ('thresholds', ctypes.c_void_p),
+        ('num_levels', ctypes.c_int),
         ('narrow', ctypes.c_int),
         ('threads', ctypes.c_int),
     ]
@@ -94,19 +103,20 @@ class Kernels:
         of_scale: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """``(grad_x, grad_scale)``; ``grad`` is overwritten."""
-        sums = torch.zeros(scale.shape, dtype=torch.float64)
-        self._call('backward', _Layout(codes, scale, grid), codes, field, grad, sums)
-        return grad, sums.float() if of_scale else None
+        layout = _Layout(codes, scale, grid)
+        sums = layout.partial_sums()
+        self._call('backward', layout, codes, field, grad, sums)
+        return grad, layout.total(sums) if of_scale else None
 
     def softmax_backward(
         self, p: Tensor, grad: Tensor, scale: Tensor, grid: Grid, of_scale: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``(grad_logits, grad_scale)``; ``grad`` is overwritten."""
-        sums = torch.zeros(scale.shape, dtype=torch.float64)
         layout = _Layout(p, scale, grid)
-        width = ctypes.c_int64(p.shape[-1])
-        self._call('softmax_backward', layout, p, grad, width, sums)
-        return grad, sums.float() if of_scale else None
+        width = p.shape[-1]
+        sums = layout.row_sums(width)
+        self._call('softmax_backward', layout, p, grad, ctypes.c_int64(width), sums)
+        return grad, layout.total(sums) if of_scale else None
 
     def _call(self, name: str, layout: '_Layout', *arguments: Any) -> None:
         pointers = [
@@ -116,47 +126,103 @@ class Kernels:
 
 
 class _Layout:
-    """How a dense tensor and its scale lie in memory: ``(A, C, I)``, C scales.
+    """How a dense tensor and its scale lie in memory: ``(G, A, C, I)``, ``G * C`` scales.
 
     Args:
         x: Dense tensor.
-        scale: Broadcasts to it along one axis, or has one entry.
+        scale: Broadcasts to it, see ``fits``.
         grid: Codes allowed.
     """
 
     def __init__(self, x: Tensor, scale: Tensor, grid: Grid) -> None:
-        outer, channels, inner = 1, 1, x.numel()
-        if scale.numel() > 1:
-            axis = next(d - scale.dim() for d, size in enumerate(scale.shape) if size > 1)
-            outer, channels, inner = _around(x, x.dim() + axis)
-        # both are kept alive while C looks at them
-        self._scale, zero_point = scale.contiguous(), grid.zero_point
+        self.shape = scale.shape
+        self.order, self.around = _around(x, scale)
+        # all are kept alive while C looks at them
+        self._scale, zero_point = self._in_memory_order(scale), grid.zero_point
         if isinstance(zero_point, Tensor):
-            self._zero_point: Any = zero_point.contiguous()
+            self._zero_point: Any = self._in_memory_order(zero_point)
             address = self._zero_point.data_ptr()
         else:
-            self._zero_point = (ctypes.c_float * channels)(*[zero_point] * channels)
-            address = ctypes.addressof(self._zero_point)
+            self._zero_point = torch.full((scale.numel(),), float(zero_point))
+            address = self._zero_point.data_ptr()
+        self._levels = self._thresholds = torch.empty(0)
+        upper = 0.0
+        if grid.levels is not None:
+            self._levels, self._thresholds = grid.levels.float(), thresholds(grid.levels)
+            upper = upper_bound(grid.levels)
         self.grid = CGrid(
             self._scale.data_ptr(),
             address,
-            outer,
-            channels,
-            inner,
+            *self.around,
             grid.qmin,
             grid.qmax,
             grid.offset,
+            grid.slack,
+            upper,
+            self._levels.data_ptr(),
+            self._thresholds.data_ptr(),
+            len(self._levels),
             grid.is_narrow,
             torch.get_num_threads() if x.numel() > _PARALLEL_FROM else 1,
         )
 
+    def _in_memory_order(self, values: Tensor) -> Tensor:
+        """Scales or zero points in the order in which C meets them."""
+        if values.numel() == 1 or not self.order:
+            return values.contiguous()
+        return values.permute(self.order).contiguous()
 
-def _around(x: Tensor, axis: int) -> tuple[int, int, int]:
-    """Elements before, along and behind an axis, in the order of memory."""
+    def partial_sums(self) -> Tensor:
+        """Where the backward pass puts its sums: part by part, so that threads do not matter."""
+        groups, outer, channels, inner = self.around
+        if inner == 1:
+            return torch.zeros(groups, -(-outer // _ROWS), channels, 1, dtype=torch.float64)
+        return torch.zeros(1, outer, channels, -(-inner // _BLOCK), dtype=torch.float64)
+
+    def row_sums(self, width: int) -> Tensor:
+        """The same for the softmax: a sum a row."""
+        _, outer, channels, inner = self.around
+        return torch.zeros(1, outer, channels, inner // width, dtype=torch.float64)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums of each scale, float32, shape of the scale."""
+        of_scales = sums.sum((1, 3)).float()
+        if of_scales.numel() == 1 or not self.order:
+            return of_scales.view(self.shape)
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return of_scales.view([self.shape[d] for d in self.order]).permute(inverse)
+
+
+def fits(x: Tensor, scale: Tensor) -> bool:
+    """Whether C can follow how the scales of a tensor lie in its memory."""
+    return _around(x, scale)[1][0] > 0
+
+
+def _around(x: Tensor, scale: Tensor) -> tuple[list[int], tuple[int, int, int, int]]:
+    """Axes in the order of memory, and the tensor's shape as ``(G, A, C, I)``.
+
+    The scales lie along axes that are neighbours in memory, C, or along the outermost and the
+    innermost axes, G and C. The shape is 0 where they lie otherwise.
+    """
+    if scale.numel() == 1:
+        return [], (1, 1, 1, x.numel())
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
-    at = order.index(axis)
-    before, behind = (math.prod(x.shape[d] for d in part) for part in (order[:at], order[at + 1 :]))
-    return before, x.shape[axis], behind
+    shape = (1,) * (x.dim() - scale.dim()) + tuple(scale.shape)
+    runs: list[tuple[bool, int]] = []  # neighbours with and without scales, and their elements
+    for d in order:
+        size, has_scales = x.shape[d], shape[d] > 1
+        if size != 1 and runs and runs[-1][0] == has_scales:
+            runs[-1] = has_scales, runs[-1][1] * size
+        elif size != 1:
+            runs.append((has_scales, size))
+    kinds, sizes = [has for has, _ in runs], [size for _, size in runs]
+    if kinds == [True, False, True]:
+        return order, (sizes[0], sizes[1], sizes[2], 1)
+    if kinds.count(True) != 1:
+        return order, (0, 0, 0, 0)
+    at = kinds.index(True)
+    before, behind = math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
+    return (order if scale.dim() == x.dim() else []), (1, before, sizes[at], behind)
 
 
 def _dense(x: Tensor) -> Tensor:
@@ -165,15 +231,23 @@ def _dense(x: Tensor) -> Tensor:
     return x if like.stride() == x.stride() else like.copy_(x)
 
 
+def _like_dense(x: Tensor) -> Tensor:
+    """A tensor without memory in the layout of ``_dense(x)``."""
+    return torch.empty_like(x, device='meta')
+
+
 def kernels_for(*tensors: Tensor) -> Kernels | None:
     """The compiled passes, or None where torch's own are to be used.
 
     Args:
-        tensors: All that a pass reads, values and codes: C looks at their memory, so one on
-            another device (torch multiplies by a scale there if it is a scalar) is not for it.
+        tensors: All that a pass reads, values and codes, the scale last: C looks at their
+            memory, so one on another device (torch multiplies by a scale there if it is a
+            scalar) is not for it, nor a scale along axes that lie apart.
     """
     on_cpu = all(t.device.type == 'cpu' and t.dtype in _READS for t in tensors)
-    return load()[0] if on_cpu and not torch.compiler.is_compiling() else None
+    if not on_cpu or torch.compiler.is_compiling() or not fits(_like_dense(tensors[0]), tensors[-1]):
+        return None
+    return load()[0]
 
 
 @functools.cache

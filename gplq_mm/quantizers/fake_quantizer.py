@@ -6,16 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .grid import Grid, Operand
+from .grid import Grid, Operand, row_grid
 from .learned_scale import (
     centered_codes_ste,
     fake_quantize_ste,
+    level_codes_ste,
     lsq_grad_factor,
     positive_scale_ste,
     scale_gradient,
 )
+from .log_codes import default_levels
 from .observers import Observer
-from .spec import PerTensor, QuantizerKind, QuantSpec, broadcast_shape
+from .row_range import ROW_SLACK, row_extent, row_zero_point
+from .spec import PerChannel, PerRow, QuantizerKind, QuantSpec, broadcast_shape
 
 
 class UncalibratedError(RuntimeError):
@@ -23,7 +26,7 @@ class UncalibratedError(RuntimeError):
 
 
 class FakeQuantizer(nn.Module):
-    """Quantize and dequantize a tensor on a uniform grid.
+    """Quantize and dequantize a tensor on a grid of ``2 ** num_bits`` values a scale.
 
     It is in one of three conditions: observing (``observer`` is set; passes its
     input through), off (``enabled`` is False; passes its input through) or
@@ -36,8 +39,12 @@ class FakeQuantizer(nn.Module):
         kind: ``activation`` or ``weight``.
 
     Attributes:
-        scale: Step size, ``()`` or ``(size,)``; a parameter if ``spec.learn_scale``.
-        zero_point: Code of real zero, same shape, float32 holding integers.
+        scale: Step size, ``()`` or ``(size,)``; for ``PerRow`` the share of a vector's range
+            that a step covers. A parameter if ``spec.learn_scale``.
+        zero_point: Code of real zero, same shape, float32 holding integers; 0 for ``PerRow``,
+            whose zero points follow the vectors.
+        row_axis: Axis of ``PerRow`` as int8, so that a checkpoint states it; else absent.
+        levels: Table of a logarithmic code, int32, ``(2 ** num_bits,)``; else absent.
         quant_range: ``(qmin, qmax)`` as int32, so that a checkpoint states its bits.
         enabled: Whether to quantize.
         observer: Set while calibrating.
@@ -55,6 +62,8 @@ class FakeQuantizer(nn.Module):
     zero_point: Tensor
     quant_range: Tensor
     calibrated: Tensor
+    levels: Tensor
+    row_axis: Tensor
 
     def __init__(
         self, spec: QuantSpec, size: int | None = None, kind: QuantizerKind = 'activation'
@@ -74,6 +83,9 @@ class FakeQuantizer(nn.Module):
         self.register_buffer('zero_point', torch.zeros(shape))
         self.register_buffer('quant_range', torch.tensor(spec.quant_range, dtype=torch.int32))
         self.register_buffer('calibrated', torch.tensor(False))
+        if isinstance(spec.granularity, PerRow):
+            self.register_buffer('row_axis', torch.tensor(spec.granularity.axis, dtype=torch.int8))
+        self._register_levels()
         self._is_calibrated = False
         self._offset: tuple[tuple[int, int], float | None] | None = None
 
@@ -108,6 +120,37 @@ class FakeQuantizer(nn.Module):
         self.zero_point.copy_(zero_point.reshape(self.scale.shape))
         self._set_calibrated(True)
 
+    @torch.no_grad()
+    def set_levels(self, levels: Tensor) -> None:
+        """Store the table of a logarithmic code.
+
+        Args:
+            levels: Integers, ``(2 ** num_bits,)``.
+        """
+        self.levels.copy_(levels)
+
+    def _register_levels(self) -> None:
+        """The table of a logarithmic code, or none."""
+        if self.spec.log_code is not None:
+            levels = default_levels(self.spec.log_code, self.spec.num_bits)
+            self.register_buffer('levels', levels.to(self.zero_point.device))
+        elif 'levels' in self._buffers:
+            del self._buffers['levels']
+
+    @torch.no_grad()
+    def set_spec(self, spec: QuantSpec) -> None:
+        """Change bits, symmetry or codes; the stored scale keeps its shape and value.
+
+        Args:
+            spec: Of the same granularity.
+        """
+        assert spec.granularity == self.spec.granularity
+        has_same_codes = (spec.log_code, spec.num_bits) == (self.spec.log_code, self.spec.num_bits)
+        self.spec = spec
+        self.quant_range.copy_(torch.tensor(spec.quant_range, dtype=torch.int32))
+        if not has_same_codes:
+            self._register_levels()
+
     def reset(self) -> None:
         """Forget the calibration (the scale's value stays)."""
         self._set_calibrated(False)
@@ -116,13 +159,22 @@ class FakeQuantizer(nn.Module):
         self.calibrated.fill_(value)
         self._is_calibrated = value
 
+    @property
+    def follows_rows(self) -> bool:
+        """Whether each vector along an axis has its own scale (``PerRow``)."""
+        return isinstance(self.spec.granularity, PerRow)
+
     def qparams(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and zero point shaped to broadcast over ``x``, gradient scaled as in LSQ."""
         scale = positive_scale_ste(self.scale)
         if scale.requires_grad:
             factor = lsq_grad_factor(x.numel(), scale.numel(), self.spec.quant_range[1])
             scale = scale_gradient(scale, factor)
-        if isinstance(self.spec.granularity, PerTensor):
+        if self.follows_rows:
+            extent, middle = row_extent(x.float(), self.spec)
+            scale = positive_scale_ste(scale * extent)
+            return scale, row_zero_point(scale.detach(), middle, self.spec)
+        if not isinstance(self.spec.granularity, PerChannel):
             return scale, self.zero_point
         shape = broadcast_shape(self.spec.granularity, x.dim())
         return scale.view(shape), self.zero_point.view(shape)
@@ -132,23 +184,31 @@ class FakeQuantizer(nn.Module):
         granularity, qmax = self.spec.granularity, self.spec.quant_range[1]
         over = broadcast_shape(granularity, len(shape))
         factor = lsq_grad_factor(shape.numel(), self.scale.numel(), qmax)
+        grid = Grid(*self.spec.quant_range, 0.0, levels=self.levels if self.spec.is_log else None)
+        if self.follows_rows:
+            return Operand(row_grid(grid), over, factor, self.spec)
         key = (self.zero_point.data_ptr(), self.zero_point._version)
         if self._offset is None or self._offset[0] != key:  # read once: it costs a device sync
             values = self.zero_point.unique()
             self._offset = key, float(values) if len(values) == 1 else None
         offset = self._offset[1]
         zero_point = self.zero_point.view(over) if offset is None else offset
-        return Operand(Grid(*self.spec.quant_range, zero_point), over, factor)
+        return Operand(grid._replace(zero_point=zero_point), over, factor)
+
+    @property
+    def slack(self) -> float:
+        """Steps by which a value in range may lie outside the codes, see ``Grid``."""
+        return ROW_SLACK if self.follows_rows else 0.0
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Centred integer codes and the scale that turns them into values.
+        """Integer codes and the scale that turns them into values.
 
         Args:
             x: Real values.
 
         Returns:
-            ``(codes, scale)``: codes have the shape of ``x`` in float32, the scale
-            broadcasts to it. Both carry gradients.
+            ``(codes, scale)``: centred codes, or levels of a logarithmic code, have the shape
+            of ``x`` in float32, the scale broadcasts to it. Both carry gradients.
 
         Raises:
             UncalibratedError: If the quantizer has no scale yet.
@@ -156,7 +216,10 @@ class FakeQuantizer(nn.Module):
         self._require_calibrated()
         x = x.float()
         scale, zero_point = self.qparams(x)
-        return centered_codes_ste(x, scale, zero_point, *self.spec.quant_range), scale
+        if self.spec.is_log:
+            return level_codes_ste(x, scale, self.levels), scale
+        bounds = self.spec.quant_range
+        return centered_codes_ste(x, scale, zero_point, *bounds, self.slack), scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Values of ``x`` on the grid, in the dtype of ``x``.
@@ -171,9 +234,12 @@ class FakeQuantizer(nn.Module):
         if not self.enabled or (self.kind == 'weight' and not self._is_calibrated):
             return x
         self._require_calibrated()
+        if self.spec.is_log:
+            codes, scale = self.codes(x)
+            return (codes * scale).to(x.dtype)
         scale, zero_point = self.qparams(x)
-        values = fake_quantize_ste(x.float(), scale, zero_point, *self.spec.quant_range)
-        return values.to(x.dtype)
+        bounds = self.spec.quant_range
+        return fake_quantize_ste(x.float(), scale, zero_point, *bounds, self.slack).to(x.dtype)
 
     def _observe(self, x: Tensor) -> None:
         assert self.observer is not None
@@ -214,4 +280,5 @@ class FakeQuantizer(nn.Module):
         spec = self.spec
         sign = 'signed' if spec.signed else 'unsigned'
         kind = 'symmetric' if spec.symmetric else 'asymmetric'
-        return f'{self.kind}, bits={spec.num_bits}, {sign}, {kind}, {spec.granularity}'
+        codes = '' if spec.codes == 'uniform' else f', {spec.codes}'
+        return f'{self.kind}, bits={spec.num_bits}, {sign}, {kind}, {spec.granularity}{codes}'

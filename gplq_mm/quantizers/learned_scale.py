@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .first_order import first_order_only
 from .functional import positive_scale, quantize, sum_to_shape
+from .log_codes import quantize_to_levels, upper_bound
 
 
 def lsq_grad_factor(numel: int, num_scales: int, qmax: int) -> float:
@@ -29,9 +30,19 @@ def lsq_grad_factor(numel: int, num_scales: int, qmax: int) -> float:
     return 1.0 / (max(numel // max(num_scales, 1), 1) * max(qmax, 1)) ** 0.5
 
 
-def _inside(ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
-    """LSQ's in-range mask: the bounds apply to ``x / s`` before it is rounded."""
-    return (ratio > qmin - zero_point) & (ratio < qmax - zero_point)
+def _inside(
+    ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int, slack: float = 0.0
+) -> Tensor:
+    """LSQ's in-range mask: the bounds apply to ``x / s`` before it is rounded.
+
+    Args:
+        ratio: ``x / s``.
+        zero_point: Code of real zero.
+        qmin: Smallest code.
+        qmax: Largest code.
+        slack: Steps by which the bounds are widened, see ``Grid``.
+    """
+    return (ratio > qmin - zero_point - slack) & (ratio < qmax - zero_point + slack)
 
 
 def _traceable(result: Tensor) -> Tensor:
@@ -48,11 +59,17 @@ class _CenteredCodes(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        slack: float,
     ) -> Tensor:
         ratio = x / scale
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, scale, _inside(ratio, zero_point, qmin, qmax))
+        ctx.save_for_backward(x, scale, _inside(ratio, zero_point, qmin, qmax, slack))
         codes = ratio.round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
         return _traceable(codes)
 
@@ -64,7 +81,7 @@ class _CenteredCodes(torch.autograd.Function):
         grad_scale = None
         if ctx.needs_input_grad[1]:
             grad_scale = sum_to_shape(-grad_x * x / scale, scale.shape)
-        return grad_x, grad_scale, None, None, None
+        return grad_x, grad_scale, None, None, None, None
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -72,9 +89,15 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: int,
+        qmax: int,
+        slack: float,
     ) -> Tensor:
-        ctx.bounds = (qmin, qmax)
+        ctx.bounds = (qmin, qmax, slack)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, zero_point)
         codes = quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point)
@@ -84,9 +107,9 @@ class _FakeQuantize(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero_point = ctx.saved_tensors
-        qmin, qmax = ctx.bounds
+        qmin, qmax, slack = ctx.bounds
         ratio = x / scale
-        inside = _inside(ratio, zero_point, qmin, qmax)
+        inside = _inside(ratio, zero_point, qmin, qmax, slack)
         grad_x = grad * inside
         grad_scale = None
         if ctx.needs_input_grad[1]:
@@ -94,7 +117,31 @@ class _FakeQuantize(torch.autograd.Function):
             codes = torch.round(ratio).add_(zero_point).clamp_(qmin, qmax)
             slope = codes.sub_(zero_point).sub_(ratio.mul_(inside))
             grad_scale = sum_to_shape(slope.mul_(grad), scale.shape)
-        return grad_x, grad_scale, None, None, None
+        return grad_x, grad_scale, None, None, None, None
+
+
+class _LevelCodes(torch.autograd.Function):
+    """Levels of ``x / s`` in a table of integers, with straight-through rounding.
+
+    In range: d/dx = 1/s and d/ds = -x/s^2; above it both are 0.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+        ratio = x / scale
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, scale, ratio < upper_bound(levels))
+        return quantize_to_levels(ratio, levels)
+
+    @staticmethod
+    @first_order_only
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, inside = ctx.saved_tensors
+        grad_x = torch.where(inside, grad / scale, 0.0)
+        grad_scale = None
+        if ctx.needs_input_grad[1]:
+            grad_scale = sum_to_shape(-grad_x * x / scale, scale.shape)
+        return grad_x, grad_scale, None
 
 
 class _PositiveScale(torch.autograd.Function):
@@ -123,7 +170,7 @@ class _ScaledGradient(torch.autograd.Function):
 
 
 def centered_codes_ste(
-    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, slack: float = 0.0
 ) -> Tensor:
     """Centred integer codes of ``x``, differentiable (straight-through).
 
@@ -133,6 +180,7 @@ def centered_codes_ste(
         zero_point: Code of real zero, broadcastable to ``x``.
         qmin: Smallest code.
         qmax: Largest code.
+        slack: Steps by which the range of the gradient is wider than the codes'.
 
     Returns:
         ``code - zero_point``, shape of ``x``.
@@ -145,10 +193,27 @@ def centered_codes_ste(
         >>> x.grad, s.grad  # 1 - 0.6/0.5 in range, 7 above
         (tensor([1., 0.]), tensor(6.8000))
     """
-    return _CenteredCodes.apply(x, scale, zero_point, qmin, qmax)
+    return _CenteredCodes.apply(x, scale, zero_point, qmin, qmax, slack)
 
 
-def fake_quantize_ste(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:
+def level_codes_ste(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
+    """Integer levels of ``x / scale`` (``log_codes``), differentiable (straight-through).
+
+    Args:
+        x: Real values from 0 on.
+        scale: Positive, broadcastable to ``x``.
+        levels: Table of integers, ascending from 0.
+
+    Examples:
+        >>> level_codes_ste(torch.tensor([0.3, 0.1]), torch.tensor(0.1), torch.tensor([0, 1, 2, 4]))
+        tensor([4., 1.])
+    """
+    return _LevelCodes.apply(x, scale, levels)
+
+
+def fake_quantize_ste(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, slack: float = 0.0
+) -> Tensor:
     """Dequantized values of ``x`` with LSQ's gradients; arguments as in ``centered_codes_ste``.
 
     Examples:
@@ -156,7 +221,7 @@ def fake_quantize_ste(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, q
         >>> fake_quantize_ste(torch.tensor([0.6, 9.0]), s, z, -8, 7)
         tensor([0.5000, 3.5000], grad_fn=<_FakeQuantizeBackward>)
     """
-    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax)
+    return _FakeQuantize.apply(x, scale, zero_point, qmin, qmax, slack)
 
 
 def positive_scale_ste(scale: Tensor) -> Tensor:

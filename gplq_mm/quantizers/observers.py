@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from .functional import SCALE_EPS
+from .log_codes import candidate_bases, log_levels, quantize_to_levels
 from .range_search import search_range
-from .spec import QuantSpec, reduce_dims
+from .row_range import full_range_share, row_extent
+from .spec import PerChannel, PerRow, QuantSpec, reduce_dims
 
 OBSERVERS: dict[str, type['Observer']] = {}
 
@@ -32,11 +34,18 @@ def register_observer(name: str) -> Callable[[type['Observer']], type['Observer'
 
 
 def build_observer(spec: QuantSpec) -> 'Observer':
-    """The observer that ``spec`` names.
+    """The observer of a spec: the one it names, or the only one that fits its scale and codes.
+
+    A scale that follows each vector leaves nothing to observe, and logarithmic codes have an
+    observer of their own.
 
     Raises:
         ValueError: If no observer has that name.
     """
+    if spec.is_log:
+        return LogObserver(spec)
+    if isinstance(spec.granularity, PerRow):
+        return RowObserver(spec)
     if spec.observer not in OBSERVERS:
         raise ValueError(f'observer={spec.observer!r} is unknown; write one of {sorted(OBSERVERS)}')
     return OBSERVERS[spec.observer](spec, **spec.observer_args)
@@ -125,6 +134,10 @@ class Observer:
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """``(scale, zero_point)``, each ``(scales,)``; call after the last pass."""
         raise NotImplementedError
+
+    def calculate_levels(self) -> Tensor | None:
+        """Table of a logarithmic code; None for uniform codes."""
+        return None
 
 
 @register_observer('minmax')
@@ -274,3 +287,95 @@ class MSEObserver(HistogramObserver):
             symmetric=self.spec.symmetric,
         )
         return qparams_from_range(lo, hi, self.spec)
+
+
+class RowObserver(MinMaxObserver):
+    """For scales that follow each vector: the whole range of a vector is covered."""
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Share of a vector's range that a step covers, and 0."""
+        assert self.lo is not None
+        share = torch.full_like(self.lo, full_range_share(self.spec))
+        return share, torch.zeros_like(share)
+
+
+class LogObserver(Observer):
+    """For logarithmic codes: the largest value, and for ``adalog`` the base.
+
+    The base is the candidate with the least squared error on a histogram of ``log2``, of the
+    values or, where scales follow each vector, of their quotients by the largest of the vector.
+    """
+
+    reductions = {'hi': 'max', 'counts': 'sum'}
+    bins_per_octave = 16
+    lowest = -32
+    octaves = 48
+
+    def __init__(self, spec: QuantSpec) -> None:
+        if isinstance(spec.granularity, PerChannel):
+            raise ValueError(
+                f"codes={spec.codes!r} have one scale a tensor or a row: write granularity='per_row'"
+            )
+        super().__init__(spec)
+        self.hi: Tensor | None = None
+        self.counts: Tensor | None = None
+
+    def observe(self, x: Tensor) -> None:
+        """As in the base class."""
+        if isinstance(self.spec.granularity, PerRow) and x.numel():
+            x = x.detach().float()
+            extent = row_extent(x, self.spec)[0]
+            x = x / torch.where(extent > 0, extent, torch.ones_like(extent))
+        super().observe(x)
+
+    def _update(self, rows: Tensor) -> None:
+        hi = rows.amax(1)
+        self.hi = hi if self.hi is None else torch.maximum(self.hi, hi)
+        if self.spec.codes != 'adalog':
+            counts = self.neutral('sum', 1, rows.device)
+        else:
+            octave = (rows.clamp_min(2.0**self.lowest).log2() - self.lowest).flatten()
+            index = (octave * self.bins_per_octave).long().clamp_(0, self._bins - 1)
+            counts = torch.bincount(index, minlength=self._bins)[None]
+        self.counts = counts if self.counts is None else self.counts + counts
+
+    @property
+    def _bins(self) -> int:
+        return self.bins_per_octave * self.octaves
+
+    def neutral(self, how: str, rows: int, device: torch.device) -> Tensor:
+        """Zero counts for ``sum``, else as in the base class."""
+        if how == 'sum':
+            return torch.zeros(rows, self._bins, dtype=torch.int64, device=device)
+        return super().neutral(how, rows, device)
+
+    def calculate_levels(self) -> Tensor | None:
+        """Levels of the best base; None where the spec's bits have uniform codes."""
+        spec = self.spec
+        if spec.log_code is None:
+            return None
+        bases = candidate_bases(spec.log_code, spec.num_bits)
+        if len(bases) == 1:
+            return log_levels(spec.num_bits, bases[0])
+        tables = [log_levels(spec.num_bits, base) for base in bases]
+        return tables[int(torch.stack([self._error(t) for t in tables]).argmin())]
+
+    def _error(self, levels: Tensor) -> Tensor:
+        """Squared error on the histogram."""
+        assert self.counts is not None
+        steps = (torch.arange(self._bins, dtype=torch.float64) + 0.5) / self.bins_per_octave
+        values = torch.exp2(steps + self.lowest)
+        scale = self._top() / float(levels[-1])
+        error = quantize_to_levels(values / scale, levels) * scale - values
+        return (self.counts[0].cpu() * error.square()).sum()
+
+    def _top(self) -> float:
+        assert self.hi is not None
+        return 1.0 if isinstance(self.spec.granularity, PerRow) else float(self.hi)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale at which the largest value has the largest level, and 0."""
+        assert self.hi is not None
+        share = full_range_share(self.spec, self.calculate_levels())
+        scale = torch.full_like(self.hi, self._top() * share)
+        return _or_one(scale), torch.zeros_like(scale)

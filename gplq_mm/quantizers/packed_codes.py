@@ -42,6 +42,8 @@ def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[
         >>> values, (packed >> 4).tolist(), (packed & 15).tolist()  # residual 0.2: level 8 + 3
         (tensor([0.5000, 3.5000]), [1, 7], [11, 0])
     """
+    if grid.levels is not None:
+        raise ValueError('logarithmic codes are computed again, not packed')
     library = cpu_kernels.kernels_for(x, scale)
     passes = packed_passes if library is None else library
     values, codes, field = passes.pack(x, scale, grid)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .grid import Grid
+from .log_codes import quantize_to_levels, upper_bound
 
 FIELD_LEVELS = 15
 _MIDDLE = 8
@@ -34,6 +35,8 @@ def pack(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor |
 
 def quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     """Values on the grid."""
+    if grid.levels is not None:
+        return quantize_to_levels(x / scale, grid.levels).mul_(scale)
     return _rounded(x / scale, grid).mul_(scale)
 
 
@@ -70,10 +73,17 @@ def softmax_backward(
     """``(grad_logits, grad_scale)``."""
     ratio = p / scale
     grad_p = torch.empty_like(grad)
-    _inside_only(grad, ratio, grid, grad_p)
+    if grid.levels is None:
+        _inside_only(grad, ratio, grid, grad_p)
+    else:
+        torch.mul(grad, ratio < upper_bound(grid.levels), out=grad_p)
     grad_scale = None
     if of_scale:
-        codes = _rounded(ratio.clone(), grid)
+        codes = (
+            _rounded(ratio.clone(), grid)
+            if grid.levels is None
+            else quantize_to_levels(ratio, grid.levels)
+        )
         slope = (grad - grad_p).mul_(codes).addcmul_(codes.sub_(ratio), grad_p)
         grad_scale = slope.sum_to_size(scale.shape)
     return torch._softmax_backward_data(grad_p, p, -1, p.dtype), grad_scale

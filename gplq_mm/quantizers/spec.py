@@ -7,6 +7,10 @@ from typing import Literal
 import torch
 
 from .functional import integer_range
+from .log_codes import check_codes
+
+AUTO_LOG_BITS = 4
+"""Up to so many bits ``codes='auto'`` means ``log2``: the largest table of integers."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,28 @@ class PerChannel:
         return (size,)
 
 
-Granularity = PerTensor | PerChannel
+@dataclass(frozen=True)
+class PerRow:
+    """One scale a vector along ``axis``, taken from the vector when it is quantized.
+
+    Input ``(..., K)`` -> stored scale ``()``: the share of a vector's own range (its largest
+    value, or largest minus smallest) that one step of the grid covers. Nothing of the range
+    is stored, so long softmax rows and tokens of unlike size keep their resolution. In a
+    matrix product the axis has to be the summed one: only then is the vector's scale a factor
+    that leaves the integer sum.
+
+    Attributes:
+        axis: ``-1`` for a left operand ``(..., N, K)``, ``-2`` for a right one ``(..., K, M)``.
+    """
+
+    axis: int = -1
+
+    def scale_shape(self, size: int | None) -> tuple[int, ...]:
+        """Shape of the stored scale; ``size`` is ignored."""
+        return ()
+
+
+Granularity = PerTensor | PerChannel | PerRow
 
 
 def broadcast_shape(granularity: Granularity, ndim: int) -> tuple[int, ...]:
@@ -51,7 +76,7 @@ def broadcast_shape(granularity: Granularity, ndim: int) -> tuple[int, ...]:
         >>> broadcast_shape(PerChannel(axis=1), 4), broadcast_shape(PerTensor(), 4)
         ((1, -1, 1, 1), ())
     """
-    if isinstance(granularity, PerTensor):
+    if not isinstance(granularity, PerChannel):
         return ()
     shape = [1] * ndim
     shape[granularity.axis] = -1
@@ -65,14 +90,14 @@ def reduce_dims(granularity: Granularity, x: torch.Tensor) -> torch.Tensor:
         >>> reduce_dims(PerChannel(axis=-1), torch.zeros(2, 5, 3)).shape
         torch.Size([3, 10])
     """
-    if isinstance(granularity, PerTensor):
+    if not isinstance(granularity, PerChannel):
         return x.reshape(1, -1)
     return x.movedim(granularity.axis, 0).reshape(x.shape[granularity.axis], -1)
 
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """Everything that fixes a uniform quantizer except its scale values.
+    """Everything that fixes a quantizer except its scale values.
 
     Attributes:
         num_bits: Width of a code in bits, 2 to 8.
@@ -82,9 +107,12 @@ class QuantSpec:
         observer: Name of the observer that finds the range (see ``observers``).
         learn_scale: Scale is a parameter (LSQ) if True, a buffer if False.
         observer_args: Keyword arguments of the observer.
+        codes: ``uniform``, a logarithmic code of ``log_codes.CODES`` for values from 0 on, or
+            ``auto``: ``log2`` up to 4 bits, ``uniform`` above.
 
     Raises:
-        ValueError: If ``num_bits`` is outside 2 to 8.
+        ValueError: If ``num_bits`` is outside 2 to 8, or ``codes`` is unknown, signed, or has
+            no integer table at these bits.
 
     Examples:
         >>> QuantSpec(num_bits=4, signed=False).quant_range
@@ -98,9 +126,29 @@ class QuantSpec:
     observer: str = 'minmax'
     learn_scale: bool = False
     observer_args: dict = field(default_factory=dict)
+    codes: str = 'uniform'
 
     def __post_init__(self) -> None:
         integer_range(self.num_bits, self.signed)
+        if self.log_code is not None:
+            check_codes(self.log_code, self.num_bits)
+            if self.signed or not self.symmetric:
+                raise ValueError(
+                    f'codes={self.codes!r} hold values from 0 on: write signed=False and '
+                    'symmetric=True'
+                )
+
+    @property
+    def log_code(self) -> str | None:
+        """Name of the logarithmic code; None for uniform codes."""
+        if self.codes == 'auto':
+            return 'log2' if self.num_bits <= AUTO_LOG_BITS else None
+        return None if self.codes == 'uniform' else self.codes
+
+    @property
+    def is_log(self) -> bool:
+        """Whether the codes are logarithmic."""
+        return self.log_code is not None
 
     @property
     def quant_range(self) -> tuple[int, int]:
