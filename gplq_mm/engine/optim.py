@@ -14,6 +14,7 @@ from torch import nn
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from .amp import on_this_device
 from .checkpoint import unwrap
+from .scale_steps import RelativeSteps
 
 SCALE_KEY = '_quantizer.scale'
 _OF_RECIPE = 'lr_of_recipe'
@@ -62,6 +63,11 @@ class GPLQOptimWrapperConstructor:
             built = self._paramwise(model, network, wrapper)
         else:
             built = _two_groups(network, wrapper, optim)
+        if optim.get('scale_step') == 'relative':
+            ids = _scale_ids(network)
+            groups = built.optimizer.param_groups
+            scales = [p for group in groups for p in group['params'] if id(p) in ids]
+            setattr(built, '_relative_steps', RelativeSteps(built.optimizer, scales))
         setattr(built, _OF_RECIPE, of_recipe)
         return built
 
