@@ -55,6 +55,26 @@ class CalibrationSet:
             num_images = min(num_images, len(self.dataset))
         self._choose(num_images, batch_size, 'calibration')
 
+    @classmethod
+    def of_recipe(
+        cls, cfg: Config, recipe: Mapping[str, Any], num_images: int | None = None
+    ) -> 'CalibrationSet':
+        """The images of a recipe.
+
+        Args:
+            cfg: The run's config.
+            recipe: Resolved recipe.
+            num_images: In place of the recipe's number; None for that.
+
+        Raises:
+            ValueError: As for the class.
+        """
+        names = ('num_images', 'seed', 'batch_size', 'all_if_fewer')
+        settings = {k: v for k, v in recipe['calibration'].items() if k in names}
+        if num_images is not None:
+            settings['num_images'] = num_images
+        return cls(cfg, **settings)
+
     def sample(
         self, num_images: int | None, batch_size: int, most: int, section: str
     ) -> 'CalibrationSet':

@@ -232,7 +232,7 @@ def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> Sen
     found = find_operands(model, recipe['rules'])
     kinds = sorted({o.kind for o in find_operands(model, (), options.kinds).values()})
     measured = _choose(found, kinds, options.include_pinned)
-    calibration = CalibrationSet(runner.cfg, **recipe['calibration'])
+    calibration = CalibrationSet.of_recipe(runner.cfg, recipe)
     images = _image_set(runner.cfg, recipe, options)
     load(model, checkpoint, calibration, options.calibrate)
     settings = {

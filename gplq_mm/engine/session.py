@@ -4,6 +4,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..algorithms.calibration import (
+    RunPass,
     calibrate_activations,
     calibrate_trained_weights,
     is_calibrated,
 )
+from ..algorithms.scale_migration import migrate_scales, summary
 from ..conversion import quantizers, set_quantization
 from ..evaluation import model_bytes, write_json
 from .calibration_data import CalibrationSet
@@ -57,8 +60,7 @@ class GPLQSession:
         self.runner = runner
         self.model = unwrap(runner.model)
         self.recipe: dict[str, Any] = self.model.gplq.recipe
-        calibration = self.recipe['calibration']
-        self.calibration = CalibrationSet(runner.cfg, **calibration)
+        self.calibration = CalibrationSet.of_recipe(runner.cfg, self.recipe)
         check_mimic_images(self.model, self.calibration)
         check_teacher_cache(self.model, runner)
         self.report = RunReport(runner.work_dir, resume=resumed)
@@ -155,9 +157,21 @@ class GPLQSession:
         with StageMeter() as meter:
             run_pass = self.calibration.run_pass(self.model, 'calibration')
             number = calibrate_activations(self.model, run_pass)
+            if self.recipe['calibration'].get('migrate'):
+                self._migrate(run_pass)
             number += calibrate_trained_weights(self.model)
         self.report.update('calibration', seconds=meter.seconds, quantizers=number)
         print_log(f'calibrated {number} quantizers in {meter.seconds:.1f} s', logger='current')
+
+
+    def _migrate(self, run_pass: RunPass) -> None:
+        """Choose how far each layer's input scales follow its channels."""
+        training = self.model.training
+        chosen = migrate_scales(self.model.eval(), run_pass)
+        self.model.train(training)
+        if chosen:
+            print_log(summary(chosen), logger='current')
+        self.report.update('calibration', migration={n: asdict(c) for n, c in chosen.items()})
 
 
 def require_runs(model: Any, batch: Any) -> None:

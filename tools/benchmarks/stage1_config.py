@@ -46,7 +46,7 @@ class ConfigWorkload(Workload):
             float_model = MODELS.build(copy.deepcopy(model.gplq.float_cfg))
             float_model.load_state_dict(state)
             return float_model.train()
-        calibration = CalibrationSet(self.cfg, **model.gplq.recipe['calibration'])
+        calibration = CalibrationSet.of_recipe(self.cfg, model.gplq.recipe)
         if 'calibrated' in self.kept:
             model.load_state_dict(self.kept['calibrated'])
         else:

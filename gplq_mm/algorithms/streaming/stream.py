@@ -165,6 +165,26 @@ def run_unit(module: nn.Module, call: Call, device: torch.device) -> Any:
     return module(*moved.args, **moved.kwargs)
 
 
+def layer_inputs(unit: Unit, name: str, call: Call) -> list[Tensor]:
+    """What a layer of a unit gets in one call of the unit, one tensor a call of the layer.
+
+    The unit runs as far as that layer.
+    """
+    layer, caught = unit.layers[name], list[Tensor]()
+
+    def hook(_: Any, args: tuple[Any, ...]) -> None:
+        caught.append(args[0])
+        if len(caught) == unit.calls[name]:
+            raise Reached
+
+    handle = layer.register_forward_pre_hook(hook)
+    try:
+        run_until_reached(lambda: run_unit(unit.module, call, layer.weight.device))
+    finally:
+        handle.remove()
+    return caught
+
+
 def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 

@@ -5,18 +5,13 @@ Source: arXiv 2210.17323, algorithm 1; the target of ``asymmetric`` is that of
 arXiv 2504.02692 (GPTAQ), equation 5, in closed form.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ...modules import QuantizedLayer
 from ..distributed import all_reduce_sum, broadcast_from_0
-from ..streaming import CallStore, Reached, Unit
-from ..streaming.interception import run_until_reached
-from ..streaming.stream import run_unit
+from ..streaming import CallStore, Unit
+from ..streaming.stream import layer_inputs
 from .base import PTQTask, folded, write_codes
 from .hessian import damped, output_error, stable_cholesky
 from .layout import (
@@ -234,27 +229,7 @@ def not_worse(
     return torch.where(error <= plain, codes, nearest)
 
 
-@contextmanager
-def _inputs_caught(unit: Unit, name: str, caught: list[Tensor]) -> Iterator[None]:
-    """While open, ``caught`` gets a layer's inputs; leaves the unit when all calls are there."""
-    wanted = unit.calls[name]
-
-    def hook(_: Any, args: tuple[Any, ...]) -> None:
-        caught.append(args[0])
-        if len(caught) == wanted:
-            raise Reached
-
-    handle = unit.layers[name].register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def layer_codes(unit: Unit, name: str, inputs: CallStore, index: int) -> list[Tensor]:
     """Input codes of a layer in one call of its unit, one tensor a call of the layer."""
-    layer, caught = unit.layers[name], list[Tensor]()
-    call = inputs[index]
-    with _inputs_caught(unit, name, caught):
-        run_until_reached(lambda: run_unit(unit.module, call, layer.weight.device))
-    return [codes_of(layer, x) for x in caught]
+    layer = unit.layers[name]
+    return [codes_of(layer, x) for x in layer_inputs(unit, name, inputs[index])]
