@@ -65,10 +65,15 @@ class _Conversion:
         self.roles[name] = role
 
     def activation(
-        self, name: str, role: str, axis: int | None, size: int | None
+        self,
+        name: str,
+        role: str,
+        axis: int | None,
+        size: int | None,
+        row_axis: int | None = None,
     ) -> FakeQuantizer | None:
         base = self.recipe['activation']
-        return build_quantizer(self.book, base, 'activation', name, role, axis, size)
+        return build_quantizer(self.book, base, 'activation', name, role, axis, size, row_axis)
 
     def weight(self, name: str, role: str, axis: int, size: int) -> FakeQuantizer | None:
         return build_quantizer(self.book, self.recipe['weight'], 'weight', name, role, axis, size)

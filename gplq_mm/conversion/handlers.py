@@ -27,9 +27,17 @@ class Context(Protocol):
         """Give a role to a (child) module that is converted later."""
 
     def activation(
-        self, name: str, role: str, axis: int | None, size: int | None
+        self,
+        name: str,
+        role: str,
+        axis: int | None,
+        size: int | None,
+        row_axis: int | None = None,
     ) -> FakeQuantizer | None:
-        """Quantizer of an activation operand, or None where the rules turn it off."""
+        """Quantizer of an activation operand, or None where the rules turn it off.
+
+        ``row_axis`` is the summed axis of a matrix product's operand, for ``per_row`` scales.
+        """
 
     def weight(self, name: str, role: str, axis: int, size: int) -> FakeQuantizer | None:
         """Quantizer of a weight, or None where the rules turn it off."""
@@ -121,8 +129,8 @@ def make_matmul(
         The module, or None where a rule turns one operand off.
     """
     axis = None if heads is None else 1
-    lhs = context.activation(f'{name}.lhs', roles[0], axis, heads)
-    rhs = context.activation(f'{name}.rhs', roles[1], axis, heads)
+    lhs = context.activation(f'{name}.lhs', roles[0], axis, heads, row_axis=-1)
+    rhs = context.activation(f'{name}.rhs', roles[1], axis, heads, row_axis=-2)
     if lhs is None or rhs is None:
         context.keep_float(name, TURNED_OFF)
         return None
@@ -138,14 +146,22 @@ def build_quantizer(
     role: str,
     axis: int | None,
     size: int | None,
+    row_axis: int | None = None,
 ) -> FakeQuantizer | None:
-    """Quantizer of one operand as the rules say, or None where they turn it off."""
+    """Quantizer of one operand as the rules say, or None where they turn it off.
+
+    Raises:
+        ValueError: If the settings do not fit the operand.
+    """
     settings = book.resolve(base, kind, name, role)
     if not settings['enabled']:
         return None
     if kind == 'weight' and not settings.get('qat'):
         settings['learn_scale'] = False
-    spec = spec_from_settings(settings, axis)
+    try:
+        spec = spec_from_settings(settings, axis, row_axis)
+    except ValueError as error:
+        raise ValueError(f'{name}: {error}') from None
     _check_observer(spec, name)
     per_channel = isinstance(spec.granularity, PerChannel)
     quantizer = FakeQuantizer(spec, size if per_channel else None, kind)  # type: ignore[arg-type]

@@ -4,7 +4,7 @@
 import copy
 from typing import Any
 
-_OURS: dict[str, Any] = {
+_FORMER: dict[str, Any] = {
     'scope': 'auto',
     'activation': {
         'num_bits': 4,
@@ -45,21 +45,50 @@ _OURS: dict[str, Any] = {
     },
     'stage2': {'compensation': None},
 }
+"""What the presets were before input scales followed channels and attention rows."""
+
+_ROWS: dict[str, Any] = {'granularity': 'per_row'}
+_RULES: list[dict[str, Any]] = [
+    *({'role': r, 'activation': _ROWS, 'optional': True} for r in ('query', 'key', 'value')),
+    {
+        'role': 'softmax',
+        'activation': {**_ROWS, 'signed': False, 'symmetric': True, 'codes': 'auto'},
+        'optional': True,
+    },
+    {
+        'role': 'image',
+        'num_bits': 8,
+        'activation': {'granularity': 'per_tensor'},
+        'optional': True,
+    },
+    {'role': 'predictor', 'num_bits': 8, 'optional': True},
+]
 
 
-def _with_bits(weight: int, activation: int) -> dict[str, Any]:
-    recipe = copy.deepcopy(_OURS)
+def _ours() -> dict[str, Any]:
+    """Input scales a channel, migrated; attention scales a row; gate."""
+    recipe = copy.deepcopy(_FORMER)
+    recipe['activation'].update(granularity='per_channel', codes='uniform')
+    recipe['rules'] = copy.deepcopy(_RULES)
+    recipe['calibration']['migrate'] = True
+    recipe['gate'] = {'num_images': 32, 'max_feature_error': 0.5, 'action': 'stop'}
+    recipe['optim']['scale_step'] = 'relative'
+    return recipe
+
+
+def _with_bits(base: dict[str, Any], weight: int, activation: int) -> dict[str, Any]:
+    recipe = copy.deepcopy(base)
     recipe['name'] = f'w{weight}a{activation}'
     recipe['weight']['num_bits'] = weight
     recipe['activation']['num_bits'] = activation
-    if weight < 3 <= activation:  # coarse weights behind inputs that hold: worth aiming further
+    if weight < 3 <= activation:  # the rounding of weights costs more than that of activations
         recipe['weight']['ptq'] = [{'type': 'gptq', 'asymmetric': True}]
     return recipe
 
 
 def _paper(bits: int) -> dict[str, Any]:
     """Section 4 of arXiv 2506.11784: signed symmetric per-channel, min-max, LR 5e-6, PCA, QwT."""
-    recipe = _with_bits(bits, bits)
+    recipe = _with_bits(_FORMER, bits, bits)
     recipe['name'] = f'gplq_w{bits}a{bits}_paper'
     recipe['activation'].update(symmetric=True, granularity='per_channel', observer='minmax')
     recipe['weight']['ptq'] = 'percentile'
@@ -73,12 +102,18 @@ def _paper(bits: int) -> dict[str, Any]:
     return recipe
 
 
+_BITS = ((2, 2), (2, 4), (3, 3), (4, 4), (4, 8), (8, 8))
 PRESETS: dict[str, dict[str, Any]] = {
     recipe['name']: recipe
     for recipe in (
-        *(_with_bits(w, a) for w, a in ((2, 2), (2, 4), (3, 3), (4, 4), (4, 8), (8, 8))),
+        *(_with_bits(_ours(), w, a) for w, a in _BITS),
         _paper(4),
         _paper(3),
     )
 }
 """Preset by name: ``wXaY`` is X-bit weights and Y-bit activations."""
+
+FORMER_PRESETS: dict[str, dict[str, Any]] = {
+    recipe['name']: recipe for recipe in (_with_bits(_FORMER, w, a) for w, a in _BITS)
+}
+"""What ``wXaY`` meant before; checkpoints made with them still load."""

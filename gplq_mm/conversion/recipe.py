@@ -7,7 +7,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..quantizers import OBSERVERS, PerChannel, PerTensor, QuantSpec, integer_range
+from ..quantizers import (
+    OBSERVERS,
+    Granularity,
+    PerChannel,
+    PerRow,
+    PerTensor,
+    QuantSpec,
+    integer_range,
+)
+from ..quantizers.log_codes import CODES
 from .auto_settings import AUTO, may_be_auto
 from .match import ROLES
 from .presets import PRESETS
@@ -18,6 +27,7 @@ SCOPES = {
     'all': ('',),
     'auto': ('',),
 }
+GRANULARITIES = ('per_tensor', 'per_channel', 'per_row')
 _SETTING_KEYS = {
     'num_bits',
     'signed',
@@ -26,17 +36,24 @@ _SETTING_KEYS = {
     'observer',
     'observer_args',
     'learn_scale',
+    'codes',
 }
 _RATES = ('lr', 'scale_lr', 'weight_decay', 'scale_weight_decay')
 _KEYS: dict[str, set[str] | None] = {
     'activation': _SETTING_KEYS | {'enabled'},
     'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
-    'calibration': {'num_images', 'seed', 'batch_size', 'all_if_fewer'},
-    'optim': {*_RATES, 'lr_iterations', 'betas', 'train', 'drop_rates'},
+    'calibration': {'num_images', 'seed', 'batch_size', 'all_if_fewer', 'migrate'},
+    'optim': {*_RATES, 'lr_iterations', 'betas', 'train', 'drop_rates', 'scale_step'},
     'stage2': None,
 }
+_GATE_KEYS = {'num_images', 'max_feature_error', 'action'}
+SCALE_STEPS = ('relative', 'absolute')
+GATE_ACTIONS = ('stop', 'warn')
 _RULE_KEYS = {'name', 'role', 'num_bits', 'enabled', 'activation', 'weight', 'optional'}
 _TOP_KEYS = {'name', 'scope', 'rules', 'mimic', *_KEYS}
+"""Every recipe has them. Keys that were added later (`gate`, `optim.scale_step`,
+`calibration.migrate`, `codes`) mean, where they are absent, what recipes did before."""
+_OPTIONAL_KEYS = {'gate'}
 
 
 def resolve_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -78,16 +95,28 @@ def resolve_recipe(recipe: str | Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def spec_from_settings(settings: Mapping[str, Any], axis: int | None) -> QuantSpec:
+def spec_from_settings(
+    settings: Mapping[str, Any], axis: int | None, row_axis: int | None = None
+) -> QuantSpec:
     """Quantizer spec of one operand.
 
     Args:
         settings: As given by ``RuleBook.resolve``.
-        axis: Channel axis for granularities other than per-tensor; None forces
-            per-tensor.
+        axis: Channel axis for ``per_channel``; None forces per-tensor.
+        row_axis: Summed axis for ``per_row``; None where there is none to take a scale from.
+
+    Raises:
+        ValueError: For ``per_row`` without ``row_axis``, and for codes that do not fit.
     """
-    granularity: PerTensor | PerChannel = PerTensor()
-    if settings['granularity'] != 'per_tensor' and axis is not None:
+    granularity: Granularity = PerTensor()
+    if settings['granularity'] == 'per_row':
+        if row_axis is None:
+            raise ValueError(
+                "granularity='per_row' is for the operands of attention (roles query, key, value, "
+                "softmax); write 'per_channel' for the inputs of layers"
+            )
+        granularity = PerRow(row_axis)
+    elif settings['granularity'] != 'per_tensor' and axis is not None:
         granularity = PerChannel(axis)
     return QuantSpec(
         num_bits=settings['num_bits'],
@@ -97,6 +126,7 @@ def spec_from_settings(settings: Mapping[str, Any], axis: int | None) -> QuantSp
         observer=settings.get('observer', 'minmax'),
         learn_scale=settings.get('learn_scale', False),
         observer_args=dict(settings.get('observer_args') or {}),
+        codes=settings.get('codes', 'uniform'),
     )
 
 
@@ -177,7 +207,8 @@ def _check_keys(where: str, given: Any, allowed: set[str]) -> None:
 
 
 def _validate(recipe: dict[str, Any]) -> None:
-    _check_keys('recipe', recipe, _TOP_KEYS)
+    _check_keys('recipe', recipe, _TOP_KEYS | _OPTIONAL_KEYS)
+    _check_gate(recipe.get('gate'))
     for section, keys in _KEYS.items():
         if keys is not None:
             _check_keys(f'recipe.{section}', recipe[section], keys)
@@ -208,9 +239,16 @@ def _check_settings(where: str, settings: Mapping[str, Any]) -> None:
         except ValueError as error:
             raise ValueError(f'{where}: {error}') from None
     granularity = settings.get('granularity', 'per_tensor')
-    if granularity not in ('per_tensor', 'per_channel'):
+    if granularity not in GRANULARITIES:
         raise ValueError(
-            f"{where}: granularity={granularity!r} is unknown; write 'per_tensor' or 'per_channel'"
+            f'{where}: granularity={granularity!r} is unknown; write one of {GRANULARITIES}'
+        )
+    if granularity == 'per_row' and where.endswith('weight'):
+        raise ValueError(f"{where}: a weight has no rows to follow; write 'per_channel'")
+    if settings.get('codes', 'uniform') not in ('uniform', 'auto', *CODES):
+        raise ValueError(
+            f'{where}: codes={settings["codes"]!r} is unknown; write one of '
+            f'{("uniform", "auto", *CODES)}'
         )
     if settings.get('observer', 'minmax') not in OBSERVERS:
         raise ValueError(
@@ -229,13 +267,36 @@ def _check_calibration(calibration: Mapping[str, Any]) -> None:
                 f'recipe.calibration.{key}={value!r}: write a positive integer; an empty '
                 'calibration set cannot set a range'
             )
+    if not isinstance(calibration.get('migrate', False), bool):
+        raise ValueError(
+            f'recipe.calibration.migrate={calibration["migrate"]!r}: write True or False'
+        )
     if not _is_int(calibration['seed']) or calibration['seed'] < 0:
         raise ValueError(
             f'recipe.calibration.seed={calibration["seed"]!r}: write an integer from 0'
         )
 
 
+def _check_gate(gate: Any) -> None:
+    if gate is None:
+        return
+    _check_keys('recipe.gate', gate, _GATE_KEYS)
+    number, limit = gate.get('num_images', 32), gate.get('max_feature_error', 0.5)
+    if not _is_int(number) or number < 1:
+        raise ValueError(f'recipe.gate.num_images={number!r}: write a positive integer')
+    if not _is_rate(limit):
+        raise ValueError(
+            f'recipe.gate.max_feature_error={limit!r}: write a number from 0, e.g. 0.5'
+        )
+    if gate.get('action', 'stop') not in GATE_ACTIONS:
+        raise ValueError(f'recipe.gate.action={gate["action"]!r}: write one of {GATE_ACTIONS}')
+
+
 def _check_optim(optim: Mapping[str, Any]) -> None:
+    if optim.get('scale_step', 'absolute') not in SCALE_STEPS:
+        raise ValueError(
+            f'recipe.optim.scale_step={optim["scale_step"]!r}: write one of {SCALE_STEPS}'
+        )
     for key in _RATES:
         if not (_is_rate(optim[key]) or (may_be_auto('optim', key) and optim[key] == AUTO)):
             raise ValueError(f'recipe.optim.{key}={optim[key]!r}: write a number from 0')
