@@ -8,10 +8,14 @@ from torch import nn
 
 from ..conversion import quantized_layers, quantizers
 from ..quantizers import FakeQuantizer, Observer, build_observer
+from ..quantizers.observers import HistogramObserver
 from .distributed import synchronize_observer
 
 RunPass = Callable[[], None]
 """Runs the model once over this rank's share of the calibration images."""
+
+COUNTED = 512
+"""Values of a channel that go into a histogram, of one batch of images."""
 
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(name, index, total)`` before each layer or block, index from 0."""
@@ -38,6 +42,8 @@ def observe_activations(model: nn.Module, run_pass: RunPass) -> dict[str, Observ
     try:
         for quantizer in found.values():
             quantizer.observer = build_observer(quantizer.spec)
+            if isinstance(quantizer.observer, HistogramObserver):
+                quantizer.observer.most_counted = COUNTED
         passes = max((q.observer.num_passes for q in found.values() if q.observer), default=0)
         for index in range(passes):
             _run_observed_pass(found, run_pass, index)

@@ -1,40 +1,29 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""How far each layer's input scales follow its channels: the strength of scale migration.
+"""How far a layer's input scales follow its channels: the strength of scale migration.
 
 A per-channel input scale is folded into the weight, ``W (s * q) = (W diag(s)) q``. Where it
 follows every channel's range (strength 1) the activation loses least, but outlier channels become
 outlier columns of the weight; one scale for all channels (strength 0) leaves the weight as it was.
 In between, ``s_c = clip * range_c ^ strength * range_max ^ (1 - strength)``. Strength and clip are
-searched for each layer on the error of its output, weights rounded too, in the order in which the
-layers run, each with inputs that the layers before have quantized.
+those with the least error of the layer's output, from its input and from its weight together.
 
 Source: the strength is SmoothQuant's alpha (arXiv 2211.10438, equation 4), here with a scale and a
-zero point for each channel and both sides' errors measured.
+zero point for each channel.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..conversion import quantized_layers
-from ..modules import QuantizedLayer, QuantLinear, weight_rows
+from ..modules import QuantizedLayer, QuantLinear
 from ..quantizers import QuantSpec, dequantize, qparams_from_range, quantize
 from ..quantizers.range_search import search_range
-from .calibration import Progress, RunPass
-from .distributed import gather, world
-from .streaming import CallStore, Unit, UnitStream, find_units
-from .streaming.stream import layer_inputs
 
 STRENGTHS = (1.0, 0.85, 0.7, 0.5, 0.25, 0.0)
 CLIPS = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-WEIGHT_SHARE = 0.5
-"""Share of a rounded-to-nearest weight's error that GPTQ leaves, about."""
-TOKENS = 2048
-"""Tokens that a linear layer's error is measured on, an equal share of each image."""
-MAPS = 4
-"""Images that a convolution's error is measured on."""
+MOST_SAMPLES = 2048
+"""Tokens of a linear layer that the error of its input is measured on."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +35,7 @@ class Choice:
         clip: Factor of the scales.
         activation_error: Squared error of the output by quantizing the input, relative to the
             output's energy.
-        weight_error: The same by rounding the folded weight to nearest.
+        weight_error: The same by rounding the folded weight as GPTQ does, estimated.
     """
 
     strength: float
@@ -56,39 +45,15 @@ class Choice:
 
 
 @torch.no_grad()
-def migrate_scales(
-    model: nn.Module, run_pass: RunPass, progress: Progress | None = None
-) -> dict[str, Choice]:
-    """Search strength and clip of every per-channel input scale, and set the scales.
+def migrate_scale(layer: QuantizedLayer, samples: list[Tensor]) -> Choice:
+    """Search, and set, the scales of one layer's input.
 
     Args:
-        model: Converted model in evaluation mode, activations calibrated, weights float.
-        run_pass: Runs the model over this rank's calibration images.
-        progress: Called before each unit.
-
-    Returns:
-        The choice by layer; the same on all ranks. Layers with one input scale, and those that
-        no image reaches, are left out.
+        layer: Its input quantizer is per channel and calibrated: every channel's own range is
+            where the search starts. Weights float.
+        samples: Inputs to measure on, the same on all ranks: one ``(tokens, C)`` for a linear
+            layer, maps ``(B, C, H, W)`` for a convolution.
     """
-    layers = {n: m for n, m in quantized_layers(model).items() if m.folds_input_scale}
-    if not layers:
-        return {}
-    units = find_units(model, quantized_layers(model), run_pass)
-    stream = UnitStream(model, units, run_pass)
-    chosen: dict[str, Choice] = {}
-    for index, unit in enumerate(units):
-        if progress is not None:
-            progress(unit.name, index, len(units))
-        inputs = stream.inputs(index)
-        images = sum(gather(len(inputs)))
-        for name in unit.layers:
-            if name in layers:
-                chosen[name] = _migrate(layers[name], _samples(unit, name, inputs, images))
-    return chosen
-
-
-def _migrate(layer: QuantizedLayer, samples: list[Tensor]) -> Choice:
-    """Search, and set, the scales of one layer's input."""
     quantizer = layer.input_quantizer
     spec = quantizer.spec
     low, high = _range(quantizer.scale, quantizer.zero_point, spec)
@@ -98,9 +63,9 @@ def _migrate(layer: QuantizedLayer, samples: list[Tensor]) -> Choice:
         base = migrated(high - low, strength) / (spec.quant_range[1] - spec.quant_range[0])
         clip, of_input, scale, zero_point = _best_clip(errors, base, low, high, spec)
         of_weight = errors.of_weight(scale)
-        total = of_input + WEIGHT_SHARE * of_weight
-        if best is None or total < best[0]:
-            best = total, Choice(strength, clip, of_input, of_weight), scale, zero_point
+        if best is None or of_input + of_weight < best[0]:
+            choice = Choice(strength, clip, of_input, of_weight)
+            best = of_input + of_weight, choice, scale, zero_point
     assert best is not None
     _, choice, scale, zero_point = best
     quantizer.set_qparams(scale, zero_point)
@@ -156,31 +121,6 @@ def _range(scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, 
     return (qmin - zero_point) * scale, (qmax - zero_point) * scale
 
 
-def _samples(unit: Unit, name: str, inputs: CallStore, images: int) -> list[Tensor]:
-    """Inputs to measure on, in the order of the images: the same on every rank.
-
-    Args:
-        unit: Holds the layer.
-        name: The layer.
-        inputs: Of this rank.
-        images: Of all ranks.
-    """
-    layer = unit.layers[name]
-    rank, ranks = world()
-    own: list[Tensor] = []
-    for index in range(len(inputs)):
-        if isinstance(layer, QuantLinear):
-            tokens = [x.reshape(-1, x.shape[-1]) for x in layer_inputs(unit, name, inputs[index])]
-            x = torch.cat(tokens)
-            own.append(x[:: max(1, len(x) * images // TOKENS)].float())
-        elif index * ranks + rank < MAPS:
-            own += [x.float() for x in layer_inputs(unit, name, inputs[index])]
-    shares = gather([x.cpu() for x in own])
-    longest = max(map(len, shares))
-    ordered = [s[i].to(layer.weight.device) for i in range(longest) for s in shares if i < len(s)]
-    return [torch.cat(ordered)] if isinstance(layer, QuantLinear) else ordered
-
-
 class _Errors:
     """Errors of a layer's output, relative to its variance over the samples.
 
@@ -190,13 +130,19 @@ class _Errors:
     """
 
     def __init__(self, layer: QuantizedLayer, samples: list[Tensor]) -> None:
-        self.layer, self.samples = layer, samples
+        self.layer = layer
         self.weight = layer.weight.detach().float()
         self.shape = (-1, *[1] * (-1 - layer.channel_axis))
         self.gram: Tensor | None = None
-        if isinstance(layer, QuantLinear) and layer.out_features > layer.in_features:
-            self.gram = self.weight.t() @ self.weight
-        self.variance = max(self._sum([x - x.mean(0) if x.dim() == 2 else x for x in samples]), 1e-12)
+        if isinstance(layer, QuantLinear):
+            every = max(1, len(samples[0]) // MOST_SAMPLES)
+            self.freedom = _freedom(samples[0])
+            samples = [samples[0][::every]]
+            if layer.out_features > layer.in_features:
+                self.gram = self.weight.t() @ self.weight
+        self.samples = samples
+        centred = [x - x.mean(0) if x.dim() == 2 else x for x in samples]
+        self.variance = max(self._sum(centred), 1e-12)
 
     def _sum(self, changes: list[Tensor]) -> float:
         """Squared norm of the outputs of changed inputs."""
@@ -213,53 +159,68 @@ class _Errors:
         return self._sum(changes) / self.variance
 
     def of_weight(self, scale: Tensor) -> float:
-        """Error by rounding the weight, folded with an input scale ``(C,)``, to nearest."""
-        change = self._rounding(scale)
+        """Error by rounding the weight, folded with an input scale ``(C,)``.
+
+        Linear layers: what GPTQ leaves, a twelfth of a squared step for what no other column
+        makes up. Convolutions: rounding to nearest.
+        """
+        rows, step, zero_point = self._folded(scale)
+        if isinstance(self.layer, QuantLinear):
+            left = (self.freedom / scale.double().square()).sum()
+            return float(step.double().square().sum() * left / 12 / self.samples_scale)
+        spec = self.layer.weight_quantizer.spec
+        change = dequantize(quantize(rows, step, zero_point, *spec.quant_range), step, zero_point)
+        change.sub_(rows)
+        shape = self.layer.weight.movedim(self.layer.weight_axis, 0).shape
+        change = change.view(shape).movedim(0, self.layer.weight_axis)
+        change = change / self._on_weight(scale)
         outputs = (self.layer.product(x, change, None) for x in self.samples)
         return sum(float(y.double().square().sum()) for y in outputs) / self.variance
 
-    def _rounding(self, scale: Tensor) -> Tensor:
-        """What rounding changes of the weight."""
-        layer, quantizer = self.layer, self.layer.input_quantizer
+    @property
+    def samples_scale(self) -> float:
+        """Variance of the outputs a token, summed over channels."""
+        return self.variance / len(self.samples[0])
+
+    def _on_weight(self, scale: Tensor) -> Tensor:
+        """An input scale as it broadcasts over the weight."""
+        quantizer = self.layer.input_quantizer
         kept = quantizer.scale.detach().clone()
         quantizer.scale.copy_(scale)
         try:
-            rows = weight_rows(layer)
-            spec = layer.weight_quantizer.spec
-            low, high = search_range(
-                rows,
-                None,
-                rows.amin(1),
-                rows.amax(1),
-                lambda a, b: qparams_from_range(a, b, spec),
-                spec.quant_range,
-                steps=20,
-                symmetric=spec.symmetric,
-            )
-            s, z = (t[:, None] for t in qparams_from_range(low, high, spec))
-            change = dequantize(quantize(rows, s, z, *spec.quant_range), s, z) - rows
-            shape = layer.weight.movedim(layer.weight_axis, 0).shape
-            return layer.unfolded_weight(change.view(shape).movedim(0, layer.weight_axis))
+            return self.layer.input_scale_on_weight().clone()
         finally:
             quantizer.scale.copy_(kept)
 
+    def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the folded weight, and step and zero point of each with the least error."""
+        layer, spec = self.layer, self.layer.weight_quantizer.spec
+        folded = self.weight * self._on_weight(scale)
+        rows = folded.movedim(layer.weight_axis, 0).flatten(1)
+        low, high = search_range(
+            rows,
+            None,
+            rows.amin(1),
+            rows.amax(1),
+            lambda a, b: qparams_from_range(a, b, spec),
+            spec.quant_range,
+            steps=20,
+            symmetric=spec.symmetric,
+        )
+        step, zero_point = qparams_from_range(low, high, spec)
+        return rows, step[:, None], zero_point[:, None]
 
-def summary(chosen: Mapping[str, Choice]) -> str:
-    """One line for the log.
 
-    Examples:
-        >>> summary({'a': Choice(1.0, 1.0, 0.01, 0.02), 'b': Choice(0.5, 0.9, 0.01, 0.02)})
-        'input scales of 2 layers: migration strength 0.5 to 1, median 0.75; output error 0.01 by activations, 0.02 by weights rounded to nearest (medians)'
+def _freedom(x: Tensor, damping: float = 0.01) -> Tensor:
+    """What of each column's energy the columns after it cannot make up, ``(C,)``, a token.
+
+    GPTQ rounds column by column, and the error of one is spread over those still to come: of a
+    rounding error ``e`` of column i the output keeps ``e^2 / U_ii^2``, with U the upper Cholesky
+    factor of the inverse second moments of the inputs (arXiv 2210.17323, equation 3).
     """
-    strengths = sorted(c.strength for c in chosen.values())
-
-    def median(values: list[float]) -> float:
-        return float(torch.tensor(values, dtype=torch.float64).quantile(0.5))
-
-    return (
-        f'input scales of {len(chosen)} layers: migration strength {strengths[0]:g} to '
-        f'{strengths[-1]:g}, median {median(strengths):g}; output error '
-        f'{median([c.activation_error for c in chosen.values()]):.2g} by activations, '
-        f'{median([c.weight_error for c in chosen.values()]):.2g} by weights rounded to nearest '
-        '(medians)'
-    )
+    rms = x.square().mean(0).sqrt().clamp_min(1e-12)
+    x = x / rms
+    moments = (x.t() @ x / len(x)).double()
+    moments.diagonal().add_(damping)
+    lower = torch.linalg.cholesky(moments.flip(0, 1))
+    return lower.diagonal().square().flip(0) * rms.double().square()

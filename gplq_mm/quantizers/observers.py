@@ -20,6 +20,8 @@ from .range_search import search_range
 from .row_range import full_range_share, row_extent
 from .spec import PerChannel, PerRow, QuantSpec, reduce_dims
 
+_STEPS, _STEPS_OF_MANY = 80, 40
+"""Candidates of a search of the range, for one scale and for many."""
 OBSERVERS: dict[str, type['Observer']] = {}
 
 
@@ -196,6 +198,8 @@ class HistogramObserver(MinMaxObserver):
     """
 
     num_passes = 2
+    most_counted: int | None = None
+    """Elements of a scale that are counted in one update, evenly spaced; None for all."""
 
     def __init__(self, spec: QuantSpec, bins: int | None = None) -> None:
         super().__init__(spec)
@@ -212,6 +216,8 @@ class HistogramObserver(MinMaxObserver):
             super()._update(rows)
             return
         assert self.lo is not None and self.hi is not None
+        if self.most_counted is not None and len(rows) > 1:
+            rows = rows[:, :: max(1, rows.shape[1] // self.most_counted)]
         bins = self._num_bins(len(rows))
         width = ((self.hi - self.lo) / bins)[:, None]
         width = torch.where(width > 0, width, torch.ones_like(width))
@@ -284,6 +290,7 @@ class MSEObserver(HistogramObserver):
             self.hi,
             lambda a, b: qparams_from_range(a, b, self.spec),
             self.spec.quant_range,
+            steps=_STEPS if len(self.lo) == 1 else _STEPS_OF_MANY,
             symmetric=self.spec.symmetric,
         )
         return qparams_from_range(lo, hi, self.spec)

@@ -165,23 +165,27 @@ def run_unit(module: nn.Module, call: Call, device: torch.device) -> Any:
     return module(*moved.args, **moved.kwargs)
 
 
-def layer_inputs(unit: Unit, name: str, call: Call) -> list[Tensor]:
-    """What a layer of a unit gets in one call of the unit, one tensor a call of the layer.
+def layer_inputs(unit: Unit, names: Sequence[str], call: Call) -> dict[str, list[Tensor]]:
+    """What layers of a unit get in one call of the unit, for each one tensor a call of the layer.
 
-    The unit runs as far as that layer.
+    The unit runs until all of them are reached.
     """
-    layer, caught = unit.layers[name], list[Tensor]()
+    caught: dict[str, list[Tensor]] = {name: [] for name in names}
 
-    def hook(_: Any, args: tuple[Any, ...]) -> None:
-        caught.append(args[0])
-        if len(caught) == unit.calls[name]:
-            raise Reached
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[Any, ...]) -> None:
+            caught[name].append(args[0])
+            if all(len(caught[n]) >= unit.calls[n] for n in names):
+                raise Reached
 
-    handle = layer.register_forward_pre_hook(hook)
+        return hook
+
+    handles = [unit.layers[n].register_forward_pre_hook(hook_of(n)) for n in names]
     try:
-        run_until_reached(lambda: run_unit(unit.module, call, layer.weight.device))
+        run_until_reached(lambda: run_unit(unit.module, call, _device(unit.module)))
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     return caught
 
 

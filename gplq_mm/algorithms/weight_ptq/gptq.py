@@ -232,4 +232,5 @@ def not_worse(
 def layer_codes(unit: Unit, name: str, inputs: CallStore, index: int) -> list[Tensor]:
     """Input codes of a layer in one call of its unit, one tensor a call of the layer."""
     layer = unit.layers[name]
-    return [codes_of(layer, x) for x in layer_inputs(unit, name, inputs[index])]
+    caught = layer_inputs(unit, [name], inputs[index])[name]
+    return [codes_of(layer, x) for x in caught]
