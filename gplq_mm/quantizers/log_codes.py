@@ -116,7 +116,7 @@ def quantize_to_levels(ratio: Tensor, levels: Tensor) -> Tensor:
         >>> quantize_to_levels(torch.tensor([0.0, 0.9, 3.0]), torch.tensor([0, 1, 2, 4]))
         tensor([0., 1., 4.])
     """
-    index = torch.bucketize(ratio, thresholds(levels)[1:].to(ratio.device))
+    index = torch.bucketize(ratio.contiguous(), thresholds(levels)[1:].to(ratio.device))
     return levels.to(ratio.dtype)[index].add_(ratio - ratio)
 
 

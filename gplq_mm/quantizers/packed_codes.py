@@ -86,7 +86,7 @@ def packed_backward(
     if grad.stride() != codes.stride():
         grad = torch.empty_like(codes, dtype=grad.dtype).copy_(grad)
     library = cpu_kernels.kernels_for(grad, codes, scale)
-    passes = packed_passes if library is None else library
+    passes = packed_passes if library is None or not grad.numel() else library
     return passes.backward(codes, field, grad, scale, grid, of_scale)
 
 

@@ -103,9 +103,15 @@ void gplq_pack(const Grid *g, const float *x, float *values, int8_t *codes, int8
 }
 
 // Levels of n ratios x / s: the largest level whose threshold lies below.
-static void levels_of(const Grid *g, int64_t n, const float *restrict x, float s,
-                      float *restrict ratio, float *restrict level) {
-    for (int64_t i = 0; i < n; i++) { ratio[i] = x[i] / s; level[i] = 0.0f; }
+static void levels_of(const Grid *g, int64_t n, const float *restrict x,
+                      const float *restrict scale, int step, float *restrict ratio,
+                      float *restrict level) {
+    const float s = *scale;
+    if (step)
+        for (int64_t i = 0; i < n; i++) ratio[i] = x[i] / scale[i];
+    else
+        for (int64_t i = 0; i < n; i++) ratio[i] = x[i] / s;
+    for (int64_t i = 0; i < n; i++) level[i] = 0.0f;
     for (int j = 1; j < g->num_levels; j++) {
         const float from = g->thresholds[j], value = g->levels[j];
         for (int64_t i = 0; i < n; i++) level[i] = ratio[i] > from ? value : level[i];
@@ -113,18 +119,23 @@ static void levels_of(const Grid *g, int64_t n, const float *restrict x, float s
     for (int64_t i = 0; i < n; i++) level[i] += ratio[i] - ratio[i];  // NaN stays NaN
 }
 
+// Levels times scale, of any number of elements; step as in pack_block.
+static void quantize_levels(const Grid *g, int64_t n, const float *restrict x,
+                            const float *restrict scale, int step, float *restrict values) {
+    float ratio[BLOCK];
+    for (int64_t from = 0; from < n; from += BLOCK) {
+        const int64_t m = n - from < BLOCK ? n - from : BLOCK;
+        const float *restrict s = step ? scale + from : scale;
+        float *restrict y = values + from;
+        levels_of(g, m, x + from, s, step, ratio, y);
+        for (int64_t i = 0; i < m; i++) y[i] *= s[step ? i : 0];
+    }
+}
+
 void gplq_quantize(const Grid *g, const float *restrict x, float *restrict values) {
     if (g->num_levels) {
-        const int64_t pieces = (g->inner + BLOCK - 1) / BLOCK;
-#pragma omp parallel for num_threads(g->threads)
-        for (int64_t b = 0; b < g->outer * g->channels * pieces; b++) {
-            const int64_t run = b / pieces, begin = run * g->inner + (b % pieces) * BLOCK;
-            const int64_t rest = (run + 1) * g->inner - begin, n = rest < BLOCK ? rest : BLOCK;
-            const float s = g->scale[run % g->channels];
-            float ratio[BLOCK];
-            levels_of(g, n, x + begin, s, ratio, values + begin);
-            for (int64_t i = 0; i < n; i++) values[begin + i] *= s;
-        }
+        FOR_BLOCKS(g, quantize_levels(g, end - begin, x + begin, g->scale + first, step,
+                                      values + begin);)
         return;
     }
     const Range r = {g->qmin, g->qmax, g->offset, g->slack};
@@ -219,7 +230,7 @@ static inline float row_backward(int64_t n, const float *restrict x, float *rest
 static inline float levels_backward(const Grid *g, int64_t n, const float *restrict x,
                                     float *restrict d, float s, float *inner_sum) {
     float ratio[BLOCK], level[BLOCK], sum = 0, inner = 0;
-    levels_of(g, n, x, s, ratio, level);
+    levels_of(g, n, x, &s, 0, ratio, level);
 #pragma omp simd reduction(+ : sum, inner)
     for (int64_t i = 0; i < n; i++) {
         const int inside = ratio[i] < g->upper;

@@ -1,5 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -10,13 +11,15 @@ from hypothesis import strategies as st
 from gplq_mm.quantizers import (
     FakeQuantizer,
     PerChannel,
+    PerRow,
     PerTensor,
     QuantSpec,
     UncalibratedError,
     build_observer,
 )
 from gplq_mm.quantizers.learned_scale import lsq_grad_factor
-from tests.helpers.reference import SCHEMES, calibrated, centred
+from gplq_mm.quantizers.log_codes import candidate_bases, log_levels, quantize_to_levels
+from tests.helpers.reference import SCHEMES, calibrated, centred, steps
 
 WHOLE = PerTensor()
 SHAPES = [(1, 1, 6), (2, 7, 6), (0, 3, 6), (1, 5, 13, 6)]
@@ -231,3 +234,152 @@ def test_print_shows_the_bits():
     assert 'activation, bits=4, unsigned, asymmetric, PerTensor()' in repr(
         make(scheme=(False, False))
     )
+
+
+ROW_SHAPES = [(1, 1, 1), (2, 7, 6), (1, 1, 13), (3, 11, 1), (2, 3, 5, 7)]
+LOG_CODES = [('log2', 2), ('log2', 4), ('log_sqrt2', 3), ('log_sqrt2', 4), ('adalog', 4)]
+
+
+def row_quantizer(bits, scheme, axis, learn=False, codes='uniform'):
+    spec = QuantSpec(bits, *scheme, granularity=PerRow(axis), learn_scale=learn, codes=codes)
+    return calibrated(FakeQuantizer(spec), torch.zeros(1))
+
+
+@given(
+    bits=st.integers(2, 8),
+    scheme=st.sampled_from(SCHEMES),
+    axis=st.sampled_from([-1, -2]),
+    shape=st.sampled_from(ROW_SHAPES),
+    share=st.floats(0.25, 2.0, width=32),
+    seed=st.integers(0, 10**6),
+)
+def test_row_scales_equal_the_integer_reference(bits, scheme, axis, shape, share, seed):
+    x = sample(shape, seed)
+    quantizer = row_quantizer(bits, scheme, axis, True)
+    quantizer.set_qparams(quantizer.scale * share, quantizer.zero_point)
+    integers = centred(quantizer, x)
+    codes, scale = quantizer.codes(x)
+    assert np.array_equal(codes.detach().numpy(), integers.astype(np.float32))
+    assert np.array_equal(scale.detach().numpy(), steps(quantizer, x)[0])
+    expected = integers.astype(np.float32) * scale.detach().numpy()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert np.array_equal(quantizer(x).detach().numpy(), expected)
+    values = quantizer(x).detach().movedim(axis, -1).flatten(0, -2)
+    assert all(len(row.unique()) <= 2**bits for row in values)
+    assert (quantizer(torch.zeros(shape)) == 0).all()
+
+
+@given(
+    codes=st.sampled_from(LOG_CODES),
+    granularity=st.sampled_from([PerTensor(), PerRow(-1), PerRow(-2)]),
+    base=st.integers(0, 6),
+    shape=st.sampled_from(ROW_SHAPES),
+    seed=st.integers(0, 10**6),
+)
+def test_logarithmic_codes_equal_the_integer_reference(codes, granularity, base, shape, seed):
+    x = sample(shape, seed).square()
+    spec = QuantSpec(codes[1], signed=False, granularity=granularity, codes=codes[0])
+    quantizer = FakeQuantizer(spec)
+    bases = candidate_bases(*codes)
+    quantizer.set_levels(log_levels(codes[1], bases[base % len(bases)]))
+    calibrated(quantizer, x)
+    integers = centred(quantizer, x)
+    found, scale = quantizer.codes(x)
+    assert np.array_equal(found.numpy(), integers.astype(np.float32))
+    assert torch.isin(found, quantizer.levels.float()).all()
+    expected = integers.astype(np.float32) * scale.numpy()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert np.array_equal(quantizer(x).detach().numpy(), expected)
+    assert (quantizer(torch.zeros(shape)) == 0).all()
+
+
+@pytest.mark.parametrize('axis', [-1, -2])
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_the_shares_gradient_is_that_of_every_vectors_scale(scheme, axis):
+    x = torch.randn(2, 4, 6)
+    quantizer = row_quantizer(3, scheme, axis, True)
+    quantizer.set_qparams(quantizer.scale * 0.7, quantizer.zero_point)
+    x.requires_grad_()
+    grad = torch.randn(2, 4, 6)
+    quantizer(x).backward(grad)
+    scale, zero_point = (torch.from_numpy(s) for s in steps(quantizer, x))
+    codes, ratio = torch.from_numpy(centred(quantizer, x)), x.detach() / scale
+    low, high = quantizer.spec.quant_range
+    inside = (ratio > low - zero_point - 0.5) & (ratio < high - zero_point + 0.5)
+    assert torch.equal(x.grad, grad * inside)
+    slope = codes - torch.where(inside, ratio, 0.0)
+    share = quantizer.scale.detach()
+    expected = (grad * slope * scale).sum() / share * lsq_grad_factor(48, 1, high)
+    torch.testing.assert_close(quantizer.scale.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_the_whole_range_every_element_of_a_vector_gets_its_gradient():
+    x = torch.randn(5, 7, requires_grad=True)
+    for scheme in SCHEMES[:2]:
+        x.grad = None
+        row_quantizer(4, scheme, -1)(x).sum().backward()
+        assert (x.grad == 1).all()
+    x.grad = None
+    p = x.softmax(-1).detach().requires_grad_()
+    row_quantizer(4, (False, True), -1, codes='log2')(p).sum().backward()
+    torch.testing.assert_close(p.grad, torch.ones_like(p))
+
+
+def test_the_gradient_of_a_logarithmic_codes_scale_is_lsqs():
+    x = torch.rand(3, 40)
+    quantizer = row_quantizer(4, (False, True), -1, True, 'log2')
+    quantizer(x).sum().backward()
+    scale = x.amax(-1, keepdim=True) * quantizer.scale.detach()
+    level = quantize_to_levels(x / scale, quantizer.levels)
+    expected = ((level - x / scale) * scale).sum() / quantizer.scale.detach()
+    expected = expected * lsq_grad_factor(120, 1, 15)
+    torch.testing.assert_close(quantizer.scale.grad, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_buffers_state_the_axis_of_rows_and_the_table_of_codes():
+    usual = {'scale', 'zero_point', 'quant_range', 'calibrated'}
+    assert set(make().state_dict()) == usual
+    assert set(row_quantizer(4, (True, False), -2).state_dict()) == {*usual, 'row_axis'}
+    assert row_quantizer(4, (True, False), -2).row_axis == -2
+    both = row_quantizer(4, (False, True), -1, codes='adalog')
+    assert set(both.state_dict()) == {*usual, 'row_axis', 'levels'}
+    assert both.levels.dtype == torch.int32 and both.levels.shape == (16,)
+
+
+def test_a_searched_table_is_restored_from_the_state_dict():
+    source, target = (row_quantizer(4, (False, True), -1, codes='adalog') for _ in range(2))
+    source.set_levels(log_levels(4, 2**0.25))
+    x = torch.rand(3, 50)
+    assert not torch.equal(source(x), target(x))
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(source(x), target(x))
+
+
+def test_set_spec_adds_changes_and_removes_the_table():
+    quantizer = row_quantizer(8, (False, True), -1, codes='auto')
+    scale = quantizer.scale.clone()
+    assert 'levels' not in quantizer.state_dict()
+    for bits, size in ((4, 16), (3, 8), (8, None)):
+        quantizer.set_spec(dataclasses.replace(quantizer.spec, num_bits=bits))
+        assert quantizer.quant_range.tolist() == [0, 2**bits - 1]
+        assert quantizer.state_dict().get('levels', torch.zeros(0)).numel() == (size or 0)
+        assert torch.equal(quantizer.scale, scale)
+    quantizer.set_spec(dataclasses.replace(quantizer.spec, num_bits=4, codes='adalog'))
+    searched = log_levels(4, 2**0.25)
+    quantizer.set_levels(searched)
+    quantizer.set_spec(dataclasses.replace(quantizer.spec, observer='mse'))
+    assert torch.equal(quantizer.levels, searched)  # same codes: the search is kept
+
+
+@pytest.mark.parametrize('codes', ['uniform', 'log2'])
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_row_scales_are_found_in_float32(dtype, codes):
+    x = torch.rand(5, 40).to(dtype)
+    quantizer = row_quantizer(4, (False, True), -1, codes=codes)
+    assert torch.equal(quantizer(x), quantizer(x.float()).to(dtype))
+
+
+def test_print_shows_rows_and_codes():
+    assert 'PerRow(axis=-1), log2' in repr(row_quantizer(4, (False, True), -1, codes='log2'))

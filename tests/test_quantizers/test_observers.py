@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from gplq_mm.quantizers import (
     OBSERVERS,
     PerChannel,
+    PerRow,
     PerTensor,
     QuantSpec,
     build_observer,
@@ -15,9 +16,16 @@ from gplq_mm.quantizers import (
     qparams_from_range,
     quantize,
 )
+from gplq_mm.quantizers.log_codes import (
+    ADALOG_BASES,
+    candidate_bases,
+    log_levels,
+    quantize_to_levels,
+)
+from gplq_mm.quantizers.observers import LogObserver, RowObserver
 from gplq_mm.quantizers.range_search import quantization_error
 from gplq_mm.quantizers.spec import reduce_dims
-from tests.helpers.reference import SCHEMES
+from tests.helpers.reference import SCHEMES, bounds
 
 GRANULARITIES = [PerTensor(), PerChannel(-1), PerChannel(1), PerChannel(0)]
 
@@ -235,3 +243,113 @@ def test_every_observer_declares_exact_reductions():
 def test_an_unknown_observer_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"observer='typo' is unknown; write one of \['minmax', "):
         build_observer(QuantSpec(observer='typo'))
+
+
+@pytest.mark.parametrize('observer', sorted(OBSERVERS))
+@pytest.mark.parametrize('bits', range(2, 9))
+@pytest.mark.parametrize('scheme', SCHEMES)
+def test_row_scales_are_the_same_whatever_was_observed(scheme, bits, observer):
+    spec = QuantSpec(bits, *scheme, granularity=PerRow(-1), observer=observer)
+    low, high = bounds(bits, scheme[0])
+    for tensors in (images(), [x * 100 for x in images(1)]):
+        found = run(spec, tensors)
+        assert type(found) is RowObserver and found.num_passes == 1
+        scale, zero_point = found.calculate_qparams()
+        assert scale.item() == pytest.approx(1 / (high if scheme[1] else high - low))
+        assert zero_point.item() == 0 and found.calculate_levels() is None
+
+
+def log_spec(codes='log2', bits=4, granularity=PerTensor()):  # noqa: B008
+    return QuantSpec(bits, signed=False, granularity=granularity, codes=codes)
+
+
+def probabilities(count=4, sharpness=3.0):
+    return [(torch.randn(2, 3, 5, 33) * sharpness).softmax(-1) for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ('codes', 'bits'), [('log2', 2), ('log2', 4), ('log_sqrt2', 4), ('auto', 3)]
+)
+def test_the_largest_probability_seen_has_the_largest_level(codes, bits):
+    spec, tensors = log_spec(codes, bits), probabilities()
+    observer = run(spec, tensors)
+    levels = observer.calculate_levels()
+    scale, zero_point = observer.calculate_qparams()
+    assert type(observer) is LogObserver and zero_point.item() == 0
+    assert torch.equal(levels, log_levels(bits, candidate_bases(spec.log_code, bits)[-1]))
+    top = max(x.max() for x in tensors)
+    assert scale.item() * int(levels[-1]) == pytest.approx(top.item())
+
+
+@pytest.mark.parametrize('codes', ['log2', 'adalog'])
+def test_a_row_of_logarithmic_codes_covers_its_largest_value(codes):
+    observer = run(log_spec(codes, granularity=PerRow(-1)), probabilities())
+    scale, _ = observer.calculate_qparams()
+    assert scale.item() == pytest.approx(1 / int(observer.calculate_levels()[-1]))
+
+
+@pytest.mark.parametrize('bits', [2, 3, 4])
+@pytest.mark.parametrize('granularity', [PerTensor(), PerRow(-1)])
+@pytest.mark.parametrize('sharpness', [0.3, 1.0, 3.0, 8.0])
+def test_the_searched_base_is_within_a_bin_of_the_best(sharpness, granularity, bits):
+    tensors = probabilities(8, sharpness)
+    found = run(log_spec('adalog', bits, granularity), tensors).calculate_levels()
+    x = torch.cat([t.flatten(0, -2) for t in tensors]).double()
+    top = x.max() if granularity == PerTensor() else x.amax(-1, keepdim=True)
+    if granularity != PerTensor():  # error in units of the row's largest value, as observed
+        x, top = x / top, torch.ones(())
+
+    def squared_error(levels):
+        scale = top / int(levels[-1])
+        return float((quantize_to_levels(x / scale, levels) * scale - x).square().sum())
+
+    candidates = {b: squared_error(log_levels(bits, b)) for b in candidate_bases('adalog', bits)}
+    assert set(candidates) <= set(ADALOG_BASES) and len(candidates) > 1
+    assert squared_error(found) <= min(candidates.values()) * 1.05
+
+
+def test_flat_rows_get_a_smaller_base_than_values_of_all_sizes():
+    near_one = [0.4 + 0.6 * torch.rand(64, 64)]
+    wide = [torch.exp2(-14 * torch.rand(64, 64)) ** 2]
+    tables = [run(log_spec('adalog', 3), x).calculate_levels() for x in (near_one, wide)]
+    quotients = [float(t[-1]) / float(t[-2]) for t in tables]
+    assert quotients[0] < quotients[1]
+
+
+def test_logarithmic_codes_refuse_scales_a_channel():
+    with pytest.raises(ValueError, match="codes='log2' have one scale a tensor or a row"):
+        build_observer(log_spec(granularity=PerChannel(1)))
+
+
+@pytest.mark.parametrize('codes', ['log2', 'adalog'])
+@pytest.mark.parametrize('granularity', [PerTensor(), PerRow(-1)])
+@pytest.mark.parametrize(('ranks', 'count'), [(2, 5), (3, 2)])
+def test_shares_of_probabilities_reduce_to_those_of_the_union(codes, granularity, ranks, count):
+    spec, tensors = log_spec(codes, granularity=granularity), probabilities(count)
+    shares = [build_observer(spec) for _ in range(ranks)]
+    for rank, share in enumerate(shares):
+        for x in tensors[rank::ranks]:
+            share.observe(x)
+    reduce(shares)
+    expected = run(spec, tensors)
+    for share in shares:
+        assert all(map(torch.equal, share.calculate_qparams(), expected.calculate_qparams()))
+        assert torch.equal(share.calculate_levels(), expected.calculate_levels())
+
+
+@pytest.mark.parametrize('spec', [log_spec(), log_spec('adalog', granularity=PerRow(-1))])
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_nan_and_infinity_are_refused_by_logarithmic_codes(spec, bad):
+    x = torch.ones(3, 3)
+    x[1, 2] = bad
+    with pytest.raises(ValueError, match='NaN or infinity'):
+        build_observer(spec).observe(x)
+
+
+@pytest.mark.parametrize('granularity', [PerTensor(), PerRow(-1)])
+def test_probabilities_of_zero_and_no_images_do_no_harm(granularity):
+    observer = run(
+        log_spec('adalog', granularity=granularity), [torch.zeros(0, 4), torch.zeros(3, 4)]
+    )
+    scale, _ = observer.calculate_qparams()
+    assert scale > 0 and torch.isfinite(scale) and observer.num_updates == 1

@@ -6,6 +6,7 @@ import torch
 
 from gplq_mm.quantizers.spec import (
     PerChannel,
+    PerRow,
     PerTensor,
     QuantSpec,
     broadcast_shape,
@@ -56,3 +57,42 @@ def test_per_tensor_has_one_row():
 @pytest.mark.parametrize('granularity', [PerTensor(), PerChannel(-1)])
 def test_rows_of_an_empty_tensor_are_empty(granularity):
     assert reduce_dims(granularity, torch.zeros(0, 4, 3)).numel() == 0
+
+
+@pytest.mark.parametrize('axis', [-1, -2])
+def test_a_row_scale_is_stored_as_one_number(axis):
+    assert PerRow(axis).scale_shape(None) == () == PerRow(axis).scale_shape(5)
+    assert broadcast_shape(PerRow(axis), 4) == ()
+    x = torch.randn(2, 3, 5)
+    assert torch.equal(reduce_dims(PerRow(axis), x), x.reshape(1, 30))
+
+
+@pytest.mark.parametrize('num_bits', range(2, 9))
+def test_auto_codes_are_logarithmic_up_to_four_bits(num_bits):
+    spec = QuantSpec(num_bits, signed=False, codes='auto')
+    assert spec.log_code == ('log2' if num_bits <= 4 else None)
+    assert spec.is_log == (num_bits <= 4)
+
+
+@pytest.mark.parametrize('num_bits', range(2, 9))
+@pytest.mark.parametrize('signed', [True, False])
+@pytest.mark.parametrize('symmetric', [True, False])
+def test_uniform_codes_are_the_default_and_fit_everything(num_bits, signed, symmetric):
+    spec = QuantSpec(num_bits, signed, symmetric)
+    assert spec.codes == 'uniform' and spec.log_code is None and not spec.is_log
+
+
+@pytest.mark.parametrize(('signed', 'symmetric'), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize('codes', ['log2', 'log_sqrt2', 'adalog', 'auto'])
+def test_logarithmic_codes_of_values_below_zero_are_refused(codes, signed, symmetric):
+    with pytest.raises(ValueError, match=f"codes='{codes}' hold values from 0 on: write signed=F"):
+        QuantSpec(4, signed, symmetric, codes=codes)
+
+
+def test_auto_codes_at_bits_that_are_uniform_may_be_signed():
+    assert not QuantSpec(8, codes='auto').is_log
+
+
+def test_unknown_codes_are_refused():
+    with pytest.raises(ValueError, match=r"codes='log3' is unknown; write 'uniform' or one of"):
+        QuantSpec(4, signed=False, codes='log3')
