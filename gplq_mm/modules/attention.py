@@ -128,7 +128,8 @@ def can_pack_attention(qk_matmul: Any, pv_matmul: Any) -> bool:
     products = (qk_matmul, pv_matmul)
     if not all(isinstance(m, QuantMatMul) for m in products):
         return False
-    return packs(qk_matmul.engine, *attention_quantizers(*products))
+    q, k, probabilities, v = attention_quantizers(*products)
+    return packs(qk_matmul.engine, q, k, v, recomputed=[probabilities])
 
 
 def attention_quantizers(qk_matmul: Any, pv_matmul: Any) -> list[FakeQuantizer]:

@@ -48,14 +48,9 @@ class QuantMatMul(EngineUser, nn.Module):
             q.enabled or q.observer is not None for q in (self.lhs_quantizer, self.rhs_quantizer)
         )
 
-    def _packs(self) -> bool:
-        """Whether codes are saved for the backward pass; logarithmic ones have no residual."""
-        quantizers = (self.lhs_quantizer, self.rhs_quantizer)
-        return packs(self.engine, *quantizers) and not any(q.spec.is_log for q in quantizers)
-
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """``(..., N, K) @ (..., K, M)`` -> ``(..., N, M)``."""
-        if self._packs():
+        if packs(self.engine, self.lhs_quantizer, self.rhs_quantizer):
             return packed_matmul(self.lhs_quantizer, self.rhs_quantizer, lhs, rhs)
         if not use_codes(lhs, self.lhs_quantizer, self.rhs_quantizer):
             return self.lhs_quantizer(lhs) @ self.rhs_quantizer(rhs)

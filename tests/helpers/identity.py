@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gplq_mm.conversion import CoverageReport, convert_, quantizers, set_quantization
+from gplq_mm.quantizers import PerRow
 from tests.helpers.mm_models import tensors
 
 Run = Callable[[nn.Module, list[Tensor]], Any]
@@ -64,6 +65,10 @@ def assert_only_quantizer_keys(model: nn.Module, converted: nn.Module) -> None:
     assert set(before) <= set(after)
     added = set(after) - set(before)
     assert added and all('_quantizer.' in key for key in added)
-    states = {'scale', 'zero_point', 'quant_range', 'calibrated'}
-    assert {key.rpartition('.')[2] for key in added} == states
-    assert len(added) == len(states) * len(quantizers(converted))
+    states = ['scale', 'zero_point', 'quant_range', 'calibrated']
+    expected = []
+    for name, q in quantizers(converted).items():
+        own = ['row_axis'] * isinstance(q.spec.granularity, PerRow) + ['levels'] * q.spec.is_log
+        expected += [f'{name}.{state}' for state in [*states, *own]]
+    assert added == set(expected)
+    assert len(added) == len(expected)

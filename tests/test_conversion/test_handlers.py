@@ -5,7 +5,7 @@ from torch import nn
 from gplq_mm.conversion import convert_, find_handler, make_matmul, register_handler, register_layer
 from gplq_mm.conversion.handlers import HANDLERS
 from gplq_mm.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, swap_class
-from gplq_mm.quantizers import PerChannel, PerTensor
+from gplq_mm.quantizers import PerChannel, PerRow, PerTensor
 from tests.helpers.models import Attention, Detector, QuantAttention
 
 PER_CHANNEL = {'activation': {'granularity': 'per_channel'}, 'scope': 'all'}
@@ -117,10 +117,10 @@ class Answers:
     def __init__(self, off=None):
         self.off, self.asked, self.counted, self.kept = off, [], [], []
 
-    def activation(self, name, role, axis, size):
+    def activation(self, name, role, axis, size, row_axis=None):
         from gplq_mm.quantizers import FakeQuantizer, QuantSpec
 
-        self.asked.append((name, role, axis, size))
+        self.asked.append((name, role, axis, size, row_axis))
         granularity = PerTensor() if axis is None else PerChannel(axis)
         return None if role == self.off else FakeQuantizer(QuantSpec(granularity=granularity), size)
 
@@ -135,7 +135,7 @@ def test_make_matmul_asks_for_scales_a_head():
     context = Answers()
     matmul = make_matmul('a.qk', context, ('query', 'key'), 3)
     assert isinstance(matmul, QuantMatMul)
-    assert context.asked == [('a.qk.lhs', 'query', 1, 3), ('a.qk.rhs', 'key', 1, 3)]
+    assert context.asked == [('a.qk.lhs', 'query', 1, 3, -1), ('a.qk.rhs', 'key', 1, 3, -2)]
     assert context.counted == [('matmul', 'a.qk')] and not context.kept
     assert matmul.lhs_quantizer.scale.shape == (3,)
 
@@ -157,3 +157,22 @@ def test_arguments_that_the_observer_does_not_take_are_refused_at_conversion(arg
     recipe = dict(activation=dict(observer='percentile', observer_args=args))
     with pytest.raises(ValueError, match=r'^0: observer_args=.*percentil.*observer=.percentile'):
         convert_(nn.Sequential(nn.Linear(2, 2)), recipe)
+
+
+def test_the_presets_operands_of_attention_follow_the_summed_axis(attention_handler):
+    model = Detector()
+    convert_(model, 'w4a4', strict=True)
+    attention = model.backbone.attn
+    for product in (attention.qk_matmul, attention.pv_matmul):
+        assert product.lhs_quantizer.spec.granularity == PerRow(-1)
+        assert product.rhs_quantizer.spec.granularity == PerRow(-2)
+        assert product.lhs_quantizer.scale.shape == product.rhs_quantizer.scale.shape == ()
+    assert attention.pv_matmul.lhs_quantizer.spec.log_code == 'log2'
+    assert attention.pv_matmul.rhs_quantizer.spec.log_code is None
+
+
+@pytest.mark.parametrize('layer', [nn.Linear(3, 2), nn.Conv2d(4, 2, 1)])
+def test_scales_a_row_are_refused_for_the_input_of_a_layer(layer):
+    recipe = dict(activation=dict(granularity='per_row'))
+    with pytest.raises(ValueError, match=r"^0: granularity='per_row' is for the operands of att"):
+        convert_(nn.Sequential(layer), recipe)

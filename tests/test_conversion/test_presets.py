@@ -1,7 +1,10 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import re
+
 import pytest
 
 from gplq_mm.conversion import PRESETS, resolve_recipe
+from gplq_mm.conversion.presets import FORMER_PRESETS
 from gplq_mm.conversion.recipe import spec_from_settings
 from gplq_mm.quantizers import PerChannel, PerTensor, build_observer
 
@@ -16,9 +19,9 @@ def test_a_preset_is_a_complete_and_valid_recipe(name):
     assert all(rule['optional'] for rule in recipe['rules'])
 
 
-@pytest.mark.parametrize('name', [n for n in PRESETS if 'paper' not in n])
+@pytest.mark.parametrize('name', [n for n in PRESETS if n.startswith('w')])
 def test_the_name_says_the_bits(name):
-    weight, activation = name[1:].split('a')
+    weight, activation = re.match(r'w(\d)a(\d)', name).groups()
     assert PRESETS[name]['weight']['num_bits'] == int(weight)
     assert PRESETS[name]['activation']['num_bits'] == int(activation)
 
@@ -27,14 +30,30 @@ def test_the_promised_presets_exist():
     assert {'w4a4', 'w3a3', 'w8a8', 'w4a8', 'w2a4', 'gplq_w4a4_paper'} <= set(PRESETS)
 
 
-def test_the_default_is_per_tensor_asymmetric_mse_and_unsigned_after_softmax():
+def test_the_default_has_input_scales_a_channel_and_attention_scales_a_row():
     recipe = PRESETS['w4a4']
+    spec = spec_from_settings(recipe['activation'], -1)
+    assert (spec.granularity, spec.symmetric, spec.observer) == (PerChannel(-1), False, 'mse')
+    assert spec.learn_scale and spec.codes == 'uniform'
+    rules = {rule['role']: rule for rule in recipe['rules']}
+    for role in ('query', 'key', 'value'):
+        assert rules[role]['activation'] == {'granularity': 'per_row'}
+    softmax = {'granularity': 'per_row', 'signed': False, 'symmetric': True, 'codes': 'auto'}
+    assert rules['softmax']['activation'] == softmax
+    assert rules['image']['num_bits'] == 8
+    assert rules['image']['activation'] == {'granularity': 'per_tensor'}
+    assert recipe['optim']['scale_step'] == 'relative'
+
+
+def test_the_former_default_is_per_tensor_asymmetric_mse_and_unsigned_after_softmax():
+    recipe = resolve_recipe(FORMER_PRESETS['w4a4'])
     spec = spec_from_settings(recipe['activation'], -1)
     assert (spec.granularity, spec.symmetric, spec.observer) == (PerTensor(), False, 'mse')
     assert spec.learn_scale
     rules = {rule['role']: rule for rule in recipe['rules']}
     assert rules['softmax']['activation'] == {'signed': False, 'symmetric': True}
     assert rules['image']['num_bits'] == 8
+    assert not {'scale_step'} & set(recipe['optim']) and 'gate' not in recipe
 
 
 def test_the_papers_is_signed_symmetric_per_channel_minmax_everywhere():

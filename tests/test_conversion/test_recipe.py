@@ -74,7 +74,17 @@ BAD = [
     (dict(scope=3), r"scope=3: write one of .*'backbone'"),
     (dict(scope=[1]), r'scope=\[1\]: write one of'),
     (dict(activation=dict(observer='mean')), r"observer='mean' is unknown; write one of .*'mse'"),
-    (dict(activation=dict(granularity='row')), r"granularity='row' is unknown; write 'per_tensor'"),
+    (
+        dict(activation=dict(granularity='row')),
+        r"granularity='row' is unknown; write one of \('per_tensor', 'per_channel', 'per_row'\)",
+    ),
+    (
+        dict(weight=dict(granularity='per_row')),
+        r"weight has no rows to follow; write 'per_channel'",
+    ),
+    (dict(activation=dict(codes='log')), r"codes='log' is unknown; write one of .*'adalog'"),
+    (dict(optim=dict(scale_step='log')), r"scale_step='log': write one of .*'relative'"),
+    (dict(calibration=dict(migrate='yes')), r"migrate='yes': write True or False"),
     (dict(activation='int4'), r"recipe.activation='int4': write a dict of .*'num_bits'"),
     (dict(rules=dict(name='*')), r'recipe.rules=.*: write a list'),
     (dict(rules=['*.attn.*']), r"recipe.rules\[\d\]='\*.attn.\*': write a dict of"),

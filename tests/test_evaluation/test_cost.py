@@ -27,6 +27,8 @@ OUTPUTS = {'conv': 6, 'deconv': 5, 'linear': 7}
 BIASES = 6 + 5 + 7
 FLOAT_NUMBERS = 64 * 3 + 3
 MASK_BYTES = 11
+SCALE_BYTES = (4 + 1) * (4 + 6 + 5 + 1 + 1)
+"""Scale and zero point of every input channel and of the product's operands."""
 
 
 class Net(nn.Module):
@@ -68,7 +70,8 @@ def switch(net: Net, enabled: bool) -> None:
 
 def calibrate(net: Net) -> None:
     for quantizer in quantizers(net, 'activation').values():
-        quantizer.set_qparams(torch.tensor(0.1), torch.tensor(0.0))
+        scale = torch.full_like(quantizer.scale, 0.1)
+        quantizer.set_qparams(scale, torch.zeros_like(scale))
 
 
 def float_bytes() -> int:
@@ -90,7 +93,7 @@ def test_after_stage_1_activations_are_quantized(net: Net) -> None:
     layers = 4 * CONV_MACS + 8 * DECONV_MACS + 4 * LINEAR_MACS
     expected = 32 * layers + 30 * MATMUL_MACS + 1024 * FLOAT_MACS
     assert bit_operations(net, count(net)) == expected
-    assert model_bytes(net) == float_bytes() + 5 * 5  # five scales and zero points
+    assert model_bytes(net) == float_bytes() + SCALE_BYTES
 
 
 def test_after_stage_2_weights_are_packed(net: Net) -> None:
@@ -102,7 +105,7 @@ def test_after_stage_2_weights_are_packed(net: Net) -> None:
     bits = {'conv': 3, 'deconv': 8, 'linear': 3}
     packed = sum(-(-WEIGHTS[n] * bits[n] // 8) + 4 * OUTPUTS[n] for n in bits)
     rest = 4 * (BIASES + FLOAT_NUMBERS) + MASK_BYTES
-    assert model_bytes(net) == packed + rest + 25
+    assert model_bytes(net) == packed + rest + SCALE_BYTES
 
 
 def test_counting_leaves_no_hooks(net: Net) -> None:

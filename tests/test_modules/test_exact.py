@@ -8,9 +8,11 @@ from gplq_mm.modules.exact import (
     FLOAT32_EXACT,
     accumulator_bound,
     accumulator_dtype,
+    max_code,
     use_codes,
 )
-from gplq_mm.quantizers import FakeQuantizer, QuantSpec, build_observer
+from gplq_mm.quantizers import FakeQuantizer, PerRow, QuantSpec, build_observer
+from gplq_mm.quantizers.log_codes import candidate_bases, log_levels
 from tests.helpers.reference import BITS, SCHEMES, bounds
 
 
@@ -58,3 +60,26 @@ def test_codes_are_used_only_in_inference_with_all_operands_active():
         assert not use_codes(x, on, observed) and not use_codes(x, disabled, on)
     with torch.inference_mode():
         assert use_codes(x, on, on)
+
+
+@pytest.mark.parametrize('codes', [('log2', 2), ('log2', 4), ('log_sqrt2', 4), ('adalog', 4)])
+def test_the_bound_of_levels_is_the_largest_of_the_present_table(codes):
+    spec = QuantSpec(codes[1], signed=False, granularity=PerRow(-1), codes=codes[0])
+    lhs, rhs = FakeQuantizer(spec), quantizer(4)
+    for base in candidate_bases(*codes):
+        levels = log_levels(codes[1], base)
+        lhs.set_levels(levels)
+        assert max_code(lhs) == int(levels.max())
+        depth = FLOAT32_EXACT // (max_code(lhs) * 8)
+        assert accumulator_dtype(lhs, rhs, depth) == torch.float32
+        assert accumulator_dtype(lhs, rhs, depth + 1) == torch.float64
+
+
+@pytest.mark.parametrize('scheme', SCHEMES)
+@pytest.mark.parametrize('bits', BITS)
+def test_the_bound_of_row_codes_is_that_of_any_zero_point(bits, scheme):
+    rows = FakeQuantizer(QuantSpec(bits, *scheme, granularity=PerRow(-1)))
+    assert max_code(rows) == largest_centred_code(bits, scheme)
+    rows.set_qparams(torch.tensor(0.1), torch.tensor(0.0))
+    codes, _ = rows.codes((torch.randn(64, 33) * 100).round())
+    assert codes.abs().max() <= max_code(rows)

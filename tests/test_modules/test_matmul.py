@@ -10,13 +10,14 @@ from gplq_mm.modules.exact import accumulator_dtype
 from gplq_mm.quantizers import (
     FakeQuantizer,
     PerChannel,
+    PerRow,
     PerTensor,
     QuantSpec,
     UncalibratedError,
     build_observer,
 )
 from tests.helpers.layers import set_enabled, step
-from tests.helpers.reference import SCHEMES, calibrated, centred, rescale
+from tests.helpers.reference import SCHEMES, calibrated, centred, rescale, steps
 
 
 def make(lhs, rhs, bits=(4, 4), schemes=((True, False), (False, True)), per_head=(False, False)):
@@ -29,12 +30,14 @@ def make(lhs, rhs, bits=(4, 4), schemes=((True, False), (False, True)), per_head
 
 
 def reference(matmul, lhs, rhs):
-    scales = [
-        q.scale.detach() if q.scale.dim() == 0 else q.scale.detach().view(1, -1, 1, 1)
-        for q in (matmul.lhs_quantizer, matmul.rhs_quantizer)
-    ]
-    total = centred(matmul.lhs_quantizer, lhs) @ centred(matmul.rhs_quantizer, rhs)
-    return rescale(total, (scales[0] * scales[1]).numpy(), None)
+    """Product of int64 codes or levels, times the product of the scales."""
+    scales = [steps(q, x)[0] for q, x in _operands(matmul, lhs, rhs)]
+    total = np.matmul(*(centred(q, x) for q, x in _operands(matmul, lhs, rhs)))
+    return rescale(total, scales[0] * scales[1], None)
+
+
+def _operands(matmul, lhs, rhs):
+    return (matmul.lhs_quantizer, lhs), (matmul.rhs_quantizer, rhs)
 
 
 @given(
@@ -130,3 +133,97 @@ def test_gradients_of_both_operands_and_scales():
     scales = [matmul.lhs_quantizer.scale.grad, matmul.rhs_quantizer.scale.grad]
     assert all(np.isfinite(g.numpy()).all() and g.abs().sum() > 0 for g in (*grads, *scales))
     assert scales[0].shape == (3,) and scales[1].shape == ()
+
+
+SIZES = [(1, 3, 1, 1, 5), (2, 3, 7, 11, 5), (2, 1, 13, 2, 3), (1, 4, 3, 17, 1), (1, 1, 1, 1, 1)]
+LOG = [('log2', 4), ('log2', 3), ('log_sqrt2', 4), ('adalog', 2)]
+
+
+def make_rows(bits, schemes, shares=(1.0, 1.0), codes='uniform'):
+    """Both operands have a scale a vector; the left one may be logarithmic."""
+    operands = []
+    for side, axis in enumerate((-1, -2)):
+        kind = codes if side == 0 else 'uniform'
+        spec = QuantSpec(
+            bits[side], *schemes[side], granularity=PerRow(axis), learn_scale=True, codes=kind
+        )
+        quantizer = calibrated(FakeQuantizer(spec), torch.zeros(1))
+        quantizer.set_qparams(quantizer.scale * shares[side], quantizer.zero_point)
+        operands.append(quantizer)
+    return QuantMatMul(*operands)
+
+
+@given(
+    bits=st.tuples(st.integers(2, 8), st.integers(2, 8)),
+    schemes=st.tuples(st.sampled_from(SCHEMES), st.sampled_from(SCHEMES)),
+    shares=st.tuples(st.floats(0.5, 1.5, width=32), st.floats(0.5, 1.5, width=32)),
+    sizes=st.sampled_from(SIZES),
+    seed=st.integers(0, 10**6),
+)
+def test_a_scale_a_vector_is_the_integer_reference_bit_for_bit(bits, schemes, shares, sizes, seed):
+    torch.manual_seed(seed)
+    batch, heads, n, k, m = sizes
+    lhs, rhs = torch.randn(batch, heads, n, k), torch.randn(batch, heads, k, m)
+    lhs = lhs * torch.logspace(-3, 2, n)[:, None]
+    matmul = make_rows(bits, schemes, shares)
+    with torch.no_grad():
+        integer = matmul(lhs, rhs)
+        assert torch.equal(integer, reference(matmul, lhs, rhs))
+    torch.testing.assert_close(matmul(lhs, rhs), integer, rtol=1e-4, atol=1e-4)
+
+
+@given(
+    code=st.sampled_from(LOG),
+    bits=st.integers(2, 8),
+    scheme=st.sampled_from(SCHEMES),
+    rows=st.booleans(),
+    tokens=st.sampled_from([1, 2, 17, 131]),
+    seed=st.integers(0, 10**6),
+)
+def test_levels_times_codes_are_the_integer_reference_bit_for_bit(
+    code, bits, scheme, rows, tokens, seed
+):
+    torch.manual_seed(seed)
+    p = (torch.randn(2, 3, 5, tokens) * 3).softmax(-1)
+    v = torch.randn(2, 3, tokens, 4)
+    matmul = make_rows((code[1], bits), ((False, True), scheme), codes=code[0])
+    if not rows:
+        spec = QuantSpec(code[1], signed=False, codes=code[0])
+        matmul.lhs_quantizer = calibrated(FakeQuantizer(spec), p)
+    with torch.no_grad():
+        integer = matmul(p, v)
+        assert torch.equal(integer, reference(matmul, p, v))
+    torch.testing.assert_close(matmul(p, v), integer, rtol=1e-4, atol=1e-5)
+
+
+def test_long_sums_of_levels_stay_exact():
+    p, v = torch.rand(1, 1, 2, 4096) + 0.9, torch.rand(1, 1, 4096, 3) + 5
+    matmul = make_rows((4, 8), ((False, True), (False, True)), codes='log2')
+    quantizers = matmul.lhs_quantizer, matmul.rhs_quantizer
+    assert accumulator_dtype(*quantizers, 4096) == torch.float64
+    with torch.no_grad():
+        assert torch.equal(matmul(p, v), reference(matmul, p, v))
+
+
+@pytest.mark.parametrize(('side', 'axis'), [(0, -2), (1, -1)])
+def test_vectors_along_the_axis_that_is_kept_are_refused(side, axis):
+    operands = [FakeQuantizer(QuantSpec()), FakeQuantizer(QuantSpec())]
+    operands[side] = FakeQuantizer(QuantSpec(granularity=PerRow(axis)))
+    with pytest.raises(
+        ValueError, match=rf'scales along the summed axis; write PerRow\(axis={-3 - axis}\)'
+    ):
+        QuantMatMul(*operands)
+
+
+@pytest.mark.parametrize('codes', ['uniform', 'log2'])
+def test_a_vector_of_zeros_gives_zero_and_finite_gradients(codes):
+    lhs, rhs = torch.rand(1, 1, 3, 4), torch.randn(1, 1, 4, 2)
+    lhs[..., 1, :] = 0
+    rhs[..., 0] = 0
+    matmul = make_rows((4, 4), ((False, True), (True, False)), codes=codes)
+    out, *grads = step(matmul, lhs, rhs)
+    assert (out[..., 1, :] == 0).all() and (out[..., 0] == 0).all()
+    scales = [matmul.lhs_quantizer.scale.grad, matmul.rhs_quantizer.scale.grad]
+    assert all(torch.isfinite(g).all() for g in (*grads, *scales))
+    with torch.no_grad():
+        assert torch.equal(matmul(lhs, rhs), reference(matmul, lhs, rhs))

@@ -169,7 +169,7 @@ def test_eight_bits_are_close_and_differ() -> None:
         q.observer = None
         calibrated(q, seen[name][0])
     for layer in quantized_layers(quant).values():
-        calibrated(layer.weight_quantizer, layer.weight)
+        calibrated(layer.weight_quantizer, layer.folded_weight())
     with torch.no_grad():
         codes, _ = quant(*inputs)
     values, _ = quant(*inputs)
