@@ -117,3 +117,9 @@ FORMER_PRESETS: dict[str, dict[str, Any]] = {
     recipe['name']: recipe for recipe in (_with_bits(_FORMER, w, a) for w, a in _BITS)
 }
 """What ``wXaY`` meant before; checkpoints made with them still load."""
+
+FORMER_SUFFIX = '_v1'
+PRESETS |= {
+    f'{name}{FORMER_SUFFIX}': {**copy.deepcopy(recipe), 'name': f'{name}{FORMER_SUFFIX}'}
+    for name, recipe in FORMER_PRESETS.items()
+}
