@@ -15,13 +15,22 @@ from torch import nn
 
 from ..algorithms.compensation import CompensatedBlock
 from ..conversion import quantizers, recipe_difference
+from ..conversion.former import former_base, former_counterpart
 from ..quantizers import FakeQuantizer
 from ..utils.checkpoint_io import write_checkpoint
 
 KEY = 'gplq'
 STAGE1_NAME = 'gplq_stage1.pth'
 FINAL_NAME = 'gplq_final.pth'
-_TRAINING_ONLY = ('optim.', 'mimic', 'name', 'calibration.', 'weight.ptq', 'stage2.num_images')
+_TRAINING_ONLY = (
+    'optim.',
+    'mimic',
+    'name',
+    'calibration.',
+    'gate',
+    'weight.ptq',
+    'stage2.num_images',
+)
 """Recipe keys that decide values, not how the values are used."""
 CALIBRATED_NAME = 'gplq_calibrated.pth'
 
@@ -89,7 +98,7 @@ def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
         ValueError: If a key is missing, left over or of another shape, or a weight is NaN
             or infinite (named).
     """
-    state = _state_dict(checkpoint)
+    state = state_dict_of(checkpoint)
     try:
         result = model.load_state_dict(state, strict=False)
     except RuntimeError as error:
@@ -127,17 +136,8 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             'never calibrated; run tools/train.py with this config first, and test its '
             f'{FINAL_NAME} or {STAGE1_NAME}'
         )
-    made_with, wanted = checkpoint[KEY]['recipe'], _recipe(model)
-    differences = _differences(made_with, wanted)
-    if checkpoint[KEY]['stage'] != 'stage2':
-        decisive = _differences(before_stage2(made_with), before_stage2(wanted))
-        differences = differences if decisive else []
-    if differences:
-        raise ValueError(
-            'the checkpoint was made with another recipe; checkpoint != config: '
-            + '; '.join(differences)
-        )
-    state = _state_dict(checkpoint)
+    _require_same_recipe(checkpoint, _recipe(model))
+    state = state_dict_of(checkpoint)
     _require_same_keys(model, state)
     uncalibrated = [
         name
@@ -149,6 +149,41 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f'{len(uncalibrated)} quantizers of the checkpoint were never calibrated, first '
             f'{uncalibrated[0]}; run tools/train.py with this config'
         )
+
+
+def recipe_differences(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
+    """Dotted keys of a checkpoint's recipe for which a model of ``recipe`` cannot run it.
+
+    Args:
+        checkpoint: Quantized checkpoint.
+        recipe: Resolved recipe.
+    """
+    made_with = checkpoint[KEY]['recipe']
+    if checkpoint[KEY]['stage'] != 'stage2' and not _differences(
+        before_stage2(made_with), before_stage2(recipe)
+    ):
+        return []
+    return _differences(made_with, recipe)
+
+
+def _require_same_recipe(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any]) -> None:
+    differences = recipe_differences(checkpoint, recipe)
+    if not differences:
+        return
+    former = former_counterpart(recipe, checkpoint[KEY]['recipe'])
+    if former is not None:
+        differences = recipe_differences(checkpoint, former)
+    if differences:
+        raise ValueError(
+            'the checkpoint was made with another recipe; checkpoint != config: '
+            + '; '.join(differences)
+        )
+    base = former_base(recipe)
+    raise ValueError(
+        f'the checkpoint was made with what recipe {recipe["name"]!r} meant before, and a training '
+        f'goes on with the quantizers it began with; write recipe={base!r}, or '
+        f'recipe=dict(base={base!r}, ...) where more is set'
+    )
 
 
 def _differences(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
@@ -243,7 +278,8 @@ def save_snapshot(checkpoint: dict[str, Any], path: str | Path) -> None:
     barrier()
 
 
-def _state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by name, without the prefix that DDP adds."""
     state = checkpoint.get('state_dict', checkpoint)
     return {re.sub(r'^module\.', '', k): v for k, v in state.items()}
 

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """FakeQuantizer: the module that holds a scale and simulates integer codes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .log_codes import default_levels
 from .observers import Observer
 from .row_range import ROW_SLACK, row_extent, row_zero_point
 from .spec import PerChannel, PerRow, QuantizerKind, QuantSpec, broadcast_shape
+from .stored_form import require_same_form, stored_spec
 
 
 class UncalibratedError(RuntimeError):
@@ -83,8 +85,7 @@ class FakeQuantizer(nn.Module):
         self.register_buffer('zero_point', torch.zeros(shape))
         self.register_buffer('quant_range', torch.tensor(spec.quant_range, dtype=torch.int32))
         self.register_buffer('calibrated', torch.tensor(False))
-        if isinstance(spec.granularity, PerRow):
-            self.register_buffer('row_axis', torch.tensor(spec.granularity.axis, dtype=torch.int8))
+        self._register_row_axis()
         self._register_levels()
         self._is_calibrated = False
         self._offset: tuple[tuple[int, int], float | None] | None = None
@@ -129,13 +130,21 @@ class FakeQuantizer(nn.Module):
         """
         self.levels.copy_(levels)
 
+    def _register_row_axis(self) -> None:
+        """The axis of ``PerRow``, or none."""
+        if isinstance(self.spec.granularity, PerRow):
+            axis = torch.tensor(self.spec.granularity.axis, dtype=torch.int8)
+            self.register_buffer('row_axis', axis.to(self.zero_point.device))
+        else:
+            self._buffers.pop('row_axis', None)
+
     def _register_levels(self) -> None:
         """The table of a logarithmic code, or none."""
         if self.spec.log_code is not None:
             levels = default_levels(self.spec.log_code, self.spec.num_bits)
             self.register_buffer('levels', levels.to(self.zero_point.device))
-        elif 'levels' in self._buffers:
-            del self._buffers['levels']
+        else:
+            self._buffers.pop('levels', None)
 
     @torch.no_grad()
     def set_spec(self, spec: QuantSpec) -> None:
@@ -150,6 +159,32 @@ class FakeQuantizer(nn.Module):
         self.quant_range.copy_(torch.tensor(spec.quant_range, dtype=torch.int32))
         if not has_same_codes:
             self._register_levels()
+
+    def take_form_of(self, state: Mapping[str, Any], prefix: str = '') -> None:
+        """Become the static, uniform quantizer that a stored state is of, if it is of one.
+
+        Checkpoints of the presets before ``PerRow`` hold one scale a tensor or a head where a
+        present recipe has one a channel or a vector. Their values are not loaded here, the
+        quantizer is uncalibrated after a change. Scale and zero point stay the same objects, so
+        that whatever holds them (an optimizer, DDP) stays right.
+
+        Args:
+            state: State dict.
+            prefix: Of the quantizer's keys in it, ``backbone.fc.input_quantizer.``.
+        """
+        axis = -3 if self.role == 'image' else None  # of ``(B, C, H, W)``
+        spec = stored_spec(self.spec, state, prefix, axis)
+        if self.kind == 'weight' or spec == self.spec:
+            return
+        shape = state[prefix + 'scale'].shape
+        self.spec = spec
+        with torch.no_grad():
+            self.scale.set_(self.scale.new_ones(shape))  # type: ignore[call-overload]
+            self.zero_point.set_(self.zero_point.new_zeros(shape))  # type: ignore[call-overload]
+        self.scale.grad = None
+        self._register_row_axis()
+        self._register_levels()
+        self.reset()
 
     def reset(self) -> None:
         """Forget the calibration (the scale's value stays)."""
@@ -271,6 +306,9 @@ class FakeQuantizer(nn.Module):
                 f'{loaded.tolist()}, this config asks for {self.quant_range.tolist()}; use the '
                 'recipe that the checkpoint was made with'
             )
+        if self.kind == 'activation':
+            self.take_form_of(state_dict, prefix)
+            require_same_form(self.state_dict(), state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + 'calibrated' in state_dict:
             self._is_calibrated = bool(self.calibrated)

@@ -140,6 +140,7 @@ def test_another_recipe_is_named(change: dict[str, Any], named: str) -> None:
 def test_settings_of_the_training_may_differ() -> None:
     other = dict(optim=dict(lr=1.0), mimic=None, weight=dict(ptq='minmax'), name='mine')
     other['calibration'] = dict(num_images=7)
+    other['gate'] = dict(action='warn')
     check_quantized(converted({**RECIPE, **other}), quantized_checkpoint(converted()))
 
 

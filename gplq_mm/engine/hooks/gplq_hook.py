@@ -13,6 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
+from ..former_recipe import take_former_form_
 from ..optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from ..preflight import check_float_checkpoint
 from ..resume import resumable_checkpoint
@@ -75,6 +76,8 @@ class GPLQHook(Hook):
         if self.session is not None:
             _require_right_kind(checkpoint, runner._resume)
         if self.session is None or is_quantized_checkpoint(checkpoint):
+            if self.session is None:
+                take_former_form_(model, checkpoint)
             check_quantized(model, checkpoint)
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
             self.random_state = checkpoint['gplq'].get('random_state')

@@ -1,0 +1,39 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Run checkpoints of the former presets with a config that names the present ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mmengine.logging import print_log
+
+from ..conversion import quantizers
+from ..conversion.former import former_counterpart
+from .checkpoint import KEY, is_quantized_checkpoint, recipe_differences, state_dict_of
+
+
+def take_former_form_(model: Any, checkpoint: Mapping[str, Any]) -> None:
+    """Give a model the quantizers of a checkpoint that one of the former presets made.
+
+    Nothing is done where the checkpoint is another, or its recipe differs in more than what
+    the presets' names mean; ``check_quantized`` then says what differs. Not for a model that
+    trains: its optimizer is that of the present recipe.
+
+    Args:
+        model: Converted model; its quantizers and ``gplq.recipe`` change.
+        checkpoint: Loaded checkpoint.
+    """
+    if not is_quantized_checkpoint(checkpoint):
+        return
+    recipe = model.gplq.recipe
+    former = former_counterpart(recipe, checkpoint[KEY]['recipe'])
+    if former is None or recipe_differences(checkpoint, former):
+        return
+    state = state_dict_of(checkpoint)
+    for name, quantizer in quantizers(model, 'activation').items():
+        quantizer.take_form_of(state, f'{name}.')
+    model.gplq.recipe = former
+    print_log(
+        f'the checkpoint was made with what recipe {recipe["name"]!r} meant before: the quantizers '
+        f'take its form, the recipe is now {former["name"]!r}',
+        logger='current',
+    )
