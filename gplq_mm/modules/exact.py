@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..quantizers import FakeQuantizer
+from ..quantizers.log_codes import LARGEST_LEVEL
 
 FLOAT32_EXACT = 1 << 24
 
@@ -58,9 +59,12 @@ def use_codes(x: Tensor, *quantizers: FakeQuantizer) -> bool:
 
 
 def max_code(quantizer: FakeQuantizer) -> int:
-    """Largest magnitude of a centred code, or of a level of a logarithmic code."""
-    if quantizer.spec.is_log:
-        return int(quantizer.levels[-1])
+    """Largest magnitude of a centred code, or of a level of a logarithmic code.
+
+    That of the spec, whatever table a search has chosen: reading it would wait for the device.
+    """
+    if quantizer.spec.log_code is not None:
+        return LARGEST_LEVEL[quantizer.spec.log_code, quantizer.spec.num_bits]
     qmin, qmax = quantizer.spec.quant_range
     if quantizer.spec.symmetric:
         return max(-qmin, qmax)

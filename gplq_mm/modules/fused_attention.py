@@ -75,7 +75,9 @@ class _PackedAttention(torch.autograd.Function):
         ctx.save_for_backward(*parameters, *of_steps, *packed, *extras)
         ctx.ends = ends
         weights = logits(values[0], values[1], *extras).softmax(dim=-1)
-        on_grid = quantize_values(weights.float(), *operands[2].steps(weights.float(), parameters[2]))
+        on_grid = quantize_values(
+            weights.float(), *operands[2].steps(weights.float(), parameters[2])
+        )
         return on_grid.to(weights.dtype) @ values[2]
 
     @staticmethod
@@ -104,7 +106,8 @@ class _PackedAttention(torch.autograd.Function):
             grad_logits, grad_scale = softmax_backward(
                 weights.float(),
                 grad @ v.transpose(-2, -1),
-                *steps[2],
+                steps[2].scale,
+                steps[2].grid,
                 ctx.needs_input_grad[5],
             )
             del weights, logits
@@ -112,7 +115,7 @@ class _PackedAttention(torch.autograd.Function):
         grads, grad_scales = [], {2: grad_scale}
         for i, grad_x, dtype in zip(_SAVED, (grad_q, grad_k, grad_v), ctx.dtypes, strict=True):
             grad_x, grad_scales[i] = packed_backward(
-                codes[i], grad_x, *steps[i], ctx.needs_input_grad[3 + i]
+                codes[i], grad_x, steps[i].scale, steps[i].grid, ctx.needs_input_grad[3 + i]
             )
             grads.append(grad_x.to(dtype))
         of_scales = [

@@ -120,7 +120,13 @@ class _RecomputedFFN(torch.autograd.Function):
         ctx.act, ctx.operands, ctx.dtype, ctx.autocast = act, operands, x.dtype, autocast_state(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            first, first_weight, first_bias, second, second_weight, *operands[0].kept(steps), *packed
+            first,
+            first_weight,
+            first_bias,
+            second,
+            second_weight,
+            *operands[0].kept(steps),
+            *packed,
         )
         with torch.autocast(**ctx.autocast):
             hidden = act(F.linear(values.to(x.dtype), first_weight, first_bias))
@@ -146,7 +152,9 @@ class _RecomputedFFN(torch.autograd.Function):
             on_grid, codes = quantize_packed(hidden.detach().float(), *second_steps)
             grads[5], grads[6] = _of_parameters(grad, on_grid.to(hidden.dtype), needs[5], needs[6])
             del on_grid
-            grad, grads[4] = packed_backward(codes, grad @ second_weight, *second_steps, needs[4])
+            grad, grads[4] = packed_backward(
+                codes, grad @ second_weight, second_steps.scale, second_steps.grid, needs[4]
+            )
             del codes
             (grad,) = torch.autograd.grad(hidden, before, grad.to(hidden.dtype))
             del hidden, before
@@ -154,7 +162,9 @@ class _RecomputedFFN(torch.autograd.Function):
             if needs[0] or needs[1]:
                 grad_x = grad @ first_weight
                 del grad
-                grads[0], grads[1] = packed_backward(packed, grad_x, *first_steps, needs[1])
+                grads[0], grads[1] = packed_backward(
+                    packed, grad_x, first_steps.scale, first_steps.grid, needs[1]
+                )
         grads[1] = of_first.gradient(grads[1], first, first_steps.scale)
         grads[4] = of_second.gradient(grads[4], second, second_steps.scale)
         return tuple(grads)

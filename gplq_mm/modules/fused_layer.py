@@ -97,7 +97,9 @@ class _PackedProduct(torch.autograd.Function):
             )
             del values
             if grad_values is not None:
-                grad_x, grad_scale = packed_backward(packed, grad_values, *steps, of_scale)
+                grad_x, grad_scale = packed_backward(
+                    packed, grad_values, steps.scale, steps.grid, of_scale
+                )
                 grad_x = grad_x.to(x_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)

@@ -65,8 +65,12 @@ class _PackedMatMul(torch.autograd.Function):
             grad_lhs = sum_to_shape(grad @ values.transpose(-2, -1), left[0].shape)
             values = unpack_values(left, *lhs_steps).to(ctx.dtypes[0])
             grad_rhs = sum_to_shape(values.transpose(-2, -1) @ grad, right[0].shape)
-        grad_lhs, of_lhs = packed_backward(left, grad_lhs, *lhs_steps, ctx.needs_input_grad[2])
-        grad_rhs, of_rhs = packed_backward(right, grad_rhs, *rhs_steps, ctx.needs_input_grad[3])
+        grad_lhs, of_lhs = packed_backward(
+            left, grad_lhs, lhs_steps.scale, lhs_steps.grid, ctx.needs_input_grad[2]
+        )
+        grad_rhs, of_rhs = packed_backward(
+            right, grad_rhs, rhs_steps.scale, rhs_steps.grid, ctx.needs_input_grad[3]
+        )
         of_scales = (
             ctx.operands[0].gradient(of_lhs, lhs_parameter, lhs_steps.scale),
             ctx.operands[1].gradient(of_rhs, rhs_parameter, rhs_steps.scale),

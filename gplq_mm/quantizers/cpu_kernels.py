@@ -149,7 +149,7 @@ class _Layout:
         upper = 0.0
         if grid.levels is not None:
             self._levels, self._thresholds = grid.levels.float(), thresholds(grid.levels)
-            upper = upper_bound(grid.levels)
+            upper = float(upper_bound(grid.levels))
         self.grid = CGrid(
             self._scale.data_ptr(),
             address,
@@ -245,7 +245,9 @@ def kernels_for(*tensors: Tensor) -> Kernels | None:
             scalar) is not for it, nor a scale along axes that lie apart.
     """
     on_cpu = all(t.device.type == 'cpu' and t.dtype in _READS for t in tensors)
-    if not on_cpu or torch.compiler.is_compiling() or not fits(_like_dense(tensors[0]), tensors[-1]):
+    if not on_cpu or torch.compiler.is_compiling():
+        return None
+    if not fits(_like_dense(tensors[0]), tensors[-1]):
         return None
     return load()[0]
 

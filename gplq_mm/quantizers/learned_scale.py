@@ -30,9 +30,7 @@ def lsq_grad_factor(numel: int, num_scales: int, qmax: int) -> float:
     return 1.0 / (max(numel // max(num_scales, 1), 1) * max(qmax, 1)) ** 0.5
 
 
-def _inside(
-    ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int, slack: float = 0.0
-) -> Tensor:
+def _inside(ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int, slack: float = 0.0) -> Tensor:
     """LSQ's in-range mask: the bounds apply to ``x / s`` before it is rounded.
 
     Args:
@@ -131,7 +129,7 @@ class _LevelCodes(torch.autograd.Function):
         ratio = x / scale
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, ratio < upper_bound(levels))
-        return quantize_to_levels(ratio, levels)
+        return _traceable(quantize_to_levels(ratio, levels))
 
     @staticmethod
     @first_order_only

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor
 
+from .functional import MAX_BITS, MIN_BITS
+
 TOP = 1 << 14
 """Largest level: 4 bits of ``log2`` reach down to 1."""
 _BASES = {'log2': (2.0,), 'log_sqrt2': (2**0.5,)}
@@ -98,15 +100,15 @@ def thresholds(levels: Tensor) -> Tensor:
     return torch.cat([start, first[None], middle]).float()
 
 
-def upper_bound(levels: Tensor) -> float:
-    """Where the range of the codes ends, in units of the scale (the next midpoint).
+def upper_bound(levels: Tensor) -> Tensor:
+    """Where the range of the codes ends, in units of the scale (the next midpoint): ``()``.
 
     Examples:
-        >>> round(upper_bound(torch.tensor([0, 1, 2, 4])), 3)
+        >>> round(float(upper_bound(torch.tensor([0, 1, 2, 4]))), 3)
         5.657
     """
-    top, below = (float(x) for x in levels[[-1, -2]])
-    return top * (top / below) ** 0.5
+    top, below = levels[-1].double(), levels[-2].double()
+    return top * (top / below).sqrt()
 
 
 def quantize_to_levels(ratio: Tensor, levels: Tensor) -> Tensor:
@@ -126,3 +128,12 @@ def _fits(num_bits: int, base: float) -> bool:
     except ValueError:
         return False
     return True
+
+
+LARGEST_LEVEL = {
+    (codes, bits): max(int(log_levels(bits, base)[-1]) for base in candidate_bases(codes, bits))
+    for codes in CODES
+    for bits in range(MIN_BITS, MAX_BITS + 1)
+    if candidate_bases(codes, bits)
+}
+"""Largest level of any table of a code at its bits: known without looking at a quantizer's."""

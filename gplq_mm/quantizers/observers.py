@@ -321,7 +321,8 @@ class LogObserver(Observer):
     def __init__(self, spec: QuantSpec) -> None:
         if isinstance(spec.granularity, PerChannel):
             raise ValueError(
-                f"codes={spec.codes!r} have one scale a tensor or a row: write granularity='per_row'"
+                f'codes={spec.codes!r} have one scale a tensor or a row: write '
+                "granularity='per_row'"
             )
         super().__init__(spec)
         self.hi: Tensor | None = None

@@ -76,12 +76,29 @@ def is_allowed(product: Product, allowed: dict[str, str]) -> bool:
     return any(fnmatchcase(product.module, pattern) for pattern in allowed)
 
 
-def is_integer(x: Tensor, num_bits: int) -> bool:
-    """Whether all values are integers that fit ``num_bits`` bits."""
-    return bool((x == x.round()).all()) and float(x.max() - x.min()) < 2**num_bits
+def is_integer(x: Tensor, num_bits: int, axis: int | None = None, vectors: bool = False) -> bool:
+    """Whether each group of values is integers in a range of ``num_bits`` bits, see `groups`."""
+    if not bool((x == x.round()).all()):
+        return False
+    spans = [row.max() - row.min() for row in groups(x, axis, vectors)]
+    return bool(torch.stack(spans).max() < 2**num_bits)
 
 
-def is_on_grid(x: Tensor, num_bits: int, axis: int | None = None) -> bool:
-    """Whether there are at most ``2 ** num_bits`` values: in all, or at each index of an axis."""
-    rows = x.reshape(1, -1) if axis is None else x.movedim(axis, 0).flatten(1)
-    return all(len(torch.unique(row)) <= 2**num_bits for row in rows)
+def is_on_grid(x: Tensor, num_bits: int, axis: int | None = None, vectors: bool = False) -> bool:
+    """Whether each group has at most ``2 ** num_bits`` values, see `groups`."""
+    rows = groups(x, axis, vectors).sort(1).values
+    return bool(((rows.diff(dim=1) != 0).sum(1) < 2**num_bits).all())
+
+
+def groups(x: Tensor, axis: int | None = None, vectors: bool = False) -> Tensor:
+    """Values that share a scale as rows.
+
+    Args:
+        x: Operand of a product.
+        axis: None for one group; with `vectors` the axis along which a vector lies, else
+            the axis at each index of which there is a group.
+        vectors: Whether every vector along the axis is a group.
+    """
+    if axis is None:
+        return x.reshape(1, -1)
+    return x.movedim(axis, -1).flatten(0, -2) if vectors else x.movedim(axis, 0).flatten(1)
