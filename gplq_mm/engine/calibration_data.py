@@ -107,19 +107,38 @@ class CalibrationSet:
         rank, ranks = world()
         return [self.collate([self.dataset[i] for i in part]) for part in parts[rank::ranks]]
 
+    def following(self, num_images: int) -> 'CalibrationSet':
+        """A set of the images that come next in the draw, as many over all ranks.
+
+        Args:
+            num_images: Images at the most; the first ones of this set where the training set
+                has no others.
+
+        Raises:
+            ValueError: If an image is also in the validation or test set.
+        """
+        other, taken = copy.copy(self), len(self.indices)
+        chosen = [int(i) for i in self._order[taken : taken + num_images]]
+        other._take(chosen or self.indices[:num_images], len(self.batches[0]))
+        return other
+
     def _choose(self, num_images: int, batch_size: int, section: str) -> None:
         if len(self.dataset) < num_images:
             raise ValueError(
                 f'{section} asks for {num_images} images but the training set has '
                 f'{len(self.dataset)}; write recipe=dict({section}=dict(num_images=...))'
             )
-        self.indices = [int(i) for i in self._order[:num_images]]
-        self.batches = [self.indices[i : i + batch_size] for i in range(0, num_images, batch_size)]
-        if len(self.batches) < world()[1]:
+        batches = -(-num_images // batch_size)
+        if batches < world()[1]:
             raise ValueError(
-                f'{len(self.batches)} calibration batch(es) cannot be dealt to {world()[1]} ranks; '
+                f'{batches} calibration batch(es) cannot be dealt to {world()[1]} ranks; '
                 'ask for more images or a smaller batch_size'
             )
+        self._take([int(i) for i in self._order[:num_images]], batch_size)
+
+    def _take(self, indices: list[int], batch_size: int) -> None:
+        self.indices = indices
+        self.batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
         self.paths = [image_path(self.dataset, i) for i in self.indices]
         _require_disjoint([image_identity(self.dataset, i) for i in self.indices], self._cfg)
 
@@ -128,6 +147,12 @@ class CalibrationSet:
         rank, size = world()
         for batch in self.batches[rank::size]:
             yield self.collate([self.dataset[i] for i in batch])
+
+    def numbered(self) -> Iterator[tuple[int, Any]]:
+        """This rank's collated batches with their number over all ranks."""
+        rank, size = world()
+        for number in range(rank, len(self.batches), size):
+            yield number, self.load(number)
 
     def load(self, number: int) -> Any:
         """One collated batch by its number over all ranks."""

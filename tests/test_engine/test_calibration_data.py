@@ -222,3 +222,19 @@ def test_other_images_than_those_of_the_set(cfg: Config, monkeypatch: pytest.Mon
     (same,) = whole.others(2)  # there are no others
     paths = [os.path.realpath(s.img_path) for s in same['data_samples']]
     assert paths == [p for p in whole.paths if p][3:6]
+
+
+def test_the_images_that_follow_in_the_draw(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = draw(cfg, num_images=6, batch_size=3)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        following, rest = calibration.following(5), calibration.following(1000)
+    assert following.paths == draw(cfg, num_images=11, batch_size=3).paths[6:]
+    assert [len(batch) for batch in following.batches] == [3, 2]
+    assert len(rest.indices) == len(calibration.dataset) - 6
+    whole = draw(cfg, num_images=len(calibration.dataset), batch_size=3)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        assert whole.following(4).indices == whole.indices[:4]
+    monkeypatch.setattr(calibration_data, 'world', lambda: (1, 2))
+    ((number, batch),) = following.numbered()
+    found = [os.path.realpath(s.img_path) for s in batch['data_samples']]
+    assert (number, found) == (1, following.paths[3:])
