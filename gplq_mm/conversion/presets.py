@@ -86,6 +86,14 @@ def _with_bits(base: dict[str, Any], weight: int, activation: int) -> dict[str, 
     return recipe
 
 
+def _auto() -> dict[str, Any]:
+    """``w4a4``; the roles that cost most get more bits where the gate is not passed."""
+    recipe = _with_bits(_ours(), 4, 4)
+    recipe['name'] = 'auto'
+    recipe['gate']['action'] = 'add_bits'
+    return recipe
+
+
 def _paper(bits: int) -> dict[str, Any]:
     """Section 4 of arXiv 2506.11784: signed symmetric per-channel, min-max, LR 5e-6, PCA, QwT."""
     recipe = _with_bits(_FORMER, bits, bits)
@@ -107,11 +115,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     recipe['name']: recipe
     for recipe in (
         *(_with_bits(_ours(), w, a) for w, a in _BITS),
+        _auto(),
         _paper(4),
         _paper(3),
     )
 }
-"""Preset by name: ``wXaY`` is X-bit weights and Y-bit activations."""
+"""Preset by name: ``wXaY`` is X-bit weights and Y-bit activations; ``auto`` begins as ``w4a4``."""
 
 FORMER_PRESETS: dict[str, dict[str, Any]] = {
     recipe['name']: recipe for recipe in (_with_bits(_FORMER, w, a) for w, a in _BITS)

@@ -48,7 +48,7 @@ _KEYS: dict[str, set[str] | None] = {
 }
 _GATE_KEYS = {'num_images', 'max_feature_error', 'action'}
 SCALE_STEPS = ('relative', 'absolute')
-GATE_ACTIONS = ('stop', 'warn')
+GATE_ACTIONS = ('stop', 'warn', 'add_bits')
 _RULE_KEYS = {'name', 'role', 'num_bits', 'enabled', 'activation', 'weight', 'optional'}
 _TOP_KEYS = {'name', 'scope', 'rules', 'mimic', *_KEYS}
 """Every recipe has them. Keys that were added later (`gate`, `optim.scale_step`,

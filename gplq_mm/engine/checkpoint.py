@@ -13,6 +13,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.runner import Runner
 from torch import nn
 
+from ..algorithms.added_bits import adopt_rules_
 from ..algorithms.compensation import CompensatedBlock
 from ..conversion import quantizers, recipe_difference
 from ..conversion.former import former_base, former_counterpart
@@ -136,6 +137,7 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             'never calibrated; run tools/train.py with this config first, and test its '
             f'{FINAL_NAME} or {STAGE1_NAME}'
         )
+    adopt_rules_(model, _recipe(model), checkpoint[KEY]['recipe'])
     _require_same_recipe(checkpoint, _recipe(model))
     state = state_dict_of(checkpoint)
     _require_same_keys(model, state)

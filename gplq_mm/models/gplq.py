@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from torch import nn
 
 from ..adapters import load_adapters
+from ..algorithms.added_bits import adds_bits, adopt_bits
 from ..algorithms.drop_rates import set_drop_rates_
 from ..algorithms.stage2 import prepare_stage2
 from ..algorithms.trainable import choose_trained_, freeze_stages_
@@ -119,6 +120,8 @@ def build_gplq(
         make_mimicking(network, mimic)
     state = GPLQState(resolved, coverage, cfg, is_detector, chosen)
     network.gplq = state
+    if adds_bits(resolved):
+        network.register_load_state_dict_pre_hook(adopt_bits)
     _log_coverage(network, coverage, resolved)
     if model is not None and is_detector:
         print_log(_NESTED, logger='current')
