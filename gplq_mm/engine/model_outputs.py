@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What sensitivity compares: the raw outputs or the loss of an MMEngine model for a batch."""
+"""What sensitivity and the gate compare: features, outputs or loss of a model for a batch."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -7,8 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..algorithms.gate import StartOutputs
 from ..algorithms.output_metrics import Metric, Outputs, build_metric
 from ..algorithms.weight_ptq.feature_source import PROPOSALS
+from ..models.mimic_features import Recording, has_penultimate
+from ..models.mimic_settings import PENULTIMATE
 from .calibration_data import ends_before_heads
 
 IndexedBatch = tuple[int, Any]
@@ -78,6 +81,35 @@ class _ClassScores(_RawOutputs):
             return list(flatten(second[0]))
         outputs = self.model(data['inputs'], data.get('data_samples'), mode='tensor')
         return list(flatten(outputs if isinstance(outputs, Tensor) else outputs[0]))
+
+
+def start_outputs(model: Any, batch: Any) -> StartOutputs:
+    """Features of a batch, with the RPN's scores or the class logits where there are any.
+
+    Features are a classifier's penultimate feature, else what ``extract_feat()`` gives (a
+    detector's neck), else what the model gives.
+
+    Args:
+        model: MMEngine model in evaluation mode, not wrapped.
+        batch: Collated images.
+    """
+    data = model.data_preprocessor(batch, False)
+    if not hasattr(model, 'extract_feat'):
+        given = model(data['inputs'], data.get('data_samples'), mode='tensor')
+        return StartOutputs(list(flatten(given)))
+    recording = Recording(model, model.extract_feat(data['inputs']))
+    levels = recording.levels(PENULTIMATE if has_penultimate(model) else None)
+    if hasattr(model, 'rpn_head'):
+        scores = model.rpn_head(recording.features)[0]
+        return StartOutputs(levels, scores=list(flatten(scores)))
+    return StartOutputs(levels, logits=_single_label_logits(recording))
+
+
+def _single_label_logits(recording: Recording) -> list[Tensor]:
+    if getattr(recording.model, 'head', None) is None:
+        return []
+    found = recording.logits()
+    return [x for task, x in found.items() if not recording.is_multi_label(task) and x.dim() == 2]
 
 
 class _TaskLoss:

@@ -17,6 +17,7 @@ from ..evaluation import (
     MacCount,
     bit_operations,
     count_macs,
+    format_start,
     model_bytes,
     read_json,
     report_table,
@@ -70,6 +71,11 @@ class RunReport:
         )
         self.write()
 
+    def keep_recipe(self, recipe: Mapping[str, Any]) -> None:
+        """Replace the recipe: the gate added bits to it."""
+        self.data['recipe'] = dict(recipe)
+        self.write()
+
     def stage1_iterations(self) -> int | None:
         """Iterations after which stage 1 was scored; None if it was not."""
         return self.data.get('stage1', {}).get('iterations')
@@ -102,7 +108,10 @@ class RunReport:
 
     def log_table(self) -> None:
         """Log the closing table."""
-        text = f'{scope_line(self.data)}\n{self.data.get("engine", "")}\n{report_table(self.data)}'
+        gate = self.data.get('calibration', {}).get('gate')
+        lines = [scope_line(self.data), self.data.get('engine', '')]
+        lines += [f'calibrated: {format_start(gate)}'] if gate else []
+        text = '\n'.join([*lines, report_table(self.data)])
         print_log(f'GPLQ report ({self.path}):\n{text}', logger='current')
 
 

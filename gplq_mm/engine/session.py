@@ -39,6 +39,7 @@ from .evaluate import evaluate, validation_key
 from .resources import StageMeter
 from .run_report import RunReport
 from .stage2 import apply_stage2
+from .start import check_start
 from .teacher import attach_teacher, check_mimic_images, float_state_of, pca_images
 from .teacher_cache import attach_teacher_cache, check_teacher_cache
 
@@ -88,6 +89,9 @@ class GPLQSession:
         if fresh:
             float_state = float_state_of(self.model, quantization_keys(self.model))
             self._calibrate()  # first: it is short, and finds what is wrong with the model
+            check_start(
+                self.runner, self.calibration, float_state, self.report, self._calibrate
+            )
         attach_teacher(self.model, source, float_state, pca_images(self.calibration), mimic)
         attach_teacher_cache(self.model, source)
         if fresh:

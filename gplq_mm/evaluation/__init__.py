@@ -2,13 +2,22 @@
 """Floor 5: what a quantized model costs and how it is reported."""
 
 from .cost import MacCount, bit_operations, count_macs, model_bytes
-from .report import REPORT_NAME, format_table, read_json, report_table, scope_line, write_json
+from .report import (
+    REPORT_NAME,
+    format_start,
+    format_table,
+    read_json,
+    report_table,
+    scope_line,
+    write_json,
+)
 
 __all__ = [
     'REPORT_NAME',
     'MacCount',
     'bit_operations',
     'count_macs',
+    'format_start',
     'format_table',
     'model_bytes',
     'read_json',

@@ -42,9 +42,10 @@ def bits_label(recipe: Mapping[str, Any], stage: str) -> str:
 
 
 def _common_bits(recipe: Mapping[str, Any], kind: str) -> int | str:
-    """Bits of a kind, or ``mix`` where rules for single layers give other ones."""
+    """Bits of a kind, or ``mix`` where rules other than a preset's own give other ones."""
     common = recipe[kind]['num_bits']
-    own = [{**r, **(r.get(kind) or {})} for r in recipe.get('rules', []) if 'name' in r]
+    rules = [r for r in recipe.get('rules', []) if 'name' in r or not r.get('optional')]
+    own = [{**r, **(r.get(kind) or {})} for r in rules]
     return 'mix' if any(r.get('num_bits', common) != common for r in own) else common
 
 
@@ -62,6 +63,27 @@ def scope_line(report: Mapping[str, Any]) -> str:
     return (
         f'recipe {recipe["name"]}, scope {recipe["scope"]}: {counts} quantized, {left} left float'
     )
+
+
+def format_start(gate: Mapping[str, Any]) -> str:
+    """The figures that a run's gate took, in one line.
+
+    Args:
+        gate: ``calibration.gate`` of a report.
+
+    Examples:
+        >>> format_start(dict(images=32, feature_error=0.09, limit=0.5, agreement=0.97, kl=0.03))
+        'feature error 0.09 (limit 0.5), agreement 97 %, KL 0.03 on 32 training images'
+    """
+    parts = [f'feature error {gate["feature_error"]:.2g} (limit {gate["limit"]:g})']
+    levels = gate.get('levels', ())
+    if len(levels) > 1:
+        parts.append(f'by level {", ".join(f"{level:.2g}" for level in levels)}')
+    if 'rpn_error' in gate:
+        parts.append(f'RPN scores {gate["rpn_error"]:.2g}')
+    if 'agreement' in gate:
+        parts.append(f'agreement {100 * gate["agreement"]:.0f} %, KL {gate["kl"]:.2g}')
+    return f'{", ".join(parts)} on {gate["images"]} training images'
 
 
 def report_table(report: Mapping[str, Any]) -> str:

@@ -62,7 +62,9 @@ def test_two_processes_calibrate_to_the_same_bits(
     assert set(ours) == set(theirs)
     assert [k for k in ours if not torch.equal(ours[k], theirs[k])] == []
     assert sum('_quantizer.scale' in k for k in ours) > 20
-    assert report(project.root / 'one')['fp32']['metrics'] == report(two)['fp32']['metrics']
+    alone, both = report(project.root / 'one'), report(two)
+    assert alone['fp32']['metrics'] == both['fp32']['metrics']
+    assert alone['calibration']['gate'] == both['calibration']['gate']
 
 
 def test_two_processes_train_and_finish_once(two: Path) -> None:

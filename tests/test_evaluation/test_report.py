@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gplq_mm.evaluation import format_table, read_json, report_table, write_json
+from gplq_mm.evaluation import format_start, format_table, read_json, report_table, write_json
 from gplq_mm.evaluation.report import bits_label
 
 RECIPE = dict(activation=dict(num_bits=4), weight=dict(num_bits=3, qat=False))
@@ -63,3 +63,16 @@ def test_table_has_a_column_a_stage_and_a_row_a_metric() -> None:
 
 def test_a_table_of_titles_only() -> None:
     assert format_table(['', 'a'], []) == '|  | a |\n|--|---|'
+
+
+def test_rules_of_roles_that_a_recipe_adds_make_the_bits_mixed() -> None:
+    preset = {**RECIPE, 'rules': [dict(role='image', num_bits=8, optional=True)]}
+    added = [*preset['rules'], dict(role='post_gelu', activation=dict(num_bits=6))]
+    assert bits_label(preset, 'stage2') == 'W3A4'
+    assert bits_label({**preset, 'rules': added}, 'stage2') == 'W3Amix'
+
+
+def test_the_gates_line_of_a_detector_has_levels_and_scores() -> None:
+    gate = dict(images=8, feature_error=0.2, levels=[0.1, 0.3], rpn_error=0.05, limit=0.5)
+    line = 'feature error 0.2 (limit 0.5), by level 0.1, 0.3, RPN scores 0.05 on 8 training images'
+    assert format_start(gate) == line

@@ -1,0 +1,158 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The gate before stage 1: is the calibrated model a start that training can repair?"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from mmengine.logging import print_log
+from torch import Tensor
+
+from ..algorithms.added_bits import ADD_BITS
+from ..algorithms.gate import WEIGHTS, RoleError, StartFigures, StartMeter, StartOutputs, floating
+from ..conversion import quantizers
+from ..evaluation import format_start, format_table
+from .calibration_data import CalibrationSet
+from .model_outputs import start_outputs
+
+COSTLIEST = 2
+"""Roles that the message names."""
+_DEFAULTS = {'num_images': 32, 'max_feature_error': 0.5, 'action': 'stop'}
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """What the gate found.
+
+    Attributes:
+        images: Training images that it looked at.
+        limit: ``recipe.gate.max_feature_error``.
+        figures: Of the calibrated model.
+        roles: Feature error with each role float; empty where the gate was passed.
+    """
+
+    images: int
+    limit: float
+    figures: StartFigures
+    roles: Sequence[RoleError] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether stage 1 may begin; a feature error of NaN is above any limit."""
+        return self.figures.feature_error <= self.limit
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for the report."""
+        roles = {'roles': [asdict(r) for r in self.roles]} if self.roles else {}
+        found = {'images': self.images, **self.figures.as_dict(), **roles}
+        return {**found, 'limit': self.limit, 'passed': self.passed}
+
+    @property
+    def line(self) -> str:
+        """The figures in one line."""
+        return format_start(self.as_dict())
+
+
+class Gate:
+    """Compares the calibrated model with the float one on training images.
+
+    Args:
+        model: Converted model, calibrated, not wrapped.
+        calibration: Images that it was calibrated on; the gate takes others.
+        float_state: FP32 weights: calibration may have fitted those of the model.
+        settings: ``recipe.gate``.
+
+    Raises:
+        ValueError: If an image is also in the validation or test set.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        calibration: CalibrationSet,
+        float_state: Mapping[str, Tensor],
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.model = model
+        self.settings = {**_DEFAULTS, **settings}
+        self.images = calibration.following(self.settings['num_images'])
+        self.float_state = float_state
+        self.meter = StartMeter(model, self._outputs, self.images.numbered, self._as_float)
+
+    def measure(self) -> GateResult:
+        """Figures of the model as it is, and of each role where they are above the limit."""
+        number, limit = len(self.images.indices), self.settings['max_feature_error']
+        with _evaluating(self.model):
+            found = GateResult(number, limit, self.meter.figures())
+            if found.passed:
+                return found
+            return GateResult(number, limit, found.figures, self.meter.role_errors())
+
+    def unavailable(self) -> str | None:
+        """Why the model gives no features that could be compared; None where it does."""
+        try:
+            with torch.no_grad(), _evaluating(self.model):
+                self._outputs(self.images.load(0))  # the same batch on all ranks
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a project's own model raises
+            return repr(error)
+        return None
+
+    def _outputs(self, batch: Any) -> StartOutputs:
+        return start_outputs(self.model, batch)
+
+    @contextmanager
+    def _as_float(self) -> Iterator[None]:
+        own = self.model.state_dict()
+        fitted = {k: own[k].clone() for k in self.float_state}
+        self.model.load_state_dict(self.float_state, strict=False)
+        try:
+            with floating(quantizers(self.model).values()):
+                yield
+        finally:
+            self.model.load_state_dict(fitted, strict=False)
+
+
+def remedy(result: GateResult, action: str) -> str:
+    """What was measured, which roles cost most, and what to write; one line.
+
+    Args:
+        result: Not passed.
+        action: ``recipe.gate.action``.
+    """
+    costliest = result.roles[:COSTLIEST]
+    named = ', '.join(
+        f'{r.role} (feature error {r.feature_error:.2g} with its {r.operands} operands float)'
+        for r in costliest
+    )
+    rules = ', '.join(f'dict(role={r.role!r}, num_bits=8)' for r in costliest if r.role != WEIGHTS)
+    choices = [f'recipe=dict(rules=[{rules}])'] if rules else []
+    choices += ["more bits such as recipe='w8a8'"]
+    choices += [] if action == ADD_BITS else ["recipe='auto' to have bits added"]
+    return (
+        f'the calibrated model is too far from the float one to start stage 1: {result.line}; '
+        f'these roles cost most: {named}; write {", ".join(choices)}, or '
+        "recipe=dict(gate=dict(action='warn')) to train all the same"
+    )
+
+
+def log_roles(result: GateResult) -> None:
+    """Log the table of roles, those that cost most first."""
+    titles = ['role', 'operands', 'feature error with this role float']
+    rows = [[r.role, str(r.operands), f'{r.feature_error:.3g}'] for r in result.roles]
+    print_log(f'gate: {result.line}\n{format_table(titles, rows)}', 'current', logging.WARNING)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
