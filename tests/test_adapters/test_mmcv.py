@@ -48,7 +48,7 @@ def test_wrappers(name: str, recipe: str) -> None:
 def test_wrapper_on_an_empty_tensor() -> None:
     layer = wrappers.Conv2d(6, 4, 3, padding=1)
     convert_(layer, dict(base='w4a4', scope='all'))
-    layer.input_quantizer.set_qparams(torch.tensor(1.0), torch.tensor(0.0))
+    layer.input_quantizer.set_qparams(torch.ones(6), torch.zeros(6))
     out = layer(torch.zeros(0, 6, 5, 5))
     assert out.shape == (0, 4, 5, 5)
     out.sum().backward()

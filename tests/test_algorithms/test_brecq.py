@@ -18,11 +18,13 @@ from gplq_mm.algorithms.weight_ptq import BRECQ, PTQTask
 from gplq_mm.algorithms.weight_ptq.frozen_suffix import FrozenSuffix
 from gplq_mm.algorithms.weight_ptq.soft_rounding import SoftRounding, only_trainable, soft_weights
 from gplq_mm.conversion import quantized_layers, resolve_recipe
-from tests.helpers.tiny_blocks import images, ptq_on_rank, ptq_state, stage1_stack
+from tests.helpers.tiny_blocks import images, is_on_grid, ptq_on_rank, ptq_state, stage1_stack
 
 BRECQ_FEW = dict(type='brecq', steps=8, lr=0.05)
 BRECQ_SUFFIX = dict(type='brecq', steps=6, lr=0.05, global_weight=0.5, global_batches=3)
 GLOBAL_FEW = dict(type='global', steps=7, batches=4)
+PER_TENSOR = dict(granularity='per_tensor')
+"""Of the inputs, where a test counts in steps of the weight as it is stored."""
 
 
 def quantize(model: nn.Module, run: Any, ptq: Any) -> Any:
@@ -40,7 +42,7 @@ def layer_error(model: nn.Module, name: str, weight: Tensor, inputs: Tensor) -> 
 def test_adaround_is_never_worse_than_rounding_on_its_own_objective() -> None:
     improved = []
     for bits, seed in ((2, 0), (2, 1), (3, 0)):
-        model, _ = stage1_stack(bits, seed=seed)
+        model, _ = stage1_stack(bits, seed=seed, activation=PER_TENSOR)
         weight = model.stem.weight.detach().clone()
         codes = model.stem.input_quantizer.codes(images().flatten(0, 1))[0].flatten(0, 1).detach()
         errors = {}
@@ -94,14 +96,13 @@ def block_errors(model: nn.Module, float_model: nn.Module) -> list[Tensor]:
 
 
 def test_brecq_is_not_worse_than_its_start_and_better_here() -> None:
-    float_model, _ = stage1_stack(2)
+    float_model, _ = stage1_stack(2, activation=PER_TENSOR)
     errors = {}
     for ptq in ('mse', dict(type='brecq', start='nearest', steps=40, lr=0.05)):
-        model, run = stage1_stack(2)
+        model, run = stage1_stack(2, activation=PER_TENSOR)
         quantize(model, run, ptq)
         for layer in quantized_layers(model).values():
-            codes, scale = layer.weight_quantizer.codes(layer.weight)
-            assert torch.equal(codes * scale, layer.weight)
+            assert is_on_grid(layer)
         errors[str(ptq)] = block_errors(model, float_model)[0]
     nearest, learned = errors.values()
     assert learned < nearest
@@ -183,8 +184,7 @@ def test_global_brings_the_output_closer_to_stage_1_and_keeps_the_grid() -> None
         model, run = stage1_stack(2)
         result = quantize(model, run, ptq)
         for layer in quantized_layers(model).values():
-            codes, scale = layer.weight_quantizer.codes(layer.weight)
-            assert torch.equal(codes * scale, layer.weight)
+            assert is_on_grid(layer)
         assert result.notes == []
         errors[str(ptq)] = (features(model) - features(stage1)).square().mean()
     plain, learned = errors.values()
@@ -202,7 +202,7 @@ def test_global_that_does_harm_is_undone() -> None:
 
 
 def test_soft_weights_start_at_the_float_weights_or_at_the_codes_and_are_removed() -> None:
-    model, run = stage1_stack(3)
+    model, run = stage1_stack(3, activation=PER_TENSOR)
     floats = {n: la.weight.detach().clone() for n, la in quantized_layers(model).items()}
     quantize(model, run, 'gptq')
     layer = model.layers[0].ffn[0]

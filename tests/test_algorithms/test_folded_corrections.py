@@ -31,7 +31,7 @@ def uneven_stack(bits: int = 3) -> tuple[nn.Module, Any]:
     torch.manual_seed(0)
     original, Block.__init__ = Block.__init__, _uneven(Block.__init__)
     try:
-        return stage1_stack(bits)
+        return stage1_stack(bits, activation=dict(granularity='per_tensor'))
     finally:
         Block.__init__ = original
 

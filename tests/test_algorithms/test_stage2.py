@@ -17,6 +17,7 @@ from gplq_mm.quantizers import UncalibratedError
 from tests.helpers.tiny_blocks import (
     BlockStack,
     images,
+    is_on_grid,
     stage1_stack,
     stage2_on_rank,
     stage2_state,
@@ -40,10 +41,11 @@ def test_weights_are_on_the_grid_and_errors_are_measured():
     result = run_stage2(model, recipe_of(), run)
     assert list(result.layers) == list(floats)
     for name, layer in quantized_layers(model).items():
-        assert torch.equal(layer.weight_quantizer(layer.weight), layer.weight)
-        noise = (layer.weight.detach() - floats[name]).double()
+        assert is_on_grid(layer), name
+        weight = layer.folded_weight(floats[name]).detach().double()  # as the layer multiplies it
+        noise = layer.folded_weight().detach().double() - weight
         assert result.layers[name].weight_mse == pytest.approx(float(noise.square().mean()))
-        ratio = floats[name].double().square().sum() / noise.square().sum()
+        ratio = weight.square().sum() / noise.square().sum()
         assert result.layers[name].weight_sqnr_db == pytest.approx(10 * math.log10(ratio), abs=1e-3)
     worst = min(r.weight_sqnr_db for r in result.layers.values())
     assert result.summary['min_sqnr_db'] == worst
