@@ -9,6 +9,7 @@ equation 6) inside the layer itself, so no side branch is left, with GPTAQ's tar
 How far it is damped, or whether it is left out, is decided on images that it was not fitted to.
 """
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..modules import QuantLinear
 from .distributed import broadcast_from_0
 
-DAMPINGS = (0.003, 0.01, 0.03, 0.1)
+DAMPINGS = (0.1, 0.3, 1.0, 3.0)
 """Added to the inputs' correlation matrix."""
 HELD_OUT = 4
 """Each so-manieth image decides on the damping."""
@@ -52,63 +53,66 @@ def compensate(layer: QuantLinear, inputs: list[Tensor], floats: list[Tensor]) -
         What the fit was worth.
     """
     weight = layer.weight.detach().float()
-    quantized = [layer.input_quantizer(x) for x in inputs]
-    fit = [i for i in range(len(inputs)) if i % HELD_OUT != HELD_OUT - 1]
-    held = [i for i in range(len(inputs)) if i % HELD_OUT == HELD_OUT - 1] or fit
-    centred = layer.bias is not None
-    system = _System(weight, [quantized[i] for i in fit], [floats[i] for i in fit], centred)
-    test = _System(weight, [quantized[i] for i in held], [floats[i] for i in held], centred)
-    before = test.error(torch.zeros_like(weight))
-    errors = {damping: test.error(system.solve(damping)) for damping in DAMPINGS}
+    x = torch.cat([layer.input_quantizer(x) for x in inputs])
+    f = torch.cat(floats)
+    zero = x.new_zeros(x.shape[1])
+    mean, mean_float = (x.mean(0), f.mean(0)) if layer.bias is not None else (zero, zero)
+    x, missing = x - mean, (f - mean_float - (x - mean)) @ weight.t()  # what the output lacks
+    variance = float(((f - mean_float) @ weight.t()).double().square().sum()) + 1e-12
+    size = x.square().mean(0).sqrt().clamp_min(1e-8)
+    x = x / size
+    held = _held_out([len(i) for i in inputs], x.device)
+    fit, test = _Equations(x[~held], missing[~held]), _Equations(x[held], missing[held])
+    share = float(held.double().mean()) or 1.0
+    before = test.error(None) / (variance * share)
+    errors = {d: test.error(fit.solve(d)) / (variance * share) for d in DAMPINGS}
     best = min(errors, key=errors.__getitem__)
     if not errors[best] < before:
         return Compensation(None, before, before)
-    whole = _System(weight, quantized, floats, centred)
-    change = broadcast_from_0(whole.solve(best))
+    change = broadcast_from_0((fit + test).solve(best) / size).to(weight.dtype)
     layer.weight.copy_(layer.weight + change)
     if layer.bias is not None:
-        layer.bias.add_(weight @ whole.mean_float - (weight + change) @ whole.mean)
+        layer.bias.add_(weight @ mean_float - (weight + change) @ mean)
     return Compensation(best, before, errors[best])
 
 
-class _System:
-    """Normal equations of a layer on some images.
+def _held_out(tokens: list[int], device: torch.device) -> Tensor:
+    """Which tokens decide on the damping, ``(tokens,)``."""
+    held = [i % HELD_OUT == HELD_OUT - 1 for i in range(len(tokens))]
+    counts = torch.tensor(tokens, device=device)
+    return torch.tensor(held, device=device).repeat_interleave(counts)
+
+
+class _Equations:
+    """Normal equations of least squares: ``missing`` from ``x``.
 
     Args:
-        weight: Float weight, ``(out, C)``.
-        quantized: Quantized inputs.
-        floats: Inputs of the float model.
-        centred: Whether a bias takes up the means.
+        x: Inputs, ``(tokens, C)``.
+        missing: What is to be added to the outputs, ``(tokens, out)``.
     """
 
-    def __init__(
-        self, weight: Tensor, quantized: list[Tensor], floats: list[Tensor], centred: bool
-    ) -> None:
-        self.weight = weight
-        x, f = torch.cat(quantized), torch.cat(floats)
-        zero = x.new_zeros(x.shape[1])
-        self.mean = x.mean(0) if centred else zero
-        self.mean_float = f.mean(0) if centred else zero
-        x, f = x - self.mean, f - self.mean_float
-        self.size = x.square().mean(0).sqrt().clamp_min(1e-8)
-        x = x / self.size
-        self.variance = float((f @ weight.t()).double().square().sum()) + 1e-12
-        missing = (f - x * self.size) @ weight.t()  # what the output lacks
-        self.energy = float(missing.double().square().sum())
+    def __init__(self, x: Tensor, missing: Tensor) -> None:
         self.moments = (x.t() @ x).double()
         self.cross = (missing.t() @ x).double()
+        self.energy = missing.double().square().sum()
+
+    def __add__(self, other: '_Equations') -> '_Equations':
+        total = copy.copy(self)
+        total.moments = self.moments + other.moments
+        total.cross = self.cross + other.cross
+        total.energy = self.energy + other.energy
+        return total
 
     def solve(self, damping: float) -> Tensor:
-        """Change of the weight."""
+        """The solution, ``(out, C)``, float64."""
         moments = self.moments.clone()
-        moments.diagonal().add_(damping * self.moments.diagonal().mean())
+        moments.diagonal().add_(damping * self.moments.diagonal().mean().clamp_min(1e-12))
         lower = torch.linalg.cholesky(moments)
-        change = torch.cholesky_solve(self.cross.t(), lower).t()
-        return (change / self.size).to(self.weight.dtype)
+        return torch.cholesky_solve(self.cross.t(), lower).t()
 
-    def error(self, change: Tensor) -> float:
-        """Squared error relative to the output's variance."""
-        change = change.double() * self.size
-        explained = 2 * (change * self.cross).sum()
+    def error(self, change: Tensor | None) -> float:
+        """Squared error that a solution leaves; None for no change."""
+        if change is None:
+            return float(self.energy)
         quadratic = ((change @ self.moments) * change).sum()
-        return float((self.energy - explained + quadratic) / self.variance)
+        return float(self.energy - 2 * (change * self.cross).sum() + quadratic)

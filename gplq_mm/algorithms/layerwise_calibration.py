@@ -2,8 +2,8 @@
 """Input scales and float weights of one layer after the other, by the error of its output.
 
 The layers are taken in the order in which they run, each with inputs that the layers before have
-quantized: ``scale_migration`` chooses the input scales, ``activation_compensation`` fits the weights
-to the quantized inputs. All ranks look at the same tokens, so N ranks and one find the same.
+quantized: ``scale_migration`` chooses the input scales, ``activation_compensation`` fits the
+weights to the quantized inputs. All ranks look at the same tokens, so N ranks and one find the same.
 """
 
 from collections.abc import Iterator, Sequence
@@ -70,10 +70,11 @@ class LayerwiseResult:
         if self.compensations:
             fits = list(self.compensations.values())
             kept = sum(f.damping is None for f in fits)
+            before = median(f.error_before for f in fits)
             lines.append(
                 f'weights of {len(fits) - kept} layers fitted to quantized inputs, {kept} left as '
-                f'they were; output error on held-out images {median(f.error_before for f in fits):.2g}'
-                f' -> {median(f.error_after for f in fits):.2g} (medians)'
+                f'they were; output error on held-out images {before:.2g} -> '
+                f'{median(f.error_after for f in fits):.2g} (medians)'
             )
         return lines
 

@@ -11,7 +11,7 @@ Source: the strength is SmoothQuant's alpha (arXiv 2211.10438, equation 4), here
 zero point for each channel.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,8 +21,12 @@ from ..quantizers import QuantSpec, dequantize, qparams_from_range, quantize
 from ..quantizers.range_search import search_range
 
 STRENGTHS = (1.0, 0.85, 0.7, 0.5, 0.25, 0.0)
-CLIPS = (1.1, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
-MOST_SAMPLES = 2048
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_WEIGHT_STEPS = 10
+"""Candidates of the range of a folded weight: only the step's size is asked for."""
+WEIGHT_BITS = 4
+"""Bits at which the weight's error counts, whatever the recipe's: one stage-1 model serves all."""
+MOST_SAMPLES = 1024
 """Tokens of a linear layer that the error of its input is measured on."""
 
 
@@ -82,9 +86,7 @@ def _best_clip(
         zero_point = zero_point_of(scale, low, high, spec)
         error = errors.of_input(scale, zero_point)
         if best is not None and error >= best[1]:
-            if clip < 1:
-                break
-            continue
+            break
         best = clip, error, scale, zero_point
     assert best is not None
     return best
@@ -131,6 +133,7 @@ class _Errors:
 
     def __init__(self, layer: QuantizedLayer, samples: list[Tensor]) -> None:
         self.layer = layer
+        self.weight_spec = replace(layer.weight_quantizer.spec, num_bits=WEIGHT_BITS)
         self.weight = layer.weight.detach().float()
         self.shape = (-1, *[1] * (-1 - layer.channel_axis))
         self.gram: Tensor | None = None
@@ -168,7 +171,7 @@ class _Errors:
         if isinstance(self.layer, QuantLinear):
             left = (self.freedom / scale.double().square()).sum()
             return float(step.double().square().sum() * left / 12 / self.samples_scale)
-        spec = self.layer.weight_quantizer.spec
+        spec = self.weight_spec
         change = dequantize(quantize(rows, step, zero_point, *spec.quant_range), step, zero_point)
         change.sub_(rows)
         shape = self.layer.weight.movedim(self.layer.weight_axis, 0).shape
@@ -194,7 +197,7 @@ class _Errors:
 
     def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the folded weight, and step and zero point of each with the least error."""
-        layer, spec = self.layer, self.layer.weight_quantizer.spec
+        layer, spec = self.layer, self.weight_spec
         folded = self.weight * self._on_weight(scale)
         rows = folded.movedim(layer.weight_axis, 0).flatten(1)
         low, high = search_range(
@@ -204,7 +207,7 @@ class _Errors:
             rows.amax(1),
             lambda a, b: qparams_from_range(a, b, spec),
             spec.quant_range,
-            steps=20,
+            steps=_WEIGHT_STEPS,
             symmetric=spec.symmetric,
         )
         step, zero_point = qparams_from_range(low, high, spec)

@@ -4,7 +4,6 @@
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,12 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ..algorithms.calibration import (
-    RunPass,
     calibrate_activations,
     calibrate_trained_weights,
     is_calibrated,
 )
-from ..algorithms.scale_migration import migrate_scales, summary
+from ..algorithms.distributed import world
+from ..algorithms.layerwise_calibration import calibrate_layerwise
 from ..conversion import quantizers, set_quantization
 from ..evaluation import model_bytes, write_json
 from .calibration_data import CalibrationSet
@@ -36,6 +35,7 @@ from .checkpoint import (
     unwrap,
 )
 from .evaluate import evaluate, validation_key
+from .progress import ProgressLog
 from .resources import StageMeter
 from .run_report import RunReport
 from .stage2 import apply_stage2
@@ -44,6 +44,8 @@ from .teacher import attach_teacher, check_mimic_images, float_state_of, pca_ima
 from .teacher_cache import attach_teacher_cache, check_teacher_cache
 
 SOURCE_NAME = 'gplq_source.json'
+LAYERWISE_IMAGES = 64
+"""Calibration images, at the most, by which input scales and weights are fitted layer by layer."""
 
 
 class GPLQSession:
@@ -70,14 +72,14 @@ class GPLQSession:
     def prepare(
         self,
         source: Mapping[str, Any],
-        evaluate_fp32: bool,
+        scores: tuple[bool, bool],
         mimic: Mapping[str, Any] | None = None,
     ) -> None:
         """Calibration, teacher and FP32 score; skips what a resumed run has done.
 
         Args:
             source: Identity of the FP32 checkpoint.
-            evaluate_fp32: Whether to score the FP32 model.
+            scores: Whether to score the FP32 model, and the calibrated one.
             mimic: What the checkpoint that is resumed from holds of mimicking.
         """
         coverage = self.model.gplq.coverage.as_dict()
@@ -89,13 +91,14 @@ class GPLQSession:
         if fresh:
             float_state = float_state_of(self.model, quantization_keys(self.model))
             self._calibrate()  # first: it is short, and finds what is wrong with the model
-            check_start(
-                self.runner, self.calibration, float_state, self.report, self._calibrate
-            )
+            check_start(self.runner, self.calibration, float_state, self.report, self._calibrate)
         attach_teacher(self.model, source, float_state, pca_images(self.calibration), mimic)
         attach_teacher_cache(self.model, source)
         if fresh:
-            self._score_fp32(evaluate_fp32)
+            self._score_fp32(scores[0], float_state)
+            if scores[1] and self.runner.val_loop is not None:
+                metrics = evaluate(self.runner, self.runner.val_loop, 'calibrated')
+                self.report.update('calibration', metrics=metrics)
             save_resumable(self.runner, CALIBRATED_NAME)
 
     def start_epoch(self) -> None:
@@ -139,7 +142,9 @@ class GPLQSession:
         save_snapshot(final, os.path.join(self.runner.work_dir, FINAL_NAME))
         self.report.log_table()
 
-    def _score_fp32(self, wanted: bool) -> None:
+    def _score_fp32(self, wanted: bool, float_state: Mapping[str, torch.Tensor]) -> None:
+        calibrated = {k: v.clone() for k, v in self.model.state_dict().items() if k in float_state}
+        self.model.load_state_dict(float_state, strict=False)  # calibration fits weights
         set_quantization(self.model, False)
         self.report.update('fp32', model_bytes=model_bytes(self.model))
         metrics: dict[str, float] = {}
@@ -148,6 +153,7 @@ class GPLQSession:
             if wanted and self.runner.val_loop is not None:
                 metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
         set_quantization(self.model, True)
+        self.model.load_state_dict(calibrated, strict=False)
         self.report.update(
             'fp32',
             metrics=metrics,
@@ -161,21 +167,29 @@ class GPLQSession:
         with StageMeter() as meter:
             run_pass = self.calibration.run_pass(self.model, 'calibration')
             number = calibrate_activations(self.model, run_pass)
-            if self.recipe['calibration'].get('migrate'):
-                self._migrate(run_pass)
+            if any(self.recipe['calibration'].get(k) for k in ('migrate', 'compensate')):
+                self._calibrate_layerwise()
             number += calibrate_trained_weights(self.model)
         self.report.update('calibration', seconds=meter.seconds, quantizers=number)
         print_log(f'calibrated {number} quantizers in {meter.seconds:.1f} s', logger='current')
 
-
-    def _migrate(self, run_pass: RunPass) -> None:
-        """Choose how far each layer's input scales follow its channels."""
-        training = self.model.training
-        chosen = migrate_scales(self.model.eval(), run_pass)
+    def _calibrate_layerwise(self) -> None:
+        """Input scales and float weights by the error of each layer's output."""
+        settings, training = self.recipe['calibration'], self.model.training
+        number, size = len(self.calibration.indices), len(self.calibration.batches[0])
+        most = max(LAYERWISE_IMAGES, size * world()[1])
+        images = self.calibration.sample(min(number, most), size, most, 'calibration')
+        result = calibrate_layerwise(
+            self.model.eval(),
+            images.run_pass(self.model, 'calibration by layer'),
+            migrate=settings.get('migrate', False),
+            compensate_weights=settings.get('compensate', False),
+            progress=ProgressLog('calibration by layer'),
+        )
         self.model.train(training)
-        if chosen:
-            print_log(summary(chosen), logger='current')
-        self.report.update('calibration', migration={n: asdict(c) for n, c in chosen.items()})
+        for line in result.summary():
+            print_log(line, logger='current')
+        self.report.update('calibration', layers=result.as_dict())
 
 
 def require_runs(model: Any, batch: Any) -> None:

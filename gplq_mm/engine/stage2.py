@@ -27,6 +27,7 @@ from .calibration_data import CalibrationSet
 from .checkpoint import FINAL_NAME, record, save_snapshot, short_sha256, snapshot, unwrap
 from .evaluate import evaluate, validation_key
 from .output_probe import OutputProbe
+from .progress import ProgressLog
 from .resources import StageMeter
 from .run_report import RunReport
 
@@ -80,7 +81,7 @@ def apply_stage2(
             model,
             recipe,
             run_pass,
-            _log_progress,
+            ProgressLog('stage 2'),
             MMLogger.get_current_instance(),
             seed=recipe['calibration']['seed'],
             folder=folder,
@@ -191,8 +192,3 @@ def _require_stage1(model: Any) -> None:
 def _source(runner: Runner) -> Mapping[str, Any]:
     """Identity of the FP32 checkpoint, as the hook read it from the stage-1 checkpoint."""
     return next((h.source for h in runner.hooks if hasattr(h, 'source')), {})
-
-
-def _log_progress(name: str, index: int, total: int) -> None:
-    if is_main_process() and (index + 1 == total or index % max(total // 5, 1) == 0):
-        print_log(f'stage 2: {index + 1}/{total} {name}', logger='current')
