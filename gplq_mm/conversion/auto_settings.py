@@ -19,6 +19,7 @@ MEASURED_ITERATIONS = 390
 """Iterations of stage 1 with which it was chosen."""
 _DETECTOR: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 32,
+    ('calibration', 'batch_size'): 1,
     ('optim', 'lr'): 5e-5,
     ('optim', 'lr_iterations'): 0,
     ('optim', 'scale_lr'): 5e-4,
@@ -27,6 +28,7 @@ _DETECTOR: dict[tuple[str, str], Any] = {
 }
 _CLASSIFIER: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 128,
+    ('calibration', 'batch_size'): 8,
     ('optim', 'lr'): 1e-3,
     ('optim', 'lr_iterations'): MEASURED_ITERATIONS,
     ('optim', 'scale_lr'): 1e-3,

@@ -70,7 +70,7 @@ def _ours() -> dict[str, Any]:
     recipe = copy.deepcopy(_FORMER)
     recipe['activation'].update(granularity='per_channel', codes='uniform')
     recipe['rules'] = copy.deepcopy(_RULES)
-    recipe['calibration']['migrate'] = True
+    recipe['calibration'].update(batch_size='auto', migrate=True, compensate=True)
     recipe['gate'] = {'num_images': 32, 'max_feature_error': 0.5, 'action': 'stop'}
     recipe['optim']['scale_step'] = 'relative'
     return recipe

@@ -42,7 +42,7 @@ _RATES = ('lr', 'scale_lr', 'weight_decay', 'scale_weight_decay')
 _KEYS: dict[str, set[str] | None] = {
     'activation': _SETTING_KEYS | {'enabled'},
     'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
-    'calibration': {'num_images', 'seed', 'batch_size', 'all_if_fewer', 'migrate'},
+    'calibration': {'num_images', 'seed', 'batch_size', 'all_if_fewer', 'migrate', 'compensate'},
     'optim': {*_RATES, 'lr_iterations', 'betas', 'train', 'drop_rates', 'scale_step'},
     'stage2': None,
 }
@@ -267,10 +267,9 @@ def _check_calibration(calibration: Mapping[str, Any]) -> None:
                 f'recipe.calibration.{key}={value!r}: write a positive integer; an empty '
                 'calibration set cannot set a range'
             )
-    if not isinstance(calibration.get('migrate', False), bool):
-        raise ValueError(
-            f'recipe.calibration.migrate={calibration["migrate"]!r}: write True or False'
-        )
+    for key in ('migrate', 'compensate'):
+        if not isinstance(calibration.get(key, False), bool):
+            raise ValueError(f'recipe.calibration.{key}={calibration[key]!r}: write True or False')
     if not _is_int(calibration['seed']) or calibration['seed'] < 0:
         raise ValueError(
             f'recipe.calibration.seed={calibration["seed"]!r}: write an integer from 0'
