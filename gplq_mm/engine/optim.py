@@ -67,7 +67,7 @@ class GPLQOptimWrapperConstructor:
             ids = _scale_ids(network)
             groups = built.optimizer.param_groups
             scales = [p for group in groups for p in group['params'] if id(p) in ids]
-            setattr(built, '_relative_steps', RelativeSteps(built.optimizer, scales))
+            RelativeSteps(built.optimizer, scales)  # lives as hooks of the optimizer
         setattr(built, _OF_RECIPE, of_recipe)
         return built
 

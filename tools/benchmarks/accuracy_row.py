@@ -70,9 +70,13 @@ def row_config(job: dict[str, Any]) -> Config:
     return cfg
 
 
+def _hook(evaluate_fp32: bool) -> dict[str, Any]:
+    return dict(type='gplq_mm.GPLQHook', evaluate_fp32=evaluate_fp32, evaluate_calibrated=True)
+
+
 def _set_hooks(cfg: Config, evaluate_fp32: bool) -> None:
     others = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'gplq_mm.GPLQHook']
-    cfg.custom_hooks = [*others, dict(type='gplq_mm.GPLQHook', evaluate_fp32=evaluate_fp32)]
+    cfg.custom_hooks = [*others, _hook(evaluate_fp32)]
     hooks = cfg.setdefault('default_hooks', ConfigDict())
     # a killed row starts again: stage 1's own checkpoint is the only one worth its bytes
     hooks['checkpoint'] = ConfigDict(type='CheckpointHook', interval=-1, save_last=False)
@@ -144,9 +148,10 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         'calibration_seconds': report.get('calibration', {}).get('seconds', 0.0),
         'stage1_seconds': stage1.get('seconds', 0.0),
         'stage1_memory_bytes': stage1.get('peak_memory_bytes', 0),
+        'calibrated': _percent(report.get('calibration', {}).get('metrics', {}), metric),
     }
     if before:
-        parts = {key: before[key] for key in parts}
+        parts = {key: before.get(key) for key in parts}
     seconds = parts['calibration_seconds'] + parts['stage1_seconds'] + last['seconds']
     return {
         'fp32': _percent(report.get('fp32', {}).get('metrics', {}), metric),
@@ -158,6 +163,7 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
         'device': device_name(),
         **parts,
         'stage2_seconds': last['seconds'],
+        'feature_error': last.get('feature_error'),
         'stage1_key': job['stage1_key'],
         'fingerprint': job['fingerprint'],
     }

@@ -32,12 +32,14 @@ class GPLQHook(Hook):
 
     Args:
         evaluate_fp32: Score the FP32 model first (the report's first column).
+        evaluate_calibrated: Score the calibrated model too, before any training.
     """
 
     priority = 'LOW'  # after the EMA hook, before the checkpoint hook
 
-    def __init__(self, evaluate_fp32: bool = True) -> None:
+    def __init__(self, evaluate_fp32: bool = True, evaluate_calibrated: bool = False) -> None:
         self.evaluate_fp32 = evaluate_fp32
+        self.evaluate_calibrated = evaluate_calibrated
         self.session: GPLQSession | None = None
         self.source: dict[str, Any] = {}
         self.stage = 'calibrated'
@@ -88,7 +90,8 @@ class GPLQHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Calibration, FP32 score, teacher."""
         assert self.session is not None
-        self.session.prepare(self.source, self.evaluate_fp32, self.mimic)
+        scores = self.evaluate_fp32, self.evaluate_calibrated
+        self.session.prepare(self.source, scores, self.mimic)
         self.stage = 'stage1'
 
     def before_train_epoch(self, runner: Runner) -> None:
