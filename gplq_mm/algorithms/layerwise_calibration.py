@@ -3,7 +3,7 @@
 
 The layers are taken in the order in which they run, each with inputs that the layers before have
 quantized: ``scale_migration`` chooses the input scales, ``activation_compensation`` fits the
-weights to the quantized inputs. All ranks look at the same tokens, so N ranks and one find the same.
+weights to the quantized inputs. All ranks look at the same tokens: N ranks and one find the same.
 """
 
 from collections.abc import Iterator, Sequence

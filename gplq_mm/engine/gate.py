@@ -91,6 +91,11 @@ class Gate:
                 return found
             return GateResult(number, limit, found.figures, self.meter.role_errors())
 
+    def figures(self) -> StartFigures:
+        """Figures of the model as it is."""
+        with _evaluating(self.model):
+            return self.meter.figures()
+
     def unavailable(self) -> str | None:
         """Why the model gives no features that could be compared; None where it does."""
         try:

@@ -35,12 +35,19 @@ from .checkpoint import (
     unwrap,
 )
 from .evaluate import evaluate, validation_key
+from .gate import Gate
 from .progress import ProgressLog
 from .resources import StageMeter
 from .run_report import RunReport
 from .stage2 import apply_stage2
 from .start import check_start
-from .teacher import attach_teacher, check_mimic_images, float_state_of, pca_images
+from .teacher import (
+    attach_teacher,
+    check_mimic_images,
+    float_state_of,
+    pca_images,
+    read_float,
+)
 from .teacher_cache import attach_teacher_cache, check_teacher_cache
 
 SOURCE_NAME = 'gplq_source.json'
@@ -91,10 +98,16 @@ class GPLQSession:
         if fresh:
             float_state = float_state_of(self.model, quantization_keys(self.model))
             self._calibrate()  # first: it is short, and finds what is wrong with the model
-            check_start(self.runner, self.calibration, float_state, self.report, self._calibrate)
+            check_start(
+                self.runner,
+                self.calibration,
+                float_state,
+                self.report,
+                self._calibrate,
+            )
         attach_teacher(self.model, source, float_state, pca_images(self.calibration), mimic)
         attach_teacher_cache(self.model, source)
-        if fresh:
+        if float_state is not None:
             self._score_fp32(scores[0], float_state)
             if scores[1] and self.runner.val_loop is not None:
                 metrics = evaluate(self.runner, self.runner.val_loop, 'calibrated')
@@ -137,10 +150,24 @@ class GPLQSession:
             self.record_stage1(evaluate(self.runner, loop, 'stage 1'))
         self.report.count_macs(self.model, next(iter(self.calibration)))
         apply_stage2(self.runner, self.recipe, self.calibration, self.report)
+        self._measure_final(source)
         final = snapshot(self.runner, dataset, through_hooks=False)
         final['gplq'] = record(self.model, 'stage2', source)
         save_snapshot(final, os.path.join(self.runner.work_dir, FINAL_NAME))
         self.report.log_table()
+
+    def _measure_final(self, source: Mapping[str, Any]) -> None:
+        """Feature error after both stages, on the images of the gate."""
+        settings, path = self.recipe.get('gate'), str(source.get('path', ''))
+        if settings is None or not os.path.isfile(path):
+            return
+        own = self.model.state_dict()
+        float_state = {k: v for k, v in read_float(source).items() if k in own}
+        gate = Gate(self.model, self.calibration, float_state, settings)
+        if gate.unavailable() is None:
+            error = gate.figures().feature_error
+            self.report.update('stage2', feature_error=error)
+            print_log(f'feature error after both stages: {error:.3g}', logger='current')
 
     def _score_fp32(self, wanted: bool, float_state: Mapping[str, torch.Tensor]) -> None:
         calibrated = {k: v.clone() for k, v in self.model.state_dict().items() if k in float_state}

@@ -48,7 +48,7 @@ def attach_teacher(
         return
     device = next(model.parameters()).device
     teacher = MODELS.build(copy.deepcopy(model.gplq.float_cfg))
-    state = float_state if float_state is not None else _read_float(source)
+    state = float_state if float_state is not None else read_float(source)
     load_float_(teacher, {'state_dict': dict(state)})
     model.attach_teacher(teacher.to(device))
     print_log(f'mimicking: {model.mimic} against {source["path"]}', logger='current')
@@ -98,7 +98,15 @@ def float_state_of(model: nn.Module, added: set[str]) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items() if k not in added}
 
 
-def _read_float(source: Mapping[str, Any]) -> dict[str, Tensor]:
+def read_float(source: Mapping[str, Any]) -> dict[str, Tensor]:
+    """FP32 weights that a run began with.
+
+    Args:
+        source: ``path`` and ``sha256`` of their checkpoint.
+
+    Raises:
+        ValueError: If the file is gone or another one than recorded.
+    """
     found = file_sha256(source['path'])
     if source.get('sha256') and found != source['sha256']:
         raise ValueError(
