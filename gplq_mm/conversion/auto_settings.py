@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Settings that a recipe leaves to the task: ``auto`` means another number for a detector.
 
-A detector has thousands of tokens an image; a classifier has few and takes larger steps, the
-wider it is and the shorter stage 1 the smaller (``docs/accuracy.md``).
+A detector has thousands of tokens an image; a classifier has few. A small classifier takes large
+steps, smaller ones where stage 1 is short; a pretrained one hardly moves (``docs/accuracy.md``).
 """
 
 import copy
@@ -13,10 +13,18 @@ from typing import Any
 from torch import nn
 
 AUTO = 'auto'
-MEASURED_WIDTH = 128
-"""Width of the classifier on which the learning rate was chosen."""
 MEASURED_ITERATIONS = 390
 """Iterations of stage 1 with which it was chosen."""
+PRETRAINED_WIDTH = 192
+"""From this width on a classifier is taken for a pretrained one: the smallest published ViT's."""
+_PRETRAINED: dict[tuple[str, str], Any] = {
+    ('optim', 'lr'): 1e-6,
+    ('optim', 'lr_iterations'): 0,
+    ('optim', 'scale_lr'): 1e-4,
+    ('optim', 'betas'): [0.9, 0.999],
+}
+"""Larger steps take pretrained features apart (``docs/accuracy.md``); the rate is the paper's at a
+batch of 16."""
 _DETECTOR: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 32,
     ('calibration', 'batch_size'): 1,
@@ -58,6 +66,13 @@ def may_be_auto(section: str, key: str) -> bool:
     return (section, key) in _DETECTOR
 
 
+def _of_width(width: float, is_former: bool) -> dict[tuple[str, str], Any]:
+    """What a classifier's width changes of its settings."""
+    if is_former:  # the rate fell as the inverse of the width from 128 on
+        return {('optim', 'lr'): float(f'{1e-3 * min(1.0, 128 / width):.2g}')}
+    return _PRETRAINED if width >= PRETRAINED_WIDTH else {}
+
+
 def settle_auto(
     recipe: Mapping[str, Any], is_detector: bool, width: float | None = None
 ) -> dict[str, Any]:
@@ -66,8 +81,8 @@ def settle_auto(
     Args:
         recipe: Resolved recipe.
         is_detector: Whether the model is a detector.
-        width: Of ``typical_width``: a classifier's learning rate falls as its inverse from
-            ``MEASURED_WIDTH`` on, as Adam's steps should (arXiv 2203.03466, table 3).
+        width: Of ``typical_width``: from ``PRETRAINED_WIDTH`` on a classifier is taken for a
+            pretrained one, whose weights and scales move less.
 
     A learning rate that the recipe gives as a number is taken as it is: ``lr_iterations`` is 0
     then unless it is given too.
@@ -75,17 +90,19 @@ def settle_auto(
     Examples:
         >>> settle_auto({'optim': {'lr': 'auto'}}, is_detector=True)
         {'optim': {'lr': 5e-05}}
-        >>> settle_auto({'optim': {'lr': 'auto'}}, is_detector=False, width=384)
-        {'optim': {'lr': 0.00033}}
+        >>> optim = {'lr': 'auto', 'scale_step': 'relative'}
+        >>> settle_auto({'optim': optim}, is_detector=False, width=384)['optim']['lr']
+        1e-06
     """
     settled = copy.deepcopy(dict(recipe))
     optim = settled.get('optim', {})
     if optim.get('lr') != AUTO and optim.get('lr_iterations') == AUTO:
         optim['lr_iterations'] = 0
-    for (section, key), value in (_DETECTOR if is_detector else _CLASSIFIER).items():
+    values = dict(_DETECTOR if is_detector else _CLASSIFIER)
+    if not is_detector and width is not None:
+        values |= _of_width(width, is_former='scale_step' not in optim)
+    for (section, key), value in values.items():
         if settled.get(section, {}).get(key) == AUTO:
-            if (section, key) == ('optim', 'lr') and width and not is_detector:
-                value = float(f'{value * min(1.0, MEASURED_WIDTH / width):.2g}')
             settled[section][key] = copy.copy(value)
             if key == 'num_images':  # nobody asked for a number: a small set gives what it has
                 settled[section]['all_if_fewer'] = True

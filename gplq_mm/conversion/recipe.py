@@ -296,6 +296,11 @@ def _check_optim(optim: Mapping[str, Any]) -> None:
         raise ValueError(
             f'recipe.optim.scale_step={optim["scale_step"]!r}: write one of {SCALE_STEPS}'
         )
+    if optim.get('scale_step') == 'relative' and optim['scale_weight_decay']:
+        raise ValueError(
+            f'recipe.optim.scale_weight_decay={optim["scale_weight_decay"]!r} has no effect on '
+            "steps in proportion to the scales; write 0.0, or scale_step='absolute'"
+        )
     for key in _RATES:
         if not (_is_rate(optim[key]) or (may_be_auto('optim', key) and optim[key] == AUTO)):
             raise ValueError(f'recipe.optim.{key}={optim[key]!r}: write a number from 0')

@@ -26,8 +26,8 @@ def test_a_given_number_stays() -> None:
 def test_other_settings_cannot_be_auto() -> None:
     with pytest.raises(ValueError, match=r"weight_decay='auto'"):
         resolve_recipe(dict(optim=dict(weight_decay='auto')))
-    with pytest.raises(ValueError, match=r"batch_size='auto'"):
-        resolve_recipe(dict(calibration=dict(batch_size='auto')))
+    with pytest.raises(ValueError, match=r"scale_weight_decay='auto'"):
+        resolve_recipe(dict(optim=dict(scale_weight_decay='auto')))
 
 
 def test_detectors_keep_their_drop_rates_and_classifiers_drop_nothing() -> None:
@@ -47,13 +47,22 @@ def test_settled_recipes_share_no_list() -> None:
     assert one['optim']['betas'] is not two['optim']['betas']
 
 
-@pytest.mark.parametrize(('width', 'lr'), [(None, 1e-3), (64, 1e-3), (128, 1e-3), (768, 1.7e-4)])
-def test_wide_classifiers_take_smaller_steps(width: float | None, lr: float) -> None:
+@pytest.mark.parametrize(
+    ('width', 'rates'),
+    [(None, (1e-3, 1e-3, 390)), (128, (1e-3, 1e-3, 390)), (192, (1e-6, 1e-4, 0))],
+)
+def test_pretrained_classifiers_hardly_move(width: float | None, rates: tuple) -> None:
     found = settle_auto(resolve_recipe('w4a4'), False, width)['optim']
-    assert (found['lr'], found['scale_lr']) == (lr, 1e-3)
+    assert (found['lr'], found['scale_lr'], found['lr_iterations']) == rates
     assert settle_auto(resolve_recipe('w4a4'), True, width)['optim']['lr'] == 5e-5
     given = resolve_recipe(dict(base='w4a4', optim=dict(lr=2e-3)))
     assert settle_auto(given, False, width)['optim']['lr'] == 2e-3
+
+
+@pytest.mark.parametrize(('width', 'lr'), [(None, 1e-3), (128, 1e-3), (768, 1.7e-4)])
+def test_former_presets_keep_their_rates(width: float | None, lr: float) -> None:
+    found = settle_auto(resolve_recipe('w4a4_v1'), False, width)['optim']
+    assert (found['lr'], found['scale_lr']) == (lr, 1e-3)
 
 
 def test_a_given_learning_rate_holds_for_any_length() -> None:

@@ -145,3 +145,26 @@ def test_scopes():
     assert scope_prefixes('backbone+neck') == ('backbone', 'neck')
     assert scope_prefixes('all') == ('',)
     assert scope_prefixes(('a', 'b.c')) == ('a', 'b.c')
+
+
+def test_a_decay_that_relative_steps_would_ignore_is_refused() -> None:
+    with pytest.raises(ValueError, match='scale_weight_decay=0.1 has no effect'):
+        resolve_recipe(dict(optim=dict(scale_weight_decay=0.1)))
+    absolute = dict(scale_weight_decay=0.1, scale_step='absolute')
+    assert resolve_recipe(dict(optim=absolute))['optim']['scale_weight_decay'] == 0.1
+
+
+@pytest.mark.parametrize(
+    ('recipe', 'message'),
+    [
+        (dict(calibration=dict(migrate='yes')), r"calibration.migrate='yes': write True or False"),
+        (dict(calibration=dict(compensate=1)), r'calibration.compensate=1: write True or False'),
+        (dict(optim=dict(scale_step='log')), r"scale_step='log': write one of"),
+        (dict(activation=dict(granularity='per_token')), r"granularity='per_token' is unknown"),
+        (dict(weight=dict(granularity='per_row')), r'a weight has no rows to follow'),
+        (dict(activation=dict(codes='log3')), r"codes='log3' is unknown"),
+    ],
+)
+def test_new_keys_are_checked(recipe: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve_recipe(recipe)
