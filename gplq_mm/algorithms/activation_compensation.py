@@ -18,7 +18,7 @@ from torch import Tensor
 from ..modules import QuantLinear
 from .distributed import broadcast_from_0
 
-DAMPINGS = (0.1, 0.3, 1.0, 3.0)
+DAMPINGS = (0.03, 0.1, 0.3, 1.0)
 """Added to the inputs' correlation matrix."""
 HELD_OUT = 4
 """Each so-manieth image decides on the damping."""

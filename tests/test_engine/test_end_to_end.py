@@ -52,6 +52,16 @@ def test_report_has_every_stage_under_stock_metric_names(
     assert content['seed'] == 3
 
 
+def codes_of(state: dict[str, torch.Tensor], layer: str) -> torch.Tensor:
+    """Codes of a weight, ``(rows, elements)``: a multiple of its scale, input scale folded in."""
+    weight, scale = state[f'{layer}.weight'], state[f'{layer}.input_quantizer.scale']
+    if scale.dim():
+        weight = weight * scale.view(1, -1, *[1] * (weight.dim() - 2))
+    codes = weight.flatten(1) / state[f'{layer}.weight_quantizer.scale'][:, None]
+    assert torch.allclose(codes, codes.round(), atol=1e-3)
+    return codes.round()
+
+
 def test_stage1_trains_scales_and_weights_and_stage2_puts_weights_on_a_grid(
     run: tuple[TinyProject, Path, Path],
 ) -> None:
@@ -64,7 +74,7 @@ def test_stage1_trains_scales_and_weights_and_stage2_puts_weights_on_a_grid(
         assert bool(final[f'{layer}.weight_quantizer.calibrated'])
         low, high = final[f'{layer}.weight_quantizer.quant_range'].tolist()
         weight = final[f'{layer}.weight']
-        for row in weight.flatten(1)[:4]:
+        for row in codes_of(final, layer)[:4]:
             assert len(row.unique()) <= high - low + 1
         assert not torch.equal(weight, stage1[f'{layer}.weight'])
 

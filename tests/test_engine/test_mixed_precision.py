@@ -80,9 +80,11 @@ def test_every_free_operand_is_measured(mixed: Path, config: Path) -> None:
     operands = find_operands(model, model.gplq.recipe['rules'])
     assert list(data['operands']) == [k for k, o in operands.items() if not o.pinned]
     assert set(data['sketches']) == set(data['operands'])
-    for operand in data['operands'].values():
+    for key, operand in data['operands'].items():
         assert set(operand['damage']) == {'2', '3', '4'}
-        assert operand['damage']['2'] > operand['damage']['4'] > 0
+        assert operand['damage']['2'] >= operand['damage']['4'] > 0
+        if operands[key].role != 'softmax':  # on flat rows all powers of two but the first are idle
+            assert operand['damage']['2'] > operand['damage']['4']
         assert operand['weights'] > 0 or operand['elements'] > 0
 
 
