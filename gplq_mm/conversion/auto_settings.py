@@ -15,6 +15,8 @@ from torch import nn
 AUTO = 'auto'
 MEASURED_ITERATIONS = 390
 """Iterations of stage 1 with which it was chosen."""
+MANY_BATCHES = 16
+"""Batches that few calibration images are still dealt in."""
 PRETRAINED_WIDTH = 192
 """From this width on a classifier is taken for a pretrained one: the smallest published ViT's."""
 _PRETRAINED: dict[tuple[str, str], Any] = {
@@ -103,6 +105,8 @@ def settle_auto(
         values |= _of_width(width, is_former='scale_step' not in optim)
     for (section, key), value in values.items():
         if settled.get(section, {}).get(key) == AUTO:
+            if key == 'batch_size':  # enough batches for several GPUs, whatever their number
+                value = max(1, min(value, settled[section]['num_images'] // MANY_BATCHES))
             settled[section][key] = copy.copy(value)
             if key == 'num_images':  # nobody asked for a number: a small set gives what it has
                 settled[section]['all_if_fewer'] = True

@@ -83,3 +83,10 @@ def test_the_width_is_that_of_the_layers_there_are() -> None:
     assert typical_width(nn.Conv2d(3, 8, 1)) is None
     stages = [nn.Linear(48, 48), nn.Linear(96, 96), nn.Linear(192, 192)]
     assert typical_width(nn.Sequential(*stages)) == 96
+
+
+@pytest.mark.parametrize(('images', 'batch'), [('auto', 8), (128, 8), (40, 2), (8, 1)])
+def test_few_calibration_images_make_small_batches(images: int | str, batch: int) -> None:
+    recipe = resolve_recipe(dict(calibration=dict(num_images=images)))
+    assert settle_auto(recipe, is_detector=False)['calibration']['batch_size'] == batch
+    assert settle_auto(recipe, is_detector=True)['calibration']['batch_size'] == 1
