@@ -138,8 +138,15 @@ def _calibrate(
     if migrate and layer.folds_input_scale:
         joined = [torch.cat(samples)] if isinstance(layer, QuantLinear) else samples
         result.choices[name] = migrate_scale(layer, joined)
-    if floats is not None and isinstance(layer, QuantLinear) and _paired(samples, floats):
+    if floats is None or not isinstance(layer, QuantLinear) or _is_frozen(layer):
+        return
+    if _paired(samples, floats):
         result.compensations[name] = compensate(layer, samples, floats)
+
+
+def _is_frozen(layer: QuantLinear) -> bool:
+    """Whether the recipe or the project keeps a layer's weight as it is."""
+    return isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
 
 
 def _paired(samples: list[Tensor], floats: list[Tensor]) -> bool:
