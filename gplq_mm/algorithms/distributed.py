@@ -36,7 +36,7 @@ def synchronize_observer(quantizer: FakeQuantizer) -> None:
     for name, how in observer.reductions.items():
         value = getattr(observer, name)
         if how == 'gather':
-            setattr(observer, name, _interleave(value, device))
+            setattr(observer, name, interleave(value, device))
         else:
             setattr(observer, name, _all_reduce(value, how, observer, rows, device))
     updates = torch.tensor(observer.num_updates, device=device)
@@ -100,8 +100,8 @@ def _all_reduce(
     return value
 
 
-def _interleave(updates: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Updates of all ranks in image order: rank r holds images r, r + world, ..."""
+def interleave(updates: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Tensors of all ranks in image order: rank r holds images r, r + world, ..."""
     shares: list[list[Tensor]] = gather([u.cpu() for u in updates])
     longest = max(len(share) for share in shares)
     ordered = [s[i] for i in range(longest) for s in shares if i < len(s)]

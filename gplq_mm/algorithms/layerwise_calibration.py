@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import quantized_layers
+from ..conversion import quantized_layers, quantizers
 from ..modules import QuantizedLayer, QuantLinear
-from ..quantizers import FakeQuantizer
 from .activation_compensation import Compensation, compensate
 from .calibration import Progress, RunPass
-from .distributed import gather, on_all_ranks, world
+from .distributed import gather, interleave, on_all_ranks, world
 from .float_weights import copy_biases, copy_weights, float_weights
+from .gate import floating
 from .scale_migration import Choice, migrate_scale
 from .streaming import CallStore, Unit, UnitStream, find_units
 from .streaming.stream import layer_inputs
@@ -106,7 +106,7 @@ def calibrate_layerwise(
 
     @contextmanager
     def as_float() -> Iterator[None]:
-        with _unquantized(model), float_weights(layers, weights, biases):
+        with floating(quantizers(model).values()), float_weights(layers, weights, biases):
             yield
 
     stream = UnitStream(model, units, run_pass)
@@ -178,7 +178,9 @@ def _samples(unit: Unit, names: Sequence[str], inputs: CallStore) -> dict[str, l
             break
         for name, found in layer_inputs(unit, taken, inputs[index]).items():
             own[name].append(_taken(torch.cat(found), is_linear(unit, name), calls))
-    return {name: _of_all_ranks(x) for name, x in own.items()}
+    if ranks == 1:
+        return own
+    return {name: interleave(x, unit.layers[name].weight.device) for name, x in own.items()}
 
 
 def is_linear(unit: Unit, name: str) -> bool:
@@ -192,27 +194,3 @@ def _taken(x: Tensor, tokens: bool, calls: int) -> Tensor:
         return x.float()
     x = x.reshape(-1, x.shape[-1])
     return x[:: max(1, len(x) * calls // TOKENS)].float()
-
-
-def _of_all_ranks(own: list[Tensor]) -> list[Tensor]:
-    """Tensors of all ranks in image order: rank r holds images r, r + world, ..."""
-    if world()[1] == 1:
-        return own
-    shares = gather([x.cpu() for x in own])
-    longest = max(map(len, shares))
-    device = own[0].device
-    return [s[i].to(device) for i in range(longest) for s in shares if i < len(s)]
-
-
-@contextmanager
-def _unquantized(model: nn.Module) -> Iterator[None]:
-    """While open, every quantizer is off."""
-    found = [m for m in model.modules() if isinstance(m, FakeQuantizer)]
-    enabled = [q.enabled for q in found]
-    try:
-        for quantizer in found:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer, value in zip(found, enabled, strict=True):
-            quantizer.enabled = value
