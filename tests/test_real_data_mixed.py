@@ -22,8 +22,8 @@ from gplq_mm.algorithms.weight_ptq import build_weight_ptq
 from gplq_mm.conversion import set_quantization
 from tests.test_real_data import build, cifar
 
-W3: dict[str, Any] = dict(
-    base='w4a4', weight=dict(num_bits=3, ptq='minmax'), activation=dict(observer='minmax')
+W3: dict[str, Any] = dict(  # per-tensor inputs: weights are quantized without calibration
+    base='w4a4_v1', weight=dict(num_bits=3, ptq='minmax'), activation=dict(observer='minmax')
 )
 BITS = [2, 3, 4]
 

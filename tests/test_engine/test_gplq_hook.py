@@ -10,9 +10,10 @@ import torch
 from mmengine.runner import Runner
 
 from gplq_mm.engine.hooks import GPLQHook
+from gplq_mm.modules import QuantLinear
 from gplq_mm.utils.checkpoint_io import read_checkpoint
 from tests.helpers.gplq_runs import report, weights
-from tests.helpers.runners import float_config, gplq_config, make_runner, save_float
+from tests.helpers.runners import RECIPE, float_config, gplq_config, make_runner, save_float
 from tests.helpers.tiny_projects import TinyProject
 
 from .conftest import FinishedRun
@@ -62,10 +63,31 @@ def test_every_checkpoint_states_what_it_is(finished: FinishedRun, name: str, st
     assert len(told['float_checkpoint']['sha256']) == 64
 
 
-def test_calibration_leaves_the_float_weights_alone(finished: FinishedRun) -> None:
+def test_calibration_fits_the_weights_of_quantized_linear_layers_alone(
+    finished: FinishedRun,
+) -> None:
     fp32 = read_checkpoint(finished.checkpoint)['state_dict']
     calibrated = weights(finished.work_dir / 'gplq_calibrated.pth')
-    assert all(torch.equal(calibrated[k], v) for k, v in fp32.items())
+    changed = {k.rpartition('.')[0] for k, v in fp32.items() if not torch.equal(calibrated[k], v)}
+    linear = {
+        name
+        for name, module in finished.runner.model.named_modules()
+        if isinstance(module, QuantLinear)
+    }
+    assert changed and changed <= linear
+
+
+def test_calibration_without_compensation_leaves_the_float_weights_alone(
+    project: TinyProject, fp32: Path, tmp_path: Path
+) -> None:
+    recipe = {**RECIPE, 'calibration': {'num_images': 4, 'compensate': False}}
+    cfg = gplq_config(project, fp32, tmp_path, recipe)
+    cfg.train_cfg.max_epochs = 0
+    make_runner(cfg).train()
+    calibrated = weights(tmp_path / 'gplq_calibrated.pth')
+    assert all(
+        torch.equal(calibrated[k], v) for k, v in read_checkpoint(fp32)['state_dict'].items()
+    )
 
 
 def train(cfg: Any) -> Runner:

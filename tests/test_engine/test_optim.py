@@ -25,7 +25,14 @@ from gplq_mm.engine import GPLQOptimWrapperConstructor
 from gplq_mm.engine.optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from tests.helpers.models import Detector
 
-OPTIM = dict(lr=1e-3, scale_lr=5e-3, weight_decay=0.02, scale_weight_decay=0.01, betas=[0.8, 0.9])
+OPTIM = dict(
+    lr=1e-3,
+    scale_lr=5e-3,
+    weight_decay=0.02,
+    scale_weight_decay=0.01,
+    scale_step='absolute',  # relative steps refuse weight decay of scales
+    betas=[0.8, 0.9],
+)
 CONSTRUCTOR = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor')
 
 
