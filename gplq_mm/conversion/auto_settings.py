@@ -22,17 +22,18 @@ PRETRAINED_WIDTH = 192
 _PRETRAINED: dict[tuple[str, str], Any] = {
     ('optim', 'lr'): 1e-6,
     ('optim', 'lr_iterations'): 0,
-    ('optim', 'scale_lr'): 1e-4,
-    ('optim', 'betas'): [0.9, 0.999],
+    ('optim', 'vector_lr'): 1e-3,
+    ('optim', 'betas'): [0.9, 0.95],
 }
-"""Larger steps take pretrained features apart (``docs/accuracy.md``); the rate is the paper's at a
-batch of 16."""
+"""Larger steps of weights take pretrained features apart, while scales, biases and gains bring them
+back (``docs/accuracy.md``); the weights' rate is the paper's at a batch of 16."""
 _DETECTOR: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 32,
     ('calibration', 'batch_size'): 1,
     ('optim', 'lr'): 5e-5,
     ('optim', 'lr_iterations'): 0,
     ('optim', 'scale_lr'): 5e-4,
+    ('optim', 'vector_lr'): None,
     ('optim', 'betas'): [0.9, 0.999],
     ('optim', 'drop_rates'): 'keep',
 }
@@ -42,6 +43,7 @@ _CLASSIFIER: dict[tuple[str, str], Any] = {
     ('optim', 'lr'): 1e-3,
     ('optim', 'lr_iterations'): MEASURED_ITERATIONS,
     ('optim', 'scale_lr'): 1e-3,
+    ('optim', 'vector_lr'): None,
     ('optim', 'betas'): [0.9, 0.99],
     ('optim', 'drop_rates'): 'off',
 }

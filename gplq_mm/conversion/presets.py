@@ -72,7 +72,7 @@ def _ours() -> dict[str, Any]:
     recipe['rules'] = copy.deepcopy(_RULES)
     recipe['calibration'].update(batch_size='auto', migrate=True, compensate=True)
     recipe['gate'] = {'num_images': 32, 'max_feature_error': 0.5, 'action': 'stop'}
-    recipe['optim']['scale_step'] = 'relative'
+    recipe['optim'].update(scale_step='relative', vector_lr='auto')
     return recipe
 
 

@@ -43,7 +43,7 @@ _KEYS: dict[str, set[str] | None] = {
     'activation': _SETTING_KEYS | {'enabled'},
     'weight': _SETTING_KEYS | {'enabled', 'ptq', 'qat'},
     'calibration': {'num_images', 'seed', 'batch_size', 'all_if_fewer', 'migrate', 'compensate'},
-    'optim': {*_RATES, 'lr_iterations', 'betas', 'train', 'drop_rates', 'scale_step'},
+    'optim': {*_RATES, 'lr_iterations', 'betas', 'train', 'drop_rates', 'scale_step', 'vector_lr'},
     'stage2': None,
 }
 _GATE_KEYS = {'num_images', 'max_feature_error', 'action'}
@@ -51,7 +51,7 @@ SCALE_STEPS = ('relative', 'absolute')
 GATE_ACTIONS = ('stop', 'warn', 'add_bits')
 _RULE_KEYS = {'name', 'role', 'num_bits', 'enabled', 'activation', 'weight', 'optional'}
 _TOP_KEYS = {'name', 'scope', 'rules', 'mimic', *_KEYS}
-"""Every recipe has them. Keys that were added later (`gate`, `optim.scale_step`,
+"""Every recipe has them. Keys that were added later (`gate`, `optim.scale_step`, `optim.vector_lr`,
 `calibration.migrate`, `codes`) mean, where they are absent, what recipes did before."""
 _OPTIONAL_KEYS = {'gate'}
 
@@ -304,6 +304,12 @@ def _check_optim(optim: Mapping[str, Any]) -> None:
     for key in _RATES:
         if not (_is_rate(optim[key]) or (may_be_auto('optim', key) and optim[key] == AUTO)):
             raise ValueError(f'recipe.optim.{key}={optim[key]!r}: write a number from 0')
+    vector_lr = optim.get('vector_lr')
+    if not (vector_lr is None or vector_lr == AUTO or _is_rate(vector_lr)):
+        raise ValueError(
+            f'recipe.optim.vector_lr={vector_lr!r}: write a number from 0 for steps of biases and '
+            f"gains in proportion to themselves, None for those of the weights, or '{AUTO}'"
+        )
     iterations = optim.get('lr_iterations', 0)
     if iterations != AUTO and not (_is_int(iterations) and iterations >= 0):
         raise ValueError(

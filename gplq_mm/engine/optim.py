@@ -14,7 +14,7 @@ from torch import nn
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from .amp import on_this_device
 from .checkpoint import unwrap
-from .scale_steps import RelativeSteps
+from .scale_steps import ProportionalSteps, RelativeSteps
 
 SCALE_KEY = '_quantizer.scale'
 _OF_RECIPE = 'lr_of_recipe'
@@ -62,12 +62,17 @@ class GPLQOptimWrapperConstructor:
         if self.paramwise_cfg:
             built = self._paramwise(model, network, wrapper)
         else:
-            built = _two_groups(network, wrapper, optim)
+            built = _own_groups(network, wrapper, optim)
         if optim.get('scale_step') == 'relative':
             ids = _scale_ids(network)
             groups = built.optimizer.param_groups
             scales = [p for group in groups for p in group['params'] if id(p) in ids]
             RelativeSteps(built.optimizer, scales)  # lives as hooks of the optimizer
+        if optim.get('vector_lr') is not None:
+            vectors = _vectors(network)
+            biases = [p for n, p in vectors.items() if n.endswith('bias')]
+            gains = [p for n, p in vectors.items() if not n.endswith('bias')]
+            ProportionalSteps(built.optimizer, biases, gains)
         setattr(built, _OF_RECIPE, of_recipe)
         return built
 
@@ -75,19 +80,21 @@ class GPLQOptimWrapperConstructor:
         optim, lr = network.gplq.recipe['optim'], wrapper['optimizer']['lr']
         built = DefaultOptimWrapperConstructor(wrapper, self.paramwise_cfg)(model)
         if not any('quantizer' in key for key in self.paramwise_cfg.get('custom_keys') or {}):
-            _set_scale_groups(built, network, _scale_lr(lr, optim), optim['scale_weight_decay'])
+            decay = optim['scale_weight_decay']
+            _set_groups(built, _scale_ids(network), _moved(optim['scale_lr'], lr, optim), decay)
+        if optim.get('vector_lr') is not None:
+            _set_groups(built, _vector_ids(network), _moved(optim['vector_lr'], lr, optim), 0.0)
         return built
 
 
-def _set_scale_groups(built: OptimWrapper, network: nn.Module, lr: float, decay: float) -> None:
-    """Set LR and decay of the scales' groups, of which each holds one parameter.
+def _set_groups(built: OptimWrapper, ids: set[int], lr: float, decay: float) -> None:
+    """Set LR and decay of some parameters' groups, of which each holds one parameter.
 
     Done afterwards: among MMEngine's custom keys the longest that matches wins, so that
     a key of the scales would lose against ``backbone.stages.0``.
     """
-    scales = _scale_ids(network)
     for group in built.optimizer.param_groups:
-        if all(id(p) in scales for p in group['params']):
+        if all(id(p) in ids for p in group['params']):
             group['lr'], group['weight_decay'] = lr, decay
 
 
@@ -95,8 +102,8 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     """Smaller steps where stage 1 has few: ``lr * sqrt(steps / lr_iterations)``.
 
     A model near its optimum has to average out what noise a step brings, and a short run has
-    no steps for it (measured: ``docs/accuracy.md``). Scales keep their learning rate. Done once
-    the length of the training is known, for the optimizer and what its schedulers start from.
+    no steps for it (measured: ``docs/accuracy.md``). Steps in proportion stay as they are. Done
+    once the length of the training is known, for the optimizer and what its schedulers start from.
 
     Args:
         runner: Runner before its training, checkpoints not yet resumed.
@@ -114,10 +121,10 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     if not 0 < steps < full:
         return None
     factor = math.sqrt(steps / full)
-    scales = _scale_ids(network)
+    kept = _scale_ids(network) | _vector_ids(network)
     schedulers = runner.param_schedulers or []
     for index, group in enumerate(built.optimizer.param_groups):
-        if all(id(p) in scales for p in group['params']):
+        if all(id(p) in kept for p in group['params']):
             continue
         for key in ('lr', 'initial_lr'):
             if key in group:
@@ -173,13 +180,13 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
         The warning; None where the scales have their own LR or the recipe wants none.
     """
     optim = network.gplq.recipe['optim']
-    scales = _scale_ids(network)
+    scales, vectors = _scale_ids(network), _vector_ids(network)
     groups = getattr(getattr(built, 'optimizer', None), 'param_groups', [])
     rates = {
         is_scale: {
             group.get('initial_lr', group['lr'])
             for group in groups
-            if any((id(p) in scales) == is_scale for p in group['params'])
+            if any((id(p) in scales) == is_scale for p in group['params'] if id(p) not in vectors)
         }
         for is_scale in (True, False)
     }
@@ -192,16 +199,23 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
     )
 
 
-def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]) -> OptimWrapper:
-    """Weights in one group, scales in another: a fast step, and no log line a parameter."""
+def _own_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]) -> OptimWrapper:
+    """Weights, scales, and biases with gains in a group each: fast steps, few log lines."""
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     optimizer = {**wrapper.pop('optimizer')}
+    lr, vectors = optimizer['lr'], _vector_ids(network)
+    is_weight = lambda n, p: SCALE_KEY not in n and id(p) not in vectors  # noqa: E731
     optimizer['params'] = [
-        {'params': [p for n, p in named if SCALE_KEY not in n]},
+        {'params': [p for n, p in named if is_weight(n, p)]},
         {
             'params': [p for n, p in named if SCALE_KEY in n],
-            'lr': _scale_lr(optimizer['lr'], optim),
+            'lr': _moved(optim['scale_lr'], lr, optim),
             'weight_decay': optim['scale_weight_decay'],
+        },
+        {
+            'params': [p for _, p in named if id(p) in vectors],
+            'lr': _moved(optim.get('vector_lr') or 0.0, lr, optim),
+            'weight_decay': 0.0,
         },
     ]
     optimizer['params'] = [g for g in optimizer['params'] if g['params']]
@@ -218,6 +232,21 @@ def _scale_ids(network: nn.Module) -> set[int]:
     return {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
 
 
-def _scale_lr(lr: float, optim: dict[str, Any]) -> float:
-    """LR of the scales: the recipe's, moved with the weights' where the config gives another."""
-    return optim['scale_lr'] * (lr / optim['lr'] if optim['lr'] else 1.0)
+def _vectors(network: Any) -> dict[str, nn.Parameter]:
+    """Biases and gains by name, where the recipe gives them steps of their own."""
+    if network.gplq.recipe['optim'].get('vector_lr') is None:
+        return {}
+    return {
+        n: p
+        for n, p in network.named_parameters()
+        if p.requires_grad and p.dim() == 1 and SCALE_KEY not in n
+    }
+
+
+def _vector_ids(network: nn.Module) -> set[int]:
+    return {id(p) for p in _vectors(network).values()}
+
+
+def _moved(own: float, lr: float, optim: dict[str, Any]) -> float:
+    """A rate of the recipe, moved with the weights' where the config gives another."""
+    return own * (lr / optim['lr'] if optim['lr'] else 1.0)

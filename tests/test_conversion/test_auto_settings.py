@@ -49,7 +49,7 @@ def test_settled_recipes_share_no_list() -> None:
 
 @pytest.mark.parametrize(
     ('width', 'rates'),
-    [(None, (1e-3, 1e-3, 390)), (128, (1e-3, 1e-3, 390)), (192, (1e-6, 1e-4, 0))],
+    [(None, (1e-3, 1e-3, 390)), (128, (1e-3, 1e-3, 390)), (192, (1e-6, 1e-3, 0))],
 )
 def test_pretrained_classifiers_hardly_move(width: float | None, rates: tuple) -> None:
     found = settle_auto(resolve_recipe('w4a4'), False, width)['optim']

@@ -31,6 +31,7 @@ OPTIM = dict(
     weight_decay=0.02,
     scale_weight_decay=0.01,
     scale_step='absolute',  # relative steps refuse weight decay of scales
+    vector_lr=None,
     betas=[0.8, 0.9],
 )
 CONSTRUCTOR = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor')
@@ -65,6 +66,35 @@ def test_the_recipe_gives_two_groups(model: Any) -> None:
     assert (weights['lr'], weights['weight_decay']) == (1e-3, 0.02)
     assert (scales['lr'], scales['weight_decay']) == (pytest.approx(5e-3), 0.01)
     assert weights['betas'] == scales['betas'] == (0.8, 0.9)
+
+
+@pytest.mark.parametrize('paramwise', [{}, {'custom_keys': {'backbone': {'lr_mult': 0.1}}}])
+def test_biases_and_gains_take_steps_of_their_own(model: Any, paramwise: Any) -> None:
+    model.gplq.recipe['optim']['vector_lr'] = 2e-3
+    wrapper = build(model, paramwise_cfg=paramwise)
+    found = {n: g for g in wrapper.optimizer.param_groups for n in names(model, g)}
+    vectors = {
+        n for n, p in model.named_parameters() if p.dim() == 1 and '_quantizer.scale' not in n
+    }
+    assert any(n.endswith('bias') for n in vectors)
+    assert {n for n, g in found.items() if g['lr'] == 2e-3} == vectors
+    assert {found[n]['weight_decay'] for n in vectors} == {0.0}
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    wrapper.optimizer.step()
+    for n in vectors:
+        bias = before[n]
+        size = bias.square().mean().sqrt().clamp_min(1e-2) if n.endswith('bias') else bias.abs()
+        moved = model.get_parameter(n).detach()
+        torch.testing.assert_close(moved, bias - 2e-3 * size, rtol=1e-5, atol=1e-7)
+
+
+def test_steps_of_their_own_keep_their_rate_beside_a_config_that_gives_one(model: Any) -> None:
+    model.gplq.recipe['optim']['vector_lr'] = 2e-3
+    groups = build(model, optimizer=dict(type='SGD', lr=2e-3)).optimizer.param_groups
+    assert [g['lr'] for g in groups] == pytest.approx([2e-3, 1e-2, 4e-3])
+    assert shared_lr_warning(SimpleNamespace(optimizer=Mock(param_groups=groups)), model) is None
 
 
 def test_the_configs_optimizer_wins_and_the_scales_keep_their_ratio(model: Any) -> None:

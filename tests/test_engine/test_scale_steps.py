@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gplq_mm.conversion import convert_, quantizers, resolve_recipe
-from gplq_mm.engine.scale_steps import RelativeSteps
+from gplq_mm.engine.scale_steps import ZERO_BIAS, ProportionalSteps, RelativeSteps
 from gplq_mm.quantizers import FakeQuantizer, PerRow, PerTensor, QuantSpec
 from tests.helpers.mm_models import calibrate_activations
 from tests.helpers.models import Detector, image
@@ -28,7 +28,7 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def parameters(values: list[float]) -> list[nn.Parameter]:
+def parameters(values: list[Any]) -> list[nn.Parameter]:
     return [nn.Parameter(torch.tensor(v)) for v in values]
 
 
@@ -161,9 +161,8 @@ def training(steps: int, optimizer_type: str, state: Any = None) -> dict[str, An
     """Train a converted detector; what is needed to go on, and where it ended."""
     torch.manual_seed(0)
     model: Any = Detector()
-    recipe = resolve_recipe(
-        dict(base='w4a4', scope='all', optim=dict(lr=1e-3, scale_lr=1e-2, drop_rates={}))
-    )
+    optim = dict(lr=1e-3, scale_lr=1e-2, vector_lr=1e-2, drop_rates={})
+    recipe = resolve_recipe(dict(base='w4a4', scope='all', optim=optim))
     convert_(model, recipe)
     calibrate_activations(model, lambda: model(image()))
     model.gplq = SimpleNamespace(recipe=recipe)
@@ -197,7 +196,11 @@ def test_stopped_and_resumed_equals_uninterrupted(optimizer_type) -> None:
 def test_the_recipe_decides(scale_step, is_relative) -> None:
     model: Any = Detector()
     recipe = resolve_recipe(
-        dict(base='w4a4', scope='all', optim=dict(lr=0.1, scale_lr=0.1, scale_step=scale_step))
+        dict(
+            base='w4a4',
+            scope='all',
+            optim=dict(lr=0.1, scale_lr=0.1, scale_step=scale_step, vector_lr=None),
+        )
     )
     convert_(model, recipe)
     model.gplq = SimpleNamespace(recipe=recipe)
@@ -215,3 +218,35 @@ def test_the_recipe_decides(scale_step, is_relative) -> None:
         lr = 0.1
         expected = old * (-lr * old).exp() if is_relative else old - lr
         torch.testing.assert_close(s.detach(), expected)
+
+
+@pytest.mark.parametrize('make', OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+def test_biases_and_gains_of_all_sizes_move_in_proportion(make) -> None:
+    shape = torch.tensor([1.0, -2.0, 0.5])
+    if make is OPTIMIZERS['adamw']:
+        make = lambda p: AdamW(p, lr=0.02, weight_decay=0.0)  # noqa: E731
+    moved = []
+    for size in (0.1, 1.0, 1e3):
+        bias, gain = nn.Parameter(shape * size), nn.Parameter(shape * size)
+        optimizer = make([bias, gain])
+        ProportionalSteps(optimizer, [bias], [gain])
+        for _ in range(5):
+            optimizer.zero_grad()
+            sum((p / size - 3).square().sum() for p in (bias, gain)).backward()
+            optimizer.step()
+        moved.append(torch.stack([bias.detach(), gain.detach()]) / size)
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(moved[2], moved[1], rtol=1e-5, atol=1e-5)
+    assert ((moved[0] - shape).abs() > 1e-3).all()
+
+
+def test_a_first_step_is_the_learning_rate_times_the_size() -> None:
+    bias, gain, zeros = parameters([[3.0, -4.0], [3.0, -4.0], [0.0, 0.0]])
+    optimizer = Adam([bias, gain, zeros], lr=0.01)
+    ProportionalSteps(optimizer, [bias, zeros], [gain])
+    (bias.sum() + gain.sum() + zeros.sum()).backward()
+    optimizer.step()
+    rms = 12.5**0.5
+    torch.testing.assert_close(bias.detach(), torch.tensor([3 - 0.01 * rms, -4 - 0.01 * rms]))
+    torch.testing.assert_close(gain.detach(), torch.tensor([3 - 0.03, -4 - 0.04]))
+    torch.testing.assert_close(zeros.detach(), torch.full((2,), -0.01 * ZERO_BIAS))
