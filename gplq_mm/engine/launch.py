@@ -17,6 +17,7 @@ from ..compat import check_versions
 from ..quantizers import UncalibratedError
 from ..utils.config import apply_cfg_options
 from .cpu_launch import prepare_cpu_launch
+from .cpu_memory import keep_freed_memory
 from .library_ways import set_mmpretrain_dataloaders
 from .preflight import ConfigError
 from .resume import resumable_checkpoint
@@ -151,6 +152,7 @@ def latest_checkpoint(work_dir: str | Path) -> Path | None:
 
 def build_runner(cfg: Config) -> Runner:
     """Build the runner that the config names, MMEngine's own by default."""
+    keep_freed_memory()
     prepare_cpu_launch(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 

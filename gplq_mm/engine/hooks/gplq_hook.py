@@ -13,6 +13,7 @@ from mmengine.runner.base_loop import BaseLoop
 
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
+from ..cpu_memory import keep_freed_memory
 from ..former_recipe import take_former_form_
 from ..optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from ..preflight import check_float_checkpoint
@@ -53,6 +54,7 @@ class GPLQHook(Hook):
             ValueError: If there is no FP32 checkpoint, or calibration cannot work.
         """
         unwrap(runner.model)
+        keep_freed_memory()
         if not isinstance(runner._train_loop, BaseLoop):
             return
         self._choose_weights(runner)
