@@ -20,7 +20,7 @@ from ..engine.preflight import ConfigError
 
 HOOK = "dict(type='gplq_mm.GPLQHook')"
 MOST_EPOCHS = 20
-"""Of a classifier with very few images; ten were measured (``docs/accuracy.md``)."""
+"""Of a classifier with very few images; ten were measured (``docs/accuracy_trials.md``)."""
 
 
 def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path) -> str:
@@ -101,7 +101,7 @@ def epochs_of_stage1(cfg: Config) -> tuple[int, str]:
     """Epochs of a classifier, and why: one, or as many as give it some hundred steps.
 
     A detector has thousands of tokens an image; a classifier with few images needs them
-    repeatedly (measured: ``docs/accuracy.md``).
+    repeatedly (measured: ``docs/accuracy_trials.md``).
     """
     try:
         iterations = iterations_of_one_epoch(cfg, download=False)
