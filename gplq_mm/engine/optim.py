@@ -102,8 +102,9 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     """Smaller steps where stage 1 has few: ``lr * sqrt(steps / lr_iterations)``.
 
     A model near its optimum has to average out what noise a step brings, and a short run has
-    no steps for it (measured: ``docs/accuracy_trials.md``). Steps in proportion stay as they are. Done
-    once the length of the training is known, for the optimizer and what its schedulers start from.
+    no steps for it (measured: ``docs/accuracy_trials.md``). Steps in proportion stay as they are.
+    Done once the length of the training is known, for the optimizer and what its schedulers start
+    from.
 
     Args:
         runner: Runner before its training, checkpoints not yet resumed.
