@@ -11,12 +11,12 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
+from ..algorithms.scale_steps import RelativeSteps
+from ..algorithms.stage1_optimizer import parameter_groups, scale_ids, scale_lr, short_run_factor
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from .amp import on_this_device
 from .checkpoint import unwrap
-from .scale_steps import RelativeSteps
 
-SCALE_KEY = '_quantizer.scale'
 _OF_RECIPE = 'lr_of_recipe'
 """Attribute of a wrapper whose learning rate the config left to the recipe."""
 
@@ -64,7 +64,7 @@ class GPLQOptimWrapperConstructor:
         else:
             built = _two_groups(network, wrapper, optim)
         if optim.get('scale_step') == 'relative':
-            ids = _scale_ids(network)
+            ids = scale_ids(network)
             groups = built.optimizer.param_groups
             scales = [p for group in groups for p in group['params'] if id(p) in ids]
             RelativeSteps(built.optimizer, scales)  # lives as hooks of the optimizer
@@ -75,7 +75,7 @@ class GPLQOptimWrapperConstructor:
         optim, lr = network.gplq.recipe['optim'], wrapper['optimizer']['lr']
         built = DefaultOptimWrapperConstructor(wrapper, self.paramwise_cfg)(model)
         if not any('quantizer' in key for key in self.paramwise_cfg.get('custom_keys') or {}):
-            _set_scale_groups(built, network, _scale_lr(lr, optim), optim['scale_weight_decay'])
+            _set_scale_groups(built, network, scale_lr(lr, optim), optim['scale_weight_decay'])
         return built
 
 
@@ -85,7 +85,7 @@ def _set_scale_groups(built: OptimWrapper, network: nn.Module, lr: float, decay:
     Done afterwards: among MMEngine's custom keys the longest that matches wins, so that
     a key of the scales would lose against ``backbone.stages.0``.
     """
-    scales = _scale_ids(network)
+    scales = scale_ids(network)
     for group in built.optimizer.param_groups:
         if all(id(p) in scales for p in group['params']):
             group['lr'], group['weight_decay'] = lr, decay
@@ -111,10 +111,10 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     if not getattr(built, _OF_RECIPE, False):
         return None
     steps = runner.max_iters / built._accumulative_counts
-    if not 0 < steps < full:
+    factor = short_run_factor(optim, steps)
+    if factor == 1.0:
         return None
-    factor = math.sqrt(steps / full)
-    scales = _scale_ids(network)
+    scales = scale_ids(network)
     schedulers = runner.param_schedulers or []
     for index, group in enumerate(built.optimizer.param_groups):
         if all(id(p) in scales for p in group['params']):
@@ -173,7 +173,7 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
         The warning; None where the scales have their own LR or the recipe wants none.
     """
     optim = network.gplq.recipe['optim']
-    scales = _scale_ids(network)
+    scales = scale_ids(network)
     groups = getattr(getattr(built, 'optimizer', None), 'param_groups', [])
     rates = {
         is_scale: {
@@ -193,31 +193,7 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
 
 
 def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]) -> OptimWrapper:
-    """Weights in one group, scales in another: a fast step, and no log line a parameter."""
-    named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    """Weights in one group, scales in another."""
     optimizer = {**wrapper.pop('optimizer')}
-    optimizer['params'] = [
-        {'params': [p for n, p in named if SCALE_KEY not in n]},
-        {
-            'params': [p for n, p in named if SCALE_KEY in n],
-            'lr': _scale_lr(optimizer['lr'], optim),
-            'weight_decay': optim['scale_weight_decay'],
-        },
-    ]
-    optimizer['params'] = [g for g in optimizer['params'] if g['params']]
-    if not optimizer['params']:
-        raise ValueError(
-            "stage 1 has nothing to train: recipe.optim.train='none' leaves the scales, and the "
-            "recipe learns none; write train='all' or activation=dict(learn_scale=True)"
-        )
+    optimizer['params'] = parameter_groups(network, optim, optimizer['lr'])
     return OPTIM_WRAPPERS.build({**wrapper, 'optimizer': OPTIMIZERS.build(optimizer)})
-
-
-def _scale_ids(network: nn.Module) -> set[int]:
-    """Identities of the quantizers' scales, to tell them among an optimizer's parameters."""
-    return {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
-
-
-def _scale_lr(lr: float, optim: dict[str, Any]) -> float:
-    """LR of the scales: the recipe's, moved with the weights' where the config gives another."""
-    return optim['scale_lr'] * (lr / optim['lr'] if optim['lr'] else 1.0)
