@@ -14,7 +14,7 @@ from ..algorithms.scale_steps import RelativeSteps
 from ..algorithms.stage1_optimizer import parameter_groups, scale_ids, short_run_factor
 from .distillation import Distillation
 from .inputs import call_model, model_inputs, to_device
-from .model_state import CALIBRATED, LOGGER, STAGE1, device_of, require_stage
+from .model_state import CALIBRATED, LOGGER, STAGE1, device_of, require_stage, state_of
 
 TaskLoss = Callable[[Any, Any], Tensor]
 """Loss of the model's output and what stands beside the inputs in a batch."""
@@ -114,7 +114,7 @@ class _Objective:
     ) -> None:
         self.model, self.task_loss = model, task_loss
         self.mimic: Distillation | None = None
-        if model.gplq.recipe['mimic'] is not None:  # type: ignore[union-attr]
+        if state_of(model).recipe['mimic'] is not None:
             self.mimic = Distillation(model, teacher, loader, multi_label)
         elif task_loss is None:
             raise ValueError('there is no loss: recipe.mimic and task_loss are both None')
