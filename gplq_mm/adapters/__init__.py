@@ -14,7 +14,7 @@ ADAPTERS = {
 }
 """Adapter -> module that must be importable for it."""
 MM_LIBRARIES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'projects')
-PLAIN_ADAPTERS: tuple[str, ...] = ()
+PLAIN_ADAPTERS = ('timm', 'torchvision')
 """Adapters of libraries without MMEngine, by the library's name: loaded for models of theirs."""
 
 
