@@ -35,11 +35,11 @@ mmpretrain or mmdet the library that it comes from. They work in this order, eac
 ```python
 import copy, gplq_mm
 
-teacher = copy.deepcopy(model)                      # the float model
-gplq_mm.quantize(model, 'w4a4')                     # quantizers, nothing calibrated
-gplq_mm.calibrate(model, loader)                    # ranges, scales, fitted weights
+teacher = copy.deepcopy(model)  # the float model
+gplq_mm.quantize(model, 'w4a4')  # quantizers, nothing calibrated
+gplq_mm.calibrate(model, loader)  # ranges, scales, fitted weights
 gplq_mm.train_stage1(model, teacher, train_loader)  # or a loop of your own with gplq_mm.distill
-gplq_mm.quantize_weights(model, loader)             # stage 2
+gplq_mm.quantize_weights(model, loader)  # stage 2
 gplq_mm.save(model, 'model_w4a4.pth')
 model = gplq_mm.load('model_w4a4.pth', float_model)
 ```
