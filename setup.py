@@ -69,7 +69,7 @@ if __name__ == '__main__':
         name='gplq-mm',
         version=read_version(),
         description='GPLQ: quantization-aware training of vision transformers '
-        'inside MMDetection and MMPretrain',
+        'inside MMDetection and MMPretrain, or with torch alone',
         long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
         long_description_content_type='text/markdown',
         license='Apache-2.0',

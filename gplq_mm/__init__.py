@@ -1,11 +1,45 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""GPLQ for the OpenMMLab 2.0 libraries.
+"""GPLQ: quantization of vision transformers, with torch alone or inside the OpenMMLab libraries.
 
-Importing this package needs neither mmdet nor mmpretrain nor mmcv: whatever knows one of them
-is imported by the registries when a config names it.
+Importing this package needs no library at all, its functions need torch (``docs/api.md``).
+Whatever knows another library is imported when a config or a model names it.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from gplq_mm.compat import is_installed
 from gplq_mm.version import __version__
 
-__all__ = ['__version__', 'is_installed']
+if TYPE_CHECKING:
+    from gplq_mm.api import (
+        calibrate,
+        distill,
+        load,
+        quantize,
+        quantize_weights,
+        save,
+        stage1_optimizer,
+        train_stage1,
+    )
+
+__all__ = [
+    '__version__',
+    'calibrate',
+    'distill',
+    'is_installed',
+    'load',
+    'quantize',
+    'quantize_weights',
+    'save',
+    'stage1_optimizer',
+    'train_stage1',
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Functions of ``gplq_mm.api``, imported with torch at their first use."""
+    if name in __all__:
+        from gplq_mm import api
+
+        return getattr(api, name)
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -17,7 +17,7 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='gplq_mm',
-    locations=['gplq_mm.models', 'gplq_mm.engine.linear_probe'],
+    locations=['gplq_mm.models.gplq', 'gplq_mm.models.necks', 'gplq_mm.engine.linear_probe'],
 )
 HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='gplq_mm', locations=['gplq_mm.engine.hooks'])
 LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='gplq_mm', locations=['gplq_mm.engine'])

@@ -29,6 +29,7 @@ FLOORS = {
     'registry': 4,
     'utils': 4,
     'models': 5,
+    'api': 5,
     'engine': 5,
     'evaluation': 5,
     'export': 5,
@@ -40,9 +41,11 @@ FLOORS = {
 TORCH_ONLY_UP_TO = 3
 TORCH_ONLY = {*sys.stdlib_module_names, 'gplq_mm', 'torch'}
 KNOWS_OTHER_LIBRARIES = {'adapters'}
-OTHER_LIBRARIES = {'mmdet', 'mmpretrain', 'projects'}
+OTHER_LIBRARIES = {'mmdet', 'mmpretrain', 'projects', 'timm', 'torchvision'}
 OUTSIDE = {'configs', 'tests', 'tools'}
-ROOT_MAY_IMPORT = {'gplq_mm.compat', 'gplq_mm.version'}
+ROOT_MAY_IMPORT = {'typing', 'gplq_mm.compat', 'gplq_mm.version'}
+ROOT_MAY_DELAY = {'gplq_mm', 'gplq_mm.api'}
+NO_MM = {'mmengine', 'mmcv', 'mmdet', 'mmpretrain'}
 LONGEST = {'gplq_mm': 400, 'tools': 400, 'tests': 400, 'configs': 100, 'configs/gplq': 25}
 LICENSE_LINE = '# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.'
 
@@ -134,7 +137,7 @@ def more_than_torch(module: Module) -> Iterator[str]:
 
 
 def knows_other_library(module: Module) -> Iterator[str]:
-    """The classes of mmdet or mmpretrain outside the adapters."""
+    """The classes of mmdet, mmpretrain, timm or torchvision outside the adapters."""
     if module.unit in KNOWS_OTHER_LIBRARIES:
         return
     for item in module.imports():
@@ -169,12 +172,23 @@ def imports_star(module: Module) -> Iterator[str]:
             yield at(module, item)
 
 
+def api_knows_mm(module: Module) -> Iterator[str]:
+    """MMEngine, or what needs it, in the functions for torch alone."""
+    if module.unit != 'api':
+        return
+    for item in module.imports():
+        root, unit = item.target.split('.')[0], target_unit(item.target)
+        if root in NO_MM or (root == 'gplq_mm' and unit in ('engine', 'evaluation', 'registry')):
+            yield at(module, item)
+
+
 def root_is_heavy(module: Module) -> Iterator[str]:
-    """Anything but the version and the feature checks in the package's `__init__`."""
+    """More than the version and the feature checks when the package's `__init__` runs."""
     if module.name != 'gplq_mm.__init__':
         return
     for item in module.imports():
-        if item.target.rpartition('.')[0] not in ROOT_MAY_IMPORT:
+        allowed = ROOT_MAY_IMPORT if item.at_import_time else ROOT_MAY_IMPORT | ROOT_MAY_DELAY
+        if item.target.rpartition('.')[0] not in allowed:
             yield at(module, item)
 
 
@@ -205,8 +219,13 @@ RULES = {
     ),
     'outside': ('The package imports no tools, configs or tests.', leaves_the_package),
     'star': ('No `import *`: nobody can tell where a name comes from.', imports_star),
+    'mm': (
+        'gplq_mm.api works with torch alone: what it shares with MMEngine runs goes to floor 3.',
+        api_knows_mm,
+    ),
     'root': (
-        '`import gplq_mm` gives the version and the feature checks, needs no other library.',
+        '`import gplq_mm` gives the version and the feature checks, needs no other library; the '
+        'functions of gplq_mm.api are imported at their first use.',
         root_is_heavy,
     ),
 }
@@ -220,6 +239,7 @@ EXAMPLES = [
     ('torch', 'gplq_mm.quantizers.a', 'import numpy as np', True),
     ('torch', 'gplq_mm.quantizers.a', 'import math\nfrom torch import nn', False),
     ('library', 'gplq_mm.models.a', 'def f():\n    import mmdet.models', True),
+    ('library', 'gplq_mm.api.a', 'def f():\n    import timm', True),
     ('library', 'gplq_mm.adapters.mmdet', 'from mmdet.models import WindowMSA', False),
     ('adapters', 'gplq_mm.adapters.mmdet', 'from .mmcv import convert_ffn', True),
     ('adapters', 'gplq_mm.adapters.__init__', 'from .mmcv import convert_ffn', False),
@@ -231,6 +251,11 @@ EXAMPLES = [
     ('star', 'gplq_mm.models.__init__', 'from .necks import Neck', False),
     ('root', 'gplq_mm.__init__', 'from gplq_mm.models import GPLQ', True),
     ('root', 'gplq_mm.__init__', 'from .compat import is_installed', False),
+    ('root', 'gplq_mm.__init__', 'from gplq_mm.api import quantize', True),
+    ('root', 'gplq_mm.__init__', 'def f():\n    from gplq_mm.api import quantize', False),
+    ('mm', 'gplq_mm.api.a', 'def f():\n    import mmengine', True),
+    ('mm', 'gplq_mm.api.a', 'from ..engine.checkpoint import record', True),
+    ('mm', 'gplq_mm.api.a', 'from ..models.mimic_terms import build_term', False),
 ]
 
 
@@ -319,6 +344,7 @@ print('imported', len(sys.argv) - 1)
 
 def test_lower_floors_import_without_any_mm_package() -> None:
     low = [m.name for m in package() if FLOORS.get(m.unit, 9) <= TORCH_ONLY_UP_TO]
+    low += [m.name for m in package() if m.unit == 'api']
     names = ['gplq_mm', *(name.removesuffix('.__init__') for name in low)]
     command = [sys.executable, '-c', IMPORT_WITHOUT_MM, *names]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -41,7 +41,7 @@ def test_installed_metadata() -> None:
     assert metadata.version == gplq_mm.__version__
     assert re.fullmatch(r'\d+\.\d+\.\d+(rc\d+)?', gplq_mm.__version__)
     needed = [Requirement(line) for line in metadata.requires or []]
-    assert {item.name for item in needed if not item.marker} == {'mmengine', 'numpy', 'torch'}
+    assert {item.name for item in needed if not item.marker} == {'numpy', 'torch'}
     assert set(metadata.metadata.get_all('Provides-Extra')) == EXTRAS.keys()
 
 

@@ -4,6 +4,8 @@
 from importlib import import_module
 from importlib.util import find_spec
 
+from torch import nn
+
 ADAPTERS = {
     'mmcv': 'mmcv',
     'mmpretrain': 'mmpretrain',
@@ -11,10 +13,13 @@ ADAPTERS = {
     'mmdet_vitdet': 'projects.ViTDet.vitdet.vit',
 }
 """Adapter -> module that must be importable for it."""
+MM_LIBRARIES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'projects')
+PLAIN_ADAPTERS = ('timm', 'torchvision')
+"""Adapters of libraries without MMEngine, by the library's name: loaded for models of theirs."""
 
 
 def load_adapters() -> list[str]:
-    """Register the handlers of every library that is installed.
+    """Register the handlers of every OpenMMLab library that is installed.
 
     Returns:
         Names of the adapters that were loaded; calling it again changes nothing.
@@ -23,6 +28,24 @@ def load_adapters() -> list[str]:
     for name in loaded:
         import_module(f'{__name__}.{name}')
     return loaded
+
+
+def load_adapters_of(model: nn.Module) -> list[str]:
+    """Register the handlers of the libraries whose classes, or subclasses of them, a model has.
+
+    Args:
+        model: Any torch module; no library is imported that it does not use.
+
+    Returns:
+        Names of the adapters that were loaded.
+    """
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    used = {cls.__module__.partition('.')[0] for cls in classes}
+    loaded = load_adapters() if used.intersection(MM_LIBRARIES) else []
+    plain = [name for name in PLAIN_ADAPTERS if name in used]
+    for name in plain:
+        import_module(f'{__name__}.{name}')
+    return [*loaded, *plain]
 
 
 def _is_importable(name: str) -> bool:

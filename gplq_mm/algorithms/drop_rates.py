@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 DROP_RATES = ('keep', 'off')
-_FLOAT_RATES = ('drop_prob', 'attn_drop', 'dropout', 'p')
+_FLOAT_RATES = ('drop_prob', 'attn_drop', 'attention_dropout', 'dropout', 'p')
 """Where mmcv, mmpretrain, mmdet, torch and torchvision hold a rate as a plain number."""
 
 

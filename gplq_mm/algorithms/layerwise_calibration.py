@@ -26,6 +26,8 @@ from .scale_migration import Choice, migrate_scale
 from .streaming import CallStore, Unit, UnitStream, find_units
 from .streaming.stream import layer_inputs
 
+LAYERWISE_IMAGES = 64
+"""Calibration images, at the most, by which input scales and weights are fitted layer by layer."""
 TOKENS = 16384
 """Tokens of a linear layer that are looked at, an equal share of each image."""
 MAPS = 4

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -25,7 +26,7 @@ from .handlers import (
     register_handler,
     register_layer,
 )
-from .roles import child_name
+from .roles import child_name, register_roles
 
 _REL_POS = {'rel_h_matmul': 'bnhwc,hkc->bnhwk', 'rel_w_matmul': 'bnhwc,wkc->bnhwk'}
 
@@ -97,3 +98,18 @@ def convert_multihead_attention(module: nn.MultiheadAttention, name: str, contex
 
 
 register_layer(NonDynamicallyQuantizableLinear, QuantOutProjection)
+
+
+@register_handler(nn.TransformerEncoderLayer)
+def convert_encoder_layer(module: Any, name: str, context: Context) -> None:
+    """Its attention and layers are children; torch's fused kernel would pass them by."""
+    module.activation_relu_or_gelu = 0  # what torch asks before it takes that kernel
+
+
+@register_roles(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+def give_ffn_role(module: Any, name: str, context: Context) -> None:
+    """``post_gelu`` or ``post_relu`` to the second layer of the feed-forward network."""
+    function = module.activation
+    for role, kinds in (('post_gelu', (F.gelu, nn.GELU)), ('post_relu', (F.relu, nn.ReLU))):
+        if function is kinds[0] or isinstance(function, kinds[1]):
+            context.set_role(child_name(name, 'linear2'), role)

@@ -11,12 +11,19 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
+from ..algorithms.stage1_optimizer import (
+    make_steps_proportional,
+    moved_lr,
+    parameter_groups,
+    proportional_ids,
+    scale_ids,
+    short_run_factor,
+    vectors,
+)
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from .amp import on_this_device
 from .checkpoint import unwrap
-from .scale_steps import ProportionalSteps, RelativeSteps
 
-SCALE_KEY = '_quantizer.scale'
 _OF_RECIPE = 'lr_of_recipe'
 """Attribute of a wrapper whose learning rate the config left to the recipe."""
 
@@ -63,16 +70,7 @@ class GPLQOptimWrapperConstructor:
             built = self._paramwise(model, network, wrapper)
         else:
             built = _own_groups(network, wrapper, optim)
-        if optim.get('scale_step') == 'relative':
-            ids = _scale_ids(network)
-            groups = built.optimizer.param_groups
-            scales = [p for group in groups for p in group['params'] if id(p) in ids]
-            RelativeSteps(built.optimizer, scales)  # lives as hooks of the optimizer
-        if optim.get('vector_lr') is not None:
-            vectors = _vectors(network)
-            biases = [p for n, p in vectors.items() if n.endswith('bias')]
-            gains = [p for n, p in vectors.items() if not n.endswith('bias')]
-            ProportionalSteps(built.optimizer, biases, gains)
+        make_steps_proportional(built.optimizer, network, optim)
         setattr(built, _OF_RECIPE, of_recipe)
         return built
 
@@ -80,10 +78,11 @@ class GPLQOptimWrapperConstructor:
         optim, lr = network.gplq.recipe['optim'], wrapper['optimizer']['lr']
         built = DefaultOptimWrapperConstructor(wrapper, self.paramwise_cfg)(model)
         if not any('quantizer' in key for key in self.paramwise_cfg.get('custom_keys') or {}):
-            decay = optim['scale_weight_decay']
-            _set_groups(built, _scale_ids(network), _moved(optim['scale_lr'], lr, optim), decay)
-        if optim.get('vector_lr') is not None:
-            _set_groups(built, _vector_ids(network), _moved(optim['vector_lr'], lr, optim), 0.0)
+            ids, decay = scale_ids(network), optim['scale_weight_decay']
+            _set_groups(built, ids, moved_lr(optim['scale_lr'], lr, optim), decay)
+        ids = {id(p) for p in vectors(network, optim).values()}
+        if ids:
+            _set_groups(built, ids, moved_lr(optim['vector_lr'], lr, optim), 0.0)
         return built
 
 
@@ -119,10 +118,10 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     if not getattr(built, _OF_RECIPE, False):
         return None
     steps = runner.max_iters / built._accumulative_counts
-    if not 0 < steps < full:
+    factor = short_run_factor(optim, steps)
+    if factor == 1.0:
         return None
-    factor = math.sqrt(steps / full)
-    kept = _scale_ids(network) | _vector_ids(network)
+    kept = proportional_ids(network, optim)
     schedulers = runner.param_schedulers or []
     for index, group in enumerate(built.optimizer.param_groups):
         if all(id(p) in kept for p in group['params']):
@@ -181,13 +180,14 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
         The warning; None where the scales have their own LR or the recipe wants none.
     """
     optim = network.gplq.recipe['optim']
-    scales, vectors = _scale_ids(network), _vector_ids(network)
+    scales = scale_ids(network)
+    ids = {id(p) for p in vectors(network, optim).values()}
     groups = getattr(getattr(built, 'optimizer', None), 'param_groups', [])
     rates = {
         is_scale: {
             group.get('initial_lr', group['lr'])
             for group in groups
-            if any((id(p) in scales) == is_scale for p in group['params'] if id(p) not in vectors)
+            if any((id(p) in scales) == is_scale for p in group['params'] if id(p) not in ids)
         }
         for is_scale in (True, False)
     }
@@ -201,53 +201,7 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
 
 
 def _own_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]) -> OptimWrapper:
-    """Weights, scales, and biases with gains in a group each: fast steps, few log lines."""
-    named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
+    """Weights, scales, and biases with gains in a group each."""
     optimizer = {**wrapper.pop('optimizer')}
-    lr, vectors = optimizer['lr'], _vector_ids(network)
-    is_weight = lambda n, p: SCALE_KEY not in n and id(p) not in vectors  # noqa: E731
-    optimizer['params'] = [
-        {'params': [p for n, p in named if is_weight(n, p)]},
-        {
-            'params': [p for n, p in named if SCALE_KEY in n],
-            'lr': _moved(optim['scale_lr'], lr, optim),
-            'weight_decay': optim['scale_weight_decay'],
-        },
-        {
-            'params': [p for _, p in named if id(p) in vectors],
-            'lr': _moved(optim.get('vector_lr') or 0.0, lr, optim),
-            'weight_decay': 0.0,
-        },
-    ]
-    optimizer['params'] = [g for g in optimizer['params'] if g['params']]
-    if not optimizer['params']:
-        raise ValueError(
-            "stage 1 has nothing to train: recipe.optim.train='none' leaves the scales, and the "
-            "recipe learns none; write train='all' or activation=dict(learn_scale=True)"
-        )
+    optimizer['params'] = parameter_groups(network, optim, optimizer['lr'])
     return OPTIM_WRAPPERS.build({**wrapper, 'optimizer': OPTIMIZERS.build(optimizer)})
-
-
-def _scale_ids(network: nn.Module) -> set[int]:
-    """Identities of the quantizers' scales, to tell them among an optimizer's parameters."""
-    return {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
-
-
-def _vectors(network: Any) -> dict[str, nn.Parameter]:
-    """Biases and gains by name, where the recipe gives them steps of their own."""
-    if network.gplq.recipe['optim'].get('vector_lr') is None:
-        return {}
-    return {
-        n: p
-        for n, p in network.named_parameters()
-        if p.requires_grad and p.dim() == 1 and SCALE_KEY not in n
-    }
-
-
-def _vector_ids(network: nn.Module) -> set[int]:
-    return {id(p) for p in _vectors(network).values()}
-
-
-def _moved(own: float, lr: float, optim: dict[str, Any]) -> float:
-    """A rate of the recipe, moved with the weights' where the config gives another."""
-    return own * (lr / optim['lr'] if optim['lr'] else 1.0)

@@ -18,7 +18,7 @@ from ..algorithms.calibration import (
     is_calibrated,
 )
 from ..algorithms.distributed import world
-from ..algorithms.layerwise_calibration import calibrate_layerwise
+from ..algorithms.layerwise_calibration import LAYERWISE_IMAGES, calibrate_layerwise
 from ..conversion import quantizers, set_quantization
 from ..evaluation import model_bytes, write_json
 from .calibration_data import CalibrationSet
@@ -51,8 +51,6 @@ from .teacher import (
 from .teacher_cache import attach_teacher_cache, check_teacher_cache
 
 SOURCE_NAME = 'gplq_source.json'
-LAYERWISE_IMAGES = 64
-"""Calibration images, at the most, by which input scales and weights are fitted layer by layer."""
 
 
 class GPLQSession:

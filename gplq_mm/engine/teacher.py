@@ -10,7 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..algorithms.distributed import world
-from ..models import Mimicking
+from ..models.mimicking import Mimicking
 from ..registry import MODELS
 from ..utils.checkpoint_io import read_checkpoint
 from .calibration_data import CalibrationSet

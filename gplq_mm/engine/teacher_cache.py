@@ -9,7 +9,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from torch import nn
 
-from ..models import Mimicking
+from ..models.mimicking import Mimicking
 from ..models.teacher_cache import TeacherCache
 
 _SAMPLES, _LOADS = 3, 6

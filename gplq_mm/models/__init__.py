@@ -1,9 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 5: what configs build. The GPLQ builder, mimicking, necks."""
+"""Floor 5: what configs build (``gplq``, ``necks``), and mimicking.
 
-from . import necks
-from .gplq import GPLQState, build_gplq
-from .mimic_settings import resolve_mimic
-from .mimicking import Mimicking, make_mimicking
-
-__all__ = ['GPLQState', 'Mimicking', 'build_gplq', 'make_mimicking', 'necks', 'resolve_mimic']
+The registries import what they need, so that the ``mimic_*`` files need torch alone.
+"""

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """The terms that mimicking adds to stage 1's loss."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -65,19 +65,25 @@ class PCATerm:
         self.components: Tensor | None = None
         self._loss: PCAMimicLoss | None = None
 
-    def fit(self, teacher: Any, batches: Iterable[Tensor]) -> None:
+    def fit(
+        self,
+        teacher: Any,
+        batches: Iterable[Any],
+        run: Callable[..., Recording] = run_teacher,
+    ) -> None:
         """Find the basis.
 
         Args:
             teacher: The float model, in evaluation mode.
             batches: This rank's preprocessed images.
+            run: Gives a recording for teacher, batch and names of layers.
 
         Raises:
             ValueError: If there are fewer samples than components.
         """
         statistics: PCAStatistics | None = None
         for inputs in batches:
-            features = run_teacher(teacher, inputs, self.layers).samples(self.settings['layer'])
+            features = run(teacher, inputs, self.layers).samples(self.settings['layer'])
             if statistics is None:
                 statistics = PCAStatistics(features.shape[-1], features.device)
             statistics.update(features)

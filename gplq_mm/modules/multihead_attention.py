@@ -81,9 +81,11 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def is_float(self) -> bool:
-        """Whether no quantizer quantizes or observes."""
+        """Whether no quantizer quantizes or observes, and no hook waits for a layer's input."""
         quantizers = (m for m in self.modules() if isinstance(m, FakeQuantizer))
-        return not any(q.enabled or q.observer is not None for q in quantizers)
+        if any(q.enabled or q.observer is not None for q in quantizers):
+            return False
+        return not any(layer._forward_pre_hooks for layer in self.children())
 
     def forward(
         self,

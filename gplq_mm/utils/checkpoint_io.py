@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Read a checkpoint without running what is pickled in it; write one all at once or not at all."""
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
+
+from .checkpoint_file import load_file, write_checkpoint
+
+__all__ = ['fetch', 'read_checkpoint', 'write_checkpoint']
 
 
 def _history_statistic(owner: type, name: str) -> Callable:
@@ -53,19 +56,7 @@ def read_checkpoint(path: str | Path) -> dict:
         ValueError: If the file is truncated, is no checkpoint, or needs code to be run.
     """
     path = fetch(str(path)) if _URL.match(str(path)) else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f'no checkpoint at {path.absolute()}')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # a damaged pickle raises anything: KeyError, EOFError, ...
-        raise ValueError(
-            f'{path.absolute()} cannot be read as a checkpoint: {_reason(error)}'
-        ) from error
-    if not isinstance(checkpoint, dict):
-        raise ValueError(
-            f'{path.absolute()} holds a {type(checkpoint).__name__}, no checkpoint; '
-            f"write it with torch.save(dict(state_dict=model.state_dict()), '{path.name}')"
-        )
+    checkpoint = load_file(path)
     if 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
     return checkpoint
@@ -97,34 +88,3 @@ def fetch(url: str) -> Path:
                 'one with --cfg-options load_from=PATH'
             ) from error
     return path
-
-
-def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """Save a checkpoint so that ``path`` never holds half a file.
-
-    Args:
-        checkpoint: Tensors and plain Python values, so that ``weights_only=True`` reads it.
-        path: Where it goes; missing folders are made, a file there is replaced.
-
-    Raises:
-        OSError: If the file cannot be written; what stood there stays.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with unfinished.open('wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
-def _reason(error: Exception) -> str:
-    """The part of torch's long message that names the cause, without its unsafe advice."""
-    cause = re.search(r'WeightsUnpickler error: *(.*?)(?: Please use|\n|$)', str(error))
-    text = cause[1] if cause else next(iter(str(error).splitlines()), '')
-    return f'{type(error).__name__}: {text or "no reason given"}'

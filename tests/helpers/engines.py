@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gplq_mm.conversion import convert_
 from gplq_mm.modules import set_engine
-from tests.helpers.mm_models import calibrate_activations, tensors
+from tests.helpers.calibration import calibrate_activations, tensors
 
 Run = Callable[[nn.Module, Tensor], Any]
 

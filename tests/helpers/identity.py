@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from gplq_mm.conversion import CoverageReport, convert_, quantizers, set_quantization
 from gplq_mm.quantizers import PerRow
-from tests.helpers.mm_models import tensors
+from tests.helpers.calibration import tensors
 
 Run = Callable[[nn.Module, list[Tensor]], Any]
 

@@ -13,9 +13,9 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from gplq_mm.adapters import load_adapters
-from gplq_mm.conversion import quantized_layers, quantizers
-from gplq_mm.modules import weight_rows
-from gplq_mm.quantizers import build_observer, qparams_from_range
+from tests.helpers.calibration import calibrate_activations, calibrate_weights, tensors
+
+__all__ = ['calibrate_activations', 'calibrate_weights', 'tensors']
 
 register_all_modules(init_default_scope=False)
 load_adapters()
@@ -252,39 +252,3 @@ def run_detector(model: nn.Module, images: Tensor) -> Any:
         meta = dict(img_shape=shape, ori_shape=shape, batch_input_shape=shape, scale_factor=(1, 1))
         samples.append(DetDataSample(metainfo=meta))
     return model(images, samples, mode='tensor')
-
-
-def tensors(output: Any) -> list[Tensor]:
-    """All floating tensors of a nested output, in order."""
-    if isinstance(output, Tensor):
-        return [output] if output.is_floating_point() else []
-    if isinstance(output, dict):
-        output = list(output.values())
-    if isinstance(output, list | tuple):
-        return [t for item in output for t in tensors(item)]
-    return []
-
-
-@torch.no_grad()
-def calibrate_activations(model: nn.Module, run: Callable[[], Any]) -> None:
-    """Ranges of the activations, by the observers that the specs name."""
-    found = quantizers(model, 'activation')
-    for quantizer in found.values():
-        quantizer.observer = build_observer(quantizer.spec)
-    for index in range(2):
-        for quantizer in found.values():
-            quantizer.observer.pass_index = index
-        run()
-    for quantizer in found.values():
-        qparams = quantizer.observer.calculate_qparams()
-        quantizer.observer = None
-        quantizer.set_qparams(*qparams)
-
-
-@torch.no_grad()
-def calibrate_weights(model: nn.Module) -> None:
-    """Ranges of the weights, without clipping."""
-    for layer in quantized_layers(model).values():
-        rows = weight_rows(layer)
-        spec = layer.weight_quantizer.spec
-        layer.weight_quantizer.set_qparams(*qparams_from_range(rows.amin(1), rows.amax(1), spec))

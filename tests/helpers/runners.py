@@ -12,7 +12,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
 import gplq_mm.engine.hooks
-import gplq_mm.models  # noqa: F401
+import gplq_mm.models.gplq  # noqa: F401
 from gplq_mm.utils.config import override_data_root
 
 from .tiny_projects import TinyProject

@@ -18,6 +18,7 @@ from gplq_mm.modules.rel_pos_attention import (
     RelPosAttention,
     SharedQueryMatMul,
 )
+from tests.helpers.calibration import calibrate_activations
 
 
 class Attention(nn.Module):
@@ -82,3 +83,18 @@ def test_rules_leave_products_float(rule: dict, names: list[str]) -> None:
     for m in (module, reference):
         set_quantization(m, False)
     assert torch.equal(module(x), reference(x))
+
+
+@pytest.mark.parametrize('norm_first', [False, True])
+def test_encoder_layer_of_torch_does_not_pass_its_quantizers_by(norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(
+        8, 2, 16, activation='gelu', batch_first=True, norm_first=norm_first
+    ).eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        expected = layer(x)
+        convert_(layer, dict(base='w8a8', scope='all'))
+        assert layer.linear2.input_quantizer.role == 'post_gelu'
+        calibrate_activations(layer, lambda: layer(x))
+        error = (layer(x) - expected).norm()
+    assert 0 < error < 0.05 * expected.norm()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gplq_mm.engine.teacher_cache import attach_teacher_cache, check_teacher_cache
-from gplq_mm.models import Mimicking
+from gplq_mm.models.mimicking import Mimicking
 from gplq_mm.modules import Engine
 
 

@@ -17,7 +17,7 @@ from mmpretrain.models import ImageClassifier
 
 from gplq_mm.conversion import quantizers
 from gplq_mm.engine.checkpoint import quantization_keys
-from gplq_mm.models import build_gplq
+from gplq_mm.models.gplq import build_gplq
 from gplq_mm.models.mimicking import Mimicking
 from tests.helpers.mm_models import CLASSIFIERS, calibrate_activations
 

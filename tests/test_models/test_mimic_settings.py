@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from gplq_mm.models import resolve_mimic
+from gplq_mm.models.mimic_settings import resolve_mimic
 
 
 def resolved(mimic: Any, is_detector: bool = False) -> dict[str, Any]:

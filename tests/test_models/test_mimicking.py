@@ -16,7 +16,8 @@ from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample
 
 from gplq_mm.conversion import set_quantization
-from gplq_mm.models import make_mimicking, resolve_mimic
+from gplq_mm.models.mimic_settings import resolve_mimic
+from gplq_mm.models.mimicking import make_mimicking
 from tests.helpers.mm_models import calibrate_activations
 
 from .test_gplq import BACKBONE, CLASSIFIER, HEAD

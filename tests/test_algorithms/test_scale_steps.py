@@ -13,8 +13,8 @@ from mmengine.optim import build_optim_wrapper
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from gplq_mm.algorithms.scale_steps import ZERO_BIAS, ProportionalSteps, RelativeSteps
 from gplq_mm.conversion import convert_, quantizers, resolve_recipe
-from gplq_mm.engine.scale_steps import ZERO_BIAS, ProportionalSteps, RelativeSteps
 from gplq_mm.quantizers import FakeQuantizer, PerRow, PerTensor, QuantSpec
 from tests.helpers.mm_models import calibrate_activations
 from tests.helpers.models import Detector, image

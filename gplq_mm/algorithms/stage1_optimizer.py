@@ -1,0 +1,132 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What a recipe says of stage 1's optimizer: groups of parameters and the length of the steps."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from .scale_steps import ProportionalSteps, RelativeSteps
+
+SCALE_KEY = '_quantizer.scale'
+"""Part of a parameter's name by which learned scales are told from weights."""
+
+
+def scale_ids(model: nn.Module) -> set[int]:
+    """Identities of the quantizers' scales, to tell them among an optimizer's parameters."""
+    return {id(p) for n, p in model.named_parameters() if SCALE_KEY in n}
+
+
+def vectors(model: nn.Module, optim: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+    """Trained biases and gains by name; none where the recipe gives them no steps of their own."""
+    if optim.get('vector_lr') is None:
+        return {}
+    return {
+        n: p
+        for n, p in model.named_parameters()
+        if p.requires_grad and p.dim() == 1 and SCALE_KEY not in n
+    }
+
+
+def proportional_ids(model: nn.Module, optim: Mapping[str, Any]) -> set[int]:
+    """Identities of what does not train at the weights' LR: scales, and ``vectors``."""
+    return scale_ids(model) | {id(p) for p in vectors(model, optim).values()}
+
+
+def moved_lr(own: float, lr: float, optim: Mapping[str, Any]) -> float:
+    """A rate of the recipe, moved with the weights' where another one is given for them.
+
+    Args:
+        own: ``optim['scale_lr']`` or ``optim['vector_lr']``.
+        lr: Of the weights.
+        optim: ``recipe['optim']``, its ``auto`` settled.
+
+    Examples:
+        >>> moved_lr(1e-4, 2e-3, dict(lr=1e-3))
+        0.0002
+    """
+    return own * (lr / optim['lr'] if optim['lr'] else 1.0)
+
+
+def parameter_groups(model: nn.Module, optim: Mapping[str, Any], lr: float) -> list[dict[str, Any]]:
+    """Weights, scales, and biases with gains in a group each: fast steps, few log lines.
+
+    Args:
+        model: Converted model.
+        optim: ``recipe['optim']``, its ``auto`` settled.
+        lr: Of the weights.
+
+    Returns:
+        Groups for a torch optimizer, empty ones left out.
+
+    Raises:
+        ValueError: If nothing trains.
+    """
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    scales = {n: p for n, p in trained.items() if SCALE_KEY in n}
+    biases_and_gains = vectors(model, optim)
+    others = {n: p for n, p in trained.items() if n not in scales | biases_and_gains}
+    groups: list[dict[str, Any]] = [
+        {'params': list(others.values())},
+        {
+            'params': list(scales.values()),
+            'lr': moved_lr(optim['scale_lr'], lr, optim),
+            'weight_decay': optim['scale_weight_decay'],
+        },
+        {
+            'params': list(biases_and_gains.values()),
+            'lr': moved_lr(optim.get('vector_lr') or 0.0, lr, optim),
+            'weight_decay': 0.0,
+        },
+    ]
+    groups = [g for g in groups if g['params']]
+    if not groups:
+        raise ValueError(
+            "stage 1 has nothing to train: recipe.optim.train='none' leaves the scales, and the "
+            "recipe learns none; write train='all' or activation=dict(learn_scale=True)"
+        )
+    return groups
+
+
+def make_steps_proportional(
+    optimizer: Optimizer, model: nn.Module, optim: Mapping[str, Any]
+) -> None:
+    """Let scales, biases and gains step in proportion to themselves, as far as the recipe says so.
+
+    Args:
+        optimizer: Of the model's parameters; gets hooks.
+        model: Converted model.
+        optim: ``recipe['optim']``, its ``auto`` settled.
+    """
+    if optim.get('scale_step') == 'relative':
+        ids = scale_ids(model)
+        held = [p for group in optimizer.param_groups for p in group['params']]
+        scales = [p for p in held if id(p) in ids]
+        if scales:
+            RelativeSteps(optimizer, scales)
+    found = vectors(model, optim)
+    if found:
+        biases = [p for n, p in found.items() if n.endswith('bias')]
+        ProportionalSteps(
+            optimizer, biases, [p for n, p in found.items() if not n.endswith('bias')]
+        )
+
+
+def short_run_factor(optim: Mapping[str, Any], steps: float) -> float:
+    """Factor of the weights' LR where stage 1 has few steps: ``sqrt(steps / lr_iterations)``.
+
+    A model near its optimum has to average out what noise a step brings, and a short run has
+    no steps for it (measured: ``docs/accuracy_trials.md``).
+
+    Args:
+        optim: ``recipe['optim']``, its ``auto`` settled.
+        steps: Optimizer steps of the whole training.
+
+    Examples:
+        >>> short_run_factor(dict(lr_iterations=400), 100), short_run_factor({}, 100)
+        (0.5, 1.0)
+    """
+    full = optim.get('lr_iterations', 0)
+    return math.sqrt(steps / full) if 0 < steps < full else 1.0

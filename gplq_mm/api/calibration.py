@@ -1,0 +1,136 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""``gplq_mm.calibrate``: ranges of activations, and weights fitted to them."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..algorithms.calibration import calibrate_activations, calibrate_trained_weights
+from ..algorithms.distributed import world
+from ..algorithms.layerwise_calibration import (
+    LAYERWISE_IMAGES,
+    LayerwiseResult,
+    calibrate_layerwise,
+)
+from .inputs import CalibrationBatches, ForwardLoop, collect, loop_pass
+from .model_state import CALIBRATED, CONVERTED, LOGGER, evaluating, require_stage
+
+RunPass = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class CalibrationResult:
+    """What calibration found.
+
+    Attributes:
+        quantizers: Number of quantizers calibrated.
+        layers: Input scales and fits of weights by layer.
+    """
+
+    quantizers: int
+    layers: LayerwiseResult
+
+
+def calibrate(
+    model: nn.Module,
+    loader: Iterable[Any] | None = None,
+    *,
+    forward_loop: ForwardLoop | None = None,
+) -> CalibrationResult:
+    """Set the range of every activation, then input scales and weights layer by layer, in place.
+
+    The recipe says on how many images, in what batches (the loader's own do not matter), and
+    whether input scales are searched (``migrate``) and weights fitted (``compensate``). The
+    images are held in memory: every pass sees the same. With a process group each rank is
+    given the same loader, and takes its share of the batches.
+
+    Args:
+        model: Of ``gplq_mm.quantize``, not calibrated.
+        loader: Yields tensors ``(B, ...)``; tuples or lists, of which the first element is
+            used; or dicts of tensors, which become the model's keyword arguments.
+        forward_loop: In place of a loader: ``forward_loop(model)`` calls the model over the
+            images, the same ones in every call, and does not use what the model returns.
+
+    Returns:
+        What was found.
+
+    Raises:
+        ValueError: If the model is not quantized or already calibrated, the loader is empty,
+            too short for the recipe's number of images or yields something else, a tensor
+            holds NaN or infinity, or a quantizer is never reached.
+
+    Examples:
+        >>> import gplq_mm, torch
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+        >>> coverage = gplq_mm.quantize(model, 'w4a4')
+        >>> gplq_mm.calibrate(model, torch.randn(32, 5, 4).split(8)).quantizers
+        2
+    """
+    state = require_stage(model, (CONVERTED,))
+    settings = state.recipe['calibration']
+    every, some = passes(model, loader, forward_loop, settings, settings['num_images'])
+    number, layers = calibrate_activations(model, every), LayerwiseResult()
+    if settings.get('migrate') or settings.get('compensate'):
+        with evaluating(model):
+            layers = calibrate_layerwise(
+                model,
+                some,
+                migrate=settings.get('migrate', False),
+                compensate_weights=settings.get('compensate', False),
+            )
+    number += calibrate_trained_weights(model)
+    state.stage = CALIBRATED
+    for line in [f'calibrated {number} quantizers', *layers.summary()]:
+        LOGGER.info(line)
+    return CalibrationResult(number, layers)
+
+
+def passes(
+    model: nn.Module,
+    loader: Iterable[Any] | None,
+    forward_loop: ForwardLoop | None,
+    settings: Mapping[str, Any],
+    num_images: int,
+) -> tuple[RunPass, RunPass]:
+    """Passes over all images, and over those of the layerwise calibration.
+
+    Args:
+        model: Quantized model.
+        loader: See ``calibrate``.
+        forward_loop: See ``calibrate``; both passes are it.
+        settings: ``recipe['calibration']``.
+        num_images: Images to take of the loader.
+
+    Raises:
+        ValueError: If neither or both of loader and loop are given, or the loader does not do.
+    """
+    if (loader is None) == (forward_loop is None):
+        raise ValueError('give images in one of two forms: loader, or forward_loop=...')
+    if forward_loop is not None:
+        run = loop_pass(model, forward_loop)
+        return run, run
+    assert loader is not None
+    size = settings['batch_size']
+    images = collect(loader, num_images, size)
+    _require_enough(images, num_images, settings)
+    few = images.first(max(LAYERWISE_IMAGES, size * world()[1]))
+    return images.run_pass(model), few.run_pass(model)
+
+
+def _require_enough(images: CalibrationBatches, wanted: int, settings: Mapping[str, Any]) -> None:
+    found = len(images.images)
+    if found < wanted and not settings.get('all_if_fewer'):
+        raise ValueError(
+            f'the recipe asks for {wanted} calibration images, the loader gives {found}; give '
+            f'more, or write recipe=dict(calibration=dict(num_images={found}))'
+        )
+    batches = -(-found // images.batch_size)
+    if batches < world()[1]:
+        raise ValueError(
+            f'{batches} calibration batch(es) cannot be dealt to {world()[1]} ranks; give more '
+            'images'
+        )
+    LOGGER.info('images: %d in batches of %d', found, images.batch_size)

@@ -1,0 +1,90 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""``gplq_mm.quantize``: a float model gets its quantizers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..adapters import load_adapters_of
+from ..algorithms.drop_rates import set_drop_rates_
+from ..algorithms.stage2 import prepare_stage2
+from ..algorithms.trainable import choose_trained_, freeze_stages_
+from ..conversion import (
+    CoverageReport,
+    convert_,
+    default_scope,
+    resolve_recipe,
+    settle_auto,
+    typical_width,
+)
+from ..conversion.handlers import TURNED_OFF
+from ..modules import Engine, set_engine
+from .model_state import LOGGER, QuantizationState
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Mapping[str, Any] = 'w4a4',
+    strict: bool = False,
+    engine: str | Mapping[str, Any] | Engine = 'fused',
+) -> CoverageReport:
+    """Attach quantizers to a float model, in place; it computes nothing else until calibrated.
+
+    Classes are swapped in place: the model is still what it was, with the same keys plus
+    quantizer state. What stays float is logged as a warning of the logger ``gplq_mm``. Keep a
+    ``copy.deepcopy`` from before this call as the teacher of stage 1.
+
+    Args:
+        model: Any torch module; transformers of timm and torchvision, mmpretrain and mmdet
+            have their attention products quantized too, and so has ``nn.MultiheadAttention``.
+        recipe: Preset such as ``w4a4``, or a dict of changes to one (``README.md``, Recipes).
+        strict: Raise if an unknown layer or attention class stays float.
+        engine: ``fused`` or ``reference``: how training is computed, not what.
+
+    Returns:
+        What is quantized (``coverage.counts``), and what stays float and why
+        (``coverage.kept_float``).
+
+    Raises:
+        ValueError: If the model is already quantized, has nothing to quantize, or the recipe
+            does not fit it. After an error from ``strict`` or a rule build the model anew.
+
+    Examples:
+        >>> import gplq_mm
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 2))
+        >>> gplq_mm.quantize(model, 'w4a4').counts
+        {'linear': 2, 'conv': 0, 'matmul': 0}
+    """
+    if hasattr(model, 'gplq'):
+        raise ValueError(f'{type(model).__name__} is already quantized; give a float model')
+    load_adapters_of(model)
+    resolved = resolve_recipe(recipe)
+    scope = default_scope(model)
+    if resolved['scope'] == 'auto':
+        resolved['scope'] = scope
+    is_detector = scope == 'backbone'
+    resolved = settle_auto(resolved, is_detector, typical_width(model))
+    modes = {module: module.training for module in model.modules()}
+    coverage = convert_(model, resolved, strict=strict)
+    prepare_stage2(model, resolved)
+    choose_trained_(model, resolved['optim'].get('train', 'all'))
+    set_drop_rates_(model, resolved['optim'].get('drop_rates', 'keep'))
+    freeze_stages_(model)
+    for module in model.modules():
+        module.training = modes.get(module, model.training)
+    chosen = set_engine(model, engine)
+    model.gplq = QuantizationState(resolved, coverage, chosen, is_detector)  # type: ignore[assignment]
+    _log_coverage(model, coverage, resolved)
+    return coverage
+
+
+def _log_coverage(model: nn.Module, coverage: CoverageReport, recipe: Mapping[str, Any]) -> None:
+    counts = ', '.join(f'{number} {kind}' for kind, number in coverage.counts.items())
+    LOGGER.info('%s: %s: %s quantized', recipe['name'], type(model).__name__, counts)
+    for name, reason in coverage.kept_float:
+        log = LOGGER.info if reason == TURNED_OFF else LOGGER.warning
+        log('%s stays float: %s', name or type(model).__name__, reason)
+    if (recipe.get('gate') or {}).get('action') == 'add_bits':
+        LOGGER.warning('recipe.gate is for runs of MMEngine: no bits are added here')

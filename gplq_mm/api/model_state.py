@@ -1,0 +1,93 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What a quantized model knows of itself, and in which order its stages come."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..conversion import CoverageReport
+from ..modules import Engine
+
+CONVERTED, CALIBRATED, STAGE1, STAGE2 = STAGES = ('converted', 'calibrated', 'stage1', 'stage2')
+"""In the order in which a model goes through them; a training loop of one's own is not noticed."""
+LOGGER = logging.getLogger('gplq_mm')
+
+
+@dataclass
+class QuantizationState:
+    """What ``gplq_mm.quantize`` notes in a model (attribute ``gplq``).
+
+    Attributes:
+        recipe: The resolved recipe, its ``auto`` settled.
+        coverage: What is quantized and what stays float.
+        engine: What training steps are computed with.
+        is_detector: Whether the settings are those of a detector.
+        stage: One of ``STAGES``.
+    """
+
+    recipe: dict[str, Any]
+    coverage: CoverageReport
+    engine: Engine
+    is_detector: bool
+    stage: str = CONVERTED
+
+
+def state_of(model: nn.Module) -> QuantizationState:
+    """State of a quantized model.
+
+    Raises:
+        ValueError: If ``gplq_mm.quantize`` did not make it.
+    """
+    state = getattr(model, 'gplq', None)
+    if not isinstance(state, QuantizationState):
+        raise ValueError(
+            f"{type(model).__name__} is not quantized; write gplq_mm.quantize(model, 'w4a4') first"
+        )
+    return state
+
+
+def require_stage(model: nn.Module, allowed: tuple[str, ...]) -> QuantizationState:
+    """State of a model that is in one of some stages.
+
+    Raises:
+        ValueError: If it is not quantized or in another stage; the call to make is named.
+    """
+    state = state_of(model)
+    if state.stage in allowed:
+        return state
+    if state.stage == CONVERTED:
+        raise ValueError(
+            'the model is not calibrated; write gplq_mm.calibrate(model, loader) before this call'
+        )
+    if state.stage == STAGE2:
+        raise ValueError(
+            'the weights are already quantized; go on from the calibrated model, for instance '
+            'from a copy.deepcopy of it or from gplq_mm.load'
+        )
+    raise ValueError(
+        'the model is already calibrated, and calibration fits its weights; begin again with '
+        'gplq_mm.quantize of the float model to calibrate on other images'
+    )
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of a model's first parameter."""
+    return next(model.parameters()).device
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; each module's own mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
