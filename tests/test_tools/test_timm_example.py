@@ -23,7 +23,7 @@ runpy.run_path(path, run_name='__main__')
 
 
 def test_four_bits_are_near_the_float_model() -> None:
-    command = [sys.executable, '-W', 'ignore', '-c', WITHOUT_MM, str(EXAMPLE), '4']
+    command = [sys.executable, '-W', 'ignore', '-c', WITHOUT_MM, str(EXAMPLE), '10']
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     scores = [float(s) for s in re.findall(r'\d+\.\d', done.stdout)]
