@@ -11,6 +11,7 @@ from mmengine.registry import OPTIM_WRAPPERS, OPTIMIZERS
 from mmengine.runner import EpochBasedTrainLoop
 from torch import nn
 
+from ..recipe import OptimSettings
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from .amp import on_this_device
 from .checkpoint import unwrap
@@ -46,24 +47,24 @@ class GPLQOptimWrapperConstructor:
             ValueError: If nothing trains.
         """
         network = unwrap(model)
-        optim: dict[str, Any] = network.gplq.recipe['optim']
+        optim: OptimSettings = network.gplq.recipe.optim
         wrapper = on_this_device({'type': 'OptimWrapper', **self.optim_wrapper_cfg})
         wrapper.setdefault(
             'optimizer',
             {
                 'type': 'AdamW',
-                'lr': optim['lr'],
-                'weight_decay': optim['weight_decay'],
-                'betas': tuple(optim['betas']),
+                'lr': optim.lr,
+                'weight_decay': optim.weight_decay,
+                'betas': tuple(optim.betas),
             },
         )
         of_recipe = 'lr' not in (self.optim_wrapper_cfg.get('optimizer') or {})
-        wrapper['optimizer'] = {'lr': optim['lr'], **wrapper['optimizer']}
+        wrapper['optimizer'] = {'lr': optim.lr, **wrapper['optimizer']}
         if self.paramwise_cfg:
             built = self._paramwise(model, network, wrapper)
         else:
             built = _two_groups(network, wrapper, optim)
-        if optim.get('scale_step') == 'relative':
+        if optim.scale_step == 'relative':
             ids = _scale_ids(network)
             groups = built.optimizer.param_groups
             scales = [p for group in groups for p in group['params'] if id(p) in ids]
@@ -72,10 +73,10 @@ class GPLQOptimWrapperConstructor:
         return built
 
     def _paramwise(self, model: nn.Module, network: Any, wrapper: dict[str, Any]) -> OptimWrapper:
-        optim, lr = network.gplq.recipe['optim'], wrapper['optimizer']['lr']
+        optim, lr = network.gplq.recipe.optim, wrapper['optimizer']['lr']
         built = DefaultOptimWrapperConstructor(wrapper, self.paramwise_cfg)(model)
         if not any('quantizer' in key for key in self.paramwise_cfg.get('custom_keys') or {}):
-            _set_scale_groups(built, network, _scale_lr(lr, optim), optim['scale_weight_decay'])
+            _set_scale_groups(built, network, _scale_lr(lr, optim), optim.scale_weight_decay)
         return built
 
 
@@ -106,8 +107,8 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
         What was done, in words; None where the learning rate stays: a training that is long
         enough, or a number that the config gives.
     """
-    optim, built = network.gplq.recipe['optim'], runner.optim_wrapper
-    full = optim.get('lr_iterations', 0)
+    optim, built = network.gplq.recipe.optim, runner.optim_wrapper
+    full = optim.lr_iterations
     if not getattr(built, _OF_RECIPE, False):
         return None
     steps = runner.max_iters / built._accumulative_counts
@@ -127,7 +128,7 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
                 scheduler.base_values[index] *= factor
     return (
         f'{steps:g} steps are fewer than {full}: weights train with the learning rate '
-        f'{optim["lr"] * factor:.2g} instead of {optim["lr"]:.2g} (recipe.optim.lr_iterations); '
+        f'{optim.lr * factor:.2g} instead of {optim.lr:.2g} (recipe.optim.lr_iterations); '
         f'for as many steps write {_longer(runner, full / steps)}'
     )
 
@@ -172,7 +173,7 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
     Returns:
         The warning; None where the scales have their own LR or the recipe wants none.
     """
-    optim = network.gplq.recipe['optim']
+    optim = network.gplq.recipe.optim
     scales = _scale_ids(network)
     groups = getattr(getattr(built, 'optimizer', None), 'param_groups', [])
     rates = {
@@ -183,16 +184,16 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
         }
         for is_scale in (True, False)
     }
-    if optim['scale_lr'] == optim['lr'] or not rates[True] or not rates[True] <= rates[False]:
+    if optim.scale_lr == optim.lr or not rates[True] or not rates[True] <= rates[False]:
         return None
     return (
         f'the scales of the quantizers train with the LR of the weights, {sorted(rates[True])}: '
-        f'recipe.optim (scale_lr={optim["scale_lr"]}, lr={optim["lr"]}) has no effect; write '
+        f'recipe.optim (scale_lr={optim.scale_lr}, lr={optim.lr}) has no effect; write '
         "optim_wrapper = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor', ...)"
     )
 
 
-def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]) -> OptimWrapper:
+def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: Any) -> OptimWrapper:
     """Weights in one group, scales in another: a fast step, and no log line a parameter."""
     named = [(n, p) for n, p in network.named_parameters() if p.requires_grad]
     optimizer = {**wrapper.pop('optimizer')}
@@ -201,7 +202,7 @@ def _two_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, An
         {
             'params': [p for n, p in named if SCALE_KEY in n],
             'lr': _scale_lr(optimizer['lr'], optim),
-            'weight_decay': optim['scale_weight_decay'],
+            'weight_decay': optim.scale_weight_decay,
         },
     ]
     optimizer['params'] = [g for g in optimizer['params'] if g['params']]
@@ -218,6 +219,6 @@ def _scale_ids(network: nn.Module) -> set[int]:
     return {id(p) for n, p in network.named_parameters() if SCALE_KEY in n}
 
 
-def _scale_lr(lr: float, optim: dict[str, Any]) -> float:
+def _scale_lr(lr: float, optim: Any) -> float:
     """LR of the scales: the recipe's, moved with the weights' where the config gives another."""
-    return optim['scale_lr'] * (lr / optim['lr'] if optim['lr'] else 1.0)
+    return optim.scale_lr * (lr / optim.lr if optim.lr else 1.0)

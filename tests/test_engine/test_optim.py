@@ -20,9 +20,10 @@ from mmengine.optim import (
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
-from gplq_mm.conversion import convert_, resolve_recipe
+from gplq_mm.conversion import convert_
 from gplq_mm.engine import GPLQOptimWrapperConstructor
 from gplq_mm.engine.optim import shared_lr_warning, shorten_lr_, slow_average_warning
+from gplq_mm.recipe import as_recipe
 from tests.helpers.models import Detector
 
 OPTIM = dict(
@@ -39,10 +40,15 @@ CONSTRUCTOR = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor')
 @pytest.fixture
 def model() -> Any:
     model: Any = Detector()
-    recipe = resolve_recipe(dict(base='w4a4', scope='all', rules=[], optim=OPTIM))
+    recipe = as_recipe(dict(base='w4a4', scope='all', rules=[], optim=OPTIM))
     convert_(model, recipe)
     model.gplq = SimpleNamespace(recipe=recipe)
     return model
+
+
+def change_optim(model: Any, **values: Any) -> None:
+    recipe = model.gplq.recipe
+    model.gplq.recipe = recipe.change(optim=recipe.optim.change(**values))
 
 
 def build(model: Any, **options: Any) -> OptimWrapper:
@@ -126,7 +132,7 @@ def test_an_optimizer_of_mmengines_own_constructor_is_warned_of(model: Any) -> N
     assert warning(**CONSTRUCTOR, **copy.deepcopy(plain)) is None
     keys = {'_quantizer.scale': dict(lr_mult=5.0)}
     assert warning(**copy.deepcopy(plain), paramwise_cfg=dict(custom_keys=keys)) is None
-    model.gplq.recipe['optim']['scale_lr'] = model.gplq.recipe['optim']['lr']
+    change_optim(model, scale_lr=model.gplq.recipe.optim.lr)
     assert warning(**plain) is None
 
 
@@ -205,7 +211,7 @@ def test_few_iterations_take_smaller_steps_from_the_first_to_the_last(
     options = {'paramwise_cfg': paramwise} if paramwise else {}
     curves = {}
     for full in (0, 80):
-        model.gplq.recipe['optim']['lr_iterations'] = full
+        change_optim(model, lr_iterations=full)
         wrapper = build(model, **options)
         said, schedulers = short_run(model, wrapper, 20)
         assert (said is None) == (full == 0)
@@ -220,7 +226,7 @@ def test_few_iterations_take_smaller_steps_from_the_first_to_the_last(
 
 
 def test_a_short_run_is_told_how_many_epochs_would_do(model: Any) -> None:
-    model.gplq.recipe['optim']['lr_iterations'] = 80
+    change_optim(model, lr_iterations=80)
     loop = Mock(spec=EpochBasedTrainLoop, max_epochs=2)
     runner = SimpleNamespace(
         optim_wrapper=build(model), param_schedulers=[], max_iters=18, _train_loop=loop
@@ -229,7 +235,7 @@ def test_a_short_run_is_told_how_many_epochs_would_do(model: Any) -> None:
 
 
 def test_what_keeps_its_learning_rate_in_a_short_run(model: Any) -> None:
-    model.gplq.recipe['optim']['lr_iterations'] = 80
+    change_optim(model, lr_iterations=80)
     assert short_run(model, build(model), 80)[0] is None
     assert short_run(model, build(model, accumulative_counts=4), 320)[0] is None
     assert short_run(model, build(model, accumulative_counts=4), 160)[0] is not None
