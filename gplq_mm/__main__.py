@@ -12,6 +12,7 @@ from gplq_mm.version import __version__
 
 COMMANDS = {
     'init': 'write a GPLQ config for a trained float model',
+    'recipe': 'print a preset with a comment for each key, or a JSON schema of recipes',
     'doctor': 'list the installed libraries, what clashes, and the line that mends it',
 }
 

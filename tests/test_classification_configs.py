@@ -145,7 +145,7 @@ def test_one_option_gives_other_bits(name, recipe):
     cfg = load(f'{name}_in1k_w4a4')
     apply_cfg_options(cfg, {'model.recipe': recipe})
     model = MODELS.build(shrunken(cfg))
-    assert model.gplq.recipe['name'] == recipe
+    assert model.gplq.recipe.name == recipe
     block = 'stages.0.blocks.0' if name == 'swinv2-t' else 'layers.0'
     layer = model.get_submodule(f'backbone.{block}.ffn.layers.1')
     assert layer.weight_quantizer.spec.num_bits == int(recipe[1])

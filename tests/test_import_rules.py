@@ -21,6 +21,7 @@ FLOORS = {
     'version': 0,
     'quantizers': 0,
     'modules': 1,
+    'recipe': 1,
     'conversion': 2,
     'losses': 2,
     'algorithms': 3,

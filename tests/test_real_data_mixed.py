@@ -47,7 +47,7 @@ def test_mixed_bits_beat_uniform_bits_of_the_same_mean(gplq_data: Path) -> None:
     images, _ = cifar(gplq_data, 'test', 2000)
     training, _ = cifar(gplq_data, 'train', 32)
     calibrate_activations(model, lambda: logits(model, training[:8]))
-    operands = find_operands(model, model.gplq.recipe['rules'], ['weight'])
+    operands = find_operands(model, model.gplq.recipe.rules, ['weight'])
     free = {key: operand for key, operand in operands.items() if not operand.pinned}
     ptq, found = build_weight_ptq('minmax'), {}
     with baseline(model, False):

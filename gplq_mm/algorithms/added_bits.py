@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """More bits for the activations of some roles: in place, as rules, and from a checkpoint."""
 
-import copy
 import glob
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,20 +10,21 @@ from torch import Tensor, nn
 
 from ..conversion import quantizers
 from ..quantizers import FakeQuantizer
+from ..recipe import Recipe, plain
 from .operands import find_operands
 
 ADD_BITS = 'add_bits'
 """Action of a recipe's gate that gives operands more bits where the start is broken."""
 
 
-def adds_bits(recipe: Mapping[str, Any]) -> bool:
+def adds_bits(recipe: Recipe) -> bool:
     """Whether a recipe may be given more bits than it says.
 
     Examples:
-        >>> adds_bits(dict(gate=dict(action='add_bits'))), adds_bits(dict(gate=None))
+        >>> adds_bits(as_recipe('auto')), adds_bits(as_recipe('w4a4'))
         (True, False)
     """
-    return (recipe.get('gate') or {}).get('action') == ADD_BITS
+    return recipe.gate is not None and recipe.gate.action == ADD_BITS
 
 
 def add_bits_(model: nn.Module, roles: Iterable[str], num_bits: int) -> int:
@@ -69,21 +69,26 @@ def bit_rules_of_roles(
     return rules
 
 
-def adopt_rules_(model: nn.Module, recipe: dict[str, Any], made_with: Mapping[str, Any]) -> None:
+def adopt_rules_(model: nn.Module, recipe: Recipe, made_with: Mapping[str, Any]) -> Recipe:
     """Take over the bits that a run's gate added, from the recipe in its checkpoint.
 
     Args:
         model: Converted model; its activation quantizers get the bits, calibrated or not.
-        recipe: Its recipe; gets the rules. Nothing happens unless both recipes may add bits.
-        made_with: Recipe of the checkpoint.
+        recipe: Its recipe.
+        made_with: Recipe of the checkpoint, plain.
+
+    Returns:
+        The recipe with the added rules; as it was unless both recipes may add bits.
     """
-    own, rules = list(recipe['rules']), list(made_with.get('rules', ()))
-    if not (adds_bits(recipe) and adds_bits(made_with)) or rules[: len(own)] != own:
-        return
-    added = rules[len(own) :]
-    for rule in added:
-        add_bits_(model, [rule['role']] if 'role' in rule else [], rule['activation']['num_bits'])
-    recipe['rules'] = copy.deepcopy(rules)
+    own, rules = plain(recipe.rules), plain(made_with.get('rules', ()))
+    added_bits = (made_with.get('gate') or {}).get('action') == ADD_BITS
+    if not (adds_bits(recipe) and added_bits) or rules[: len(own)] != own:
+        return recipe
+    adopted = recipe.change(rules=rules)
+    for rule in adopted.rules[len(own) :]:
+        if rule.role is not None:
+            add_bits_(model, [rule.role], rule.settings_of('activation')['num_bits'])
+    return adopted
 
 
 def adopt_bits(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:

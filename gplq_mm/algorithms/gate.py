@@ -65,7 +65,7 @@ class RoleError:
     """Feature error with the operands of one role float.
 
     Attributes:
-        role: One of ``conversion.match.ROLES``, or ``WEIGHTS``.
+        role: One of ``recipe.ROLES``, or ``WEIGHTS``.
         operands: How many there are.
         feature_error: What is left; the less, the more the role costs.
     """

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion import quantized_layers
-from ..conversion.match import sets_bits
 from ..modules import QuantizedLayer, QuantMatMul
 from ..quantizers import FakeQuantizer, Observer, QuantSpec, integer_range
+from ..recipe import Rule, sets_bits
 from .weight_ptq import PTQTask, WeightPTQ
 
 KINDS = ('weight', 'activation')
@@ -27,7 +27,7 @@ class Operand:
         name: As rules see it: the layer's name, or ``<matmul>.lhs``, ``<matmul>.rhs``.
         kind: ``weight`` or ``activation``.
         path: Dotted name of its quantizer.
-        role: What it is, one of ``conversion.match.ROLES``.
+        role: What it is, one of ``recipe.ROLES``.
         num_bits: Its present bits.
         pinned: Whether a rule of the recipe, not its general setting, gave the bits.
         weights: Number of weights; 0 for an activation.
@@ -72,7 +72,7 @@ class Precision:
 
 
 def find_operands(
-    model: nn.Module, rules: Sequence[Mapping[str, Any]] = (), kinds: Sequence[str] = KINDS
+    model: nn.Module, rules: Sequence[Rule] = (), kinds: Sequence[str] = KINDS
 ) -> dict[str, Operand]:
     """All operands of some kinds by their key, in model order.
 
@@ -265,7 +265,7 @@ def _rule(name: str, kinds: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _operand(
-    model: nn.Module, path: str, quantizer: FakeQuantizer, rules: Sequence[Mapping[str, Any]]
+    model: nn.Module, path: str, quantizer: FakeQuantizer, rules: Sequence[Rule]
 ) -> Operand:
     parent, _, side = path.rpartition('.')
     is_layer = side in ('input_quantizer', 'weight_quantizer')

@@ -2,7 +2,6 @@
 """What a recipe says of stage 1's optimizer: groups of parameters and the length of the steps."""
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -19,9 +18,9 @@ def scale_ids(model: nn.Module) -> set[int]:
     return {id(p) for n, p in model.named_parameters() if SCALE_KEY in n}
 
 
-def vectors(model: nn.Module, optim: Mapping[str, Any]) -> dict[str, nn.Parameter]:
+def vectors(model: nn.Module, optim: Any) -> dict[str, nn.Parameter]:
     """Trained biases and gains by name; none where the recipe gives them no steps of their own."""
-    if optim.get('vector_lr') is None:
+    if optim.vector_lr is None:
         return {}
     return {
         n: p
@@ -30,32 +29,33 @@ def vectors(model: nn.Module, optim: Mapping[str, Any]) -> dict[str, nn.Paramete
     }
 
 
-def proportional_ids(model: nn.Module, optim: Mapping[str, Any]) -> set[int]:
+def proportional_ids(model: nn.Module, optim: Any) -> set[int]:
     """Identities of what does not train at the weights' LR: scales, and ``vectors``."""
     return scale_ids(model) | {id(p) for p in vectors(model, optim).values()}
 
 
-def moved_lr(own: float, lr: float, optim: Mapping[str, Any]) -> float:
+def moved_lr(own: float, lr: float, optim: Any) -> float:
     """A rate of the recipe, moved with the weights' where another one is given for them.
 
     Args:
-        own: ``optim['scale_lr']`` or ``optim['vector_lr']``.
+        own: ``optim.scale_lr`` or ``optim.vector_lr``.
         lr: Of the weights.
-        optim: ``recipe['optim']``, its ``auto`` settled.
+        optim: ``OptimSettings`` of the recipe, its ``auto`` settled.
 
     Examples:
-        >>> moved_lr(1e-4, 2e-3, dict(lr=1e-3))
+        >>> from gplq_mm.recipe import as_recipe
+        >>> moved_lr(1e-4, 2e-3, as_recipe(dict(optim=dict(lr=1e-3))).optim)
         0.0002
     """
-    return own * (lr / optim['lr'] if optim['lr'] else 1.0)
+    return own * (lr / optim.lr if optim.lr else 1.0)
 
 
-def parameter_groups(model: nn.Module, optim: Mapping[str, Any], lr: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, optim: Any, lr: float) -> list[dict[str, Any]]:
     """Weights, scales, and biases with gains in a group each: fast steps, few log lines.
 
     Args:
         model: Converted model.
-        optim: ``recipe['optim']``, its ``auto`` settled.
+        optim: ``OptimSettings`` of the recipe, its ``auto`` settled.
         lr: Of the weights.
 
     Returns:
@@ -72,12 +72,12 @@ def parameter_groups(model: nn.Module, optim: Mapping[str, Any], lr: float) -> l
         {'params': list(others.values())},
         {
             'params': list(scales.values()),
-            'lr': moved_lr(optim['scale_lr'], lr, optim),
-            'weight_decay': optim['scale_weight_decay'],
+            'lr': moved_lr(optim.scale_lr, lr, optim),
+            'weight_decay': optim.scale_weight_decay,
         },
         {
             'params': list(biases_and_gains.values()),
-            'lr': moved_lr(optim.get('vector_lr') or 0.0, lr, optim),
+            'lr': moved_lr(optim.vector_lr or 0.0, lr, optim),
             'weight_decay': 0.0,
         },
     ]
@@ -90,17 +90,15 @@ def parameter_groups(model: nn.Module, optim: Mapping[str, Any], lr: float) -> l
     return groups
 
 
-def make_steps_proportional(
-    optimizer: Optimizer, model: nn.Module, optim: Mapping[str, Any]
-) -> None:
+def make_steps_proportional(optimizer: Optimizer, model: nn.Module, optim: Any) -> None:
     """Let scales, biases and gains step in proportion to themselves, as far as the recipe says so.
 
     Args:
         optimizer: Of the model's parameters; gets hooks.
         model: Converted model.
-        optim: ``recipe['optim']``, its ``auto`` settled.
+        optim: ``OptimSettings`` of the recipe, its ``auto`` settled.
     """
-    if optim.get('scale_step') == 'relative':
+    if optim.scale_step == 'relative':
         ids = scale_ids(model)
         held = [p for group in optimizer.param_groups for p in group['params']]
         scales = [p for p in held if id(p) in ids]
@@ -114,19 +112,21 @@ def make_steps_proportional(
         )
 
 
-def short_run_factor(optim: Mapping[str, Any], steps: float) -> float:
+def short_run_factor(optim: Any, steps: float) -> float:
     """Factor of the weights' LR where stage 1 has few steps: ``sqrt(steps / lr_iterations)``.
 
     A model near its optimum has to average out what noise a step brings, and a short run has
     no steps for it (measured: ``docs/accuracy_trials.md``).
 
     Args:
-        optim: ``recipe['optim']``, its ``auto`` settled.
+        optim: ``OptimSettings`` of the recipe, its ``auto`` settled.
         steps: Optimizer steps of the whole training.
 
     Examples:
-        >>> short_run_factor(dict(lr_iterations=400), 100), short_run_factor({}, 100)
+        >>> from gplq_mm.recipe import as_recipe
+        >>> optim = as_recipe(dict(optim=dict(lr_iterations=400))).optim
+        >>> short_run_factor(optim, 100), short_run_factor(optim, 500)
         (0.5, 1.0)
     """
-    full = optim.get('lr_iterations', 0)
+    full = optim.lr_iterations
     return math.sqrt(steps / full) if 0 < steps < full else 1.0

@@ -14,6 +14,7 @@ from torch import nn
 from ..conversion import quantized_layers
 from ..modules import QuantizedLayer
 from ..quantizers import UncalibratedError
+from ..recipe import RecipeLike, as_recipe
 from .calibration import Progress, RunPass
 from .compensation import attach_compensation, compensation_cost
 from .float_weights import copy_biases, copy_norms, copy_weights
@@ -65,12 +66,12 @@ class Stage2Result:
         }
 
 
-def prepare_stage2(model: nn.Module, recipe: Mapping[str, Any]) -> list[str]:
+def prepare_stage2(model: nn.Module, recipe: RecipeLike) -> list[str]:
     """Check the recipe's stage 2 and attach what it needs; call it after the conversion.
 
     Args:
         model: Converted model, before a checkpoint is loaded.
-        recipe: Resolved recipe.
+        recipe: Its recipe.
 
     Returns:
         Names of the blocks that got an unfitted side branch; empty without
@@ -80,7 +81,7 @@ def prepare_stage2(model: nn.Module, recipe: Mapping[str, Any]) -> list[str]:
         ValueError: If the recipe names an unknown algorithm or option, or blocks
             that do not exist.
     """
-    algorithms = build_weight_ptq(recipe['weight']['ptq'])
+    algorithms = build_weight_ptq(as_recipe(recipe).weight.ptq)
     options = resolve_compensation(model, recipe)
     names = [] if options is None else attach_compensation(model, options['blocks'])
     for algorithm in algorithms:
@@ -91,7 +92,7 @@ def prepare_stage2(model: nn.Module, recipe: Mapping[str, Any]) -> list[str]:
 @torch.no_grad()
 def run_stage2(
     model: nn.Module,
-    recipe: Mapping[str, Any],
+    recipe: RecipeLike,
     run_pass: RunPass | None = None,
     progress: Progress | None = None,
     logger: logging.Logger | None = None,
@@ -101,7 +102,7 @@ def run_stage2(
 
     Args:
         model: Converted model, activation quantizers calibrated, weights float.
-        recipe: Resolved recipe.
+        recipe: Its recipe.
         run_pass: Calls ``model`` once for each of this rank's calibration images; it
             must not use what the calls return. Needed by compensation and by
             algorithms with ``needs_data``.
@@ -119,7 +120,7 @@ def run_stage2(
         UncalibratedError: If an input scale that folds into a weight is missing.
     """
     start = time.perf_counter()
-    algorithms = build_weight_ptq(recipe['weight']['ptq'])
+    algorithms = build_weight_ptq(as_recipe(recipe).weight.ptq)
     options = resolve_compensation(model, recipe)
     layers = quantized_layers(model)
     _check(layers, algorithms, options is not None, run_pass)

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """``gplq_mm.calibrate``: ranges of activations, and weights fitted to them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..algorithms.layerwise_calibration import (
     LayerwiseResult,
     calibrate_layerwise,
 )
+from ..recipe import CalibrationSettings
 from .inputs import CalibrationBatches, ForwardLoop, collect, loop_pass
 from .model_state import CALIBRATED, CONVERTED, LOGGER, evaluating, require_stage
 
@@ -70,16 +71,16 @@ def calibrate(
         2
     """
     state = require_stage(model, (CONVERTED,))
-    settings = state.recipe['calibration']
-    every, some = passes(model, loader, forward_loop, settings, settings['num_images'])
+    settings: Any = state.recipe.calibration  # its auto is settled
+    every, some = passes(model, loader, forward_loop, settings, settings.num_images)
     number, layers = calibrate_activations(model, every), LayerwiseResult()
-    if settings.get('migrate') or settings.get('compensate'):
+    if settings.migrate or settings.compensate:
         with evaluating(model):
             layers = calibrate_layerwise(
                 model,
                 some,
-                migrate=settings.get('migrate', False),
-                compensate_weights=settings.get('compensate', False),
+                migrate=settings.migrate,
+                compensate_weights=settings.compensate,
             )
     number += calibrate_trained_weights(model)
     state.stage = CALIBRATED
@@ -92,7 +93,7 @@ def passes(
     model: nn.Module,
     loader: Iterable[Any] | None,
     forward_loop: ForwardLoop | None,
-    settings: Mapping[str, Any],
+    settings: Any,
     num_images: int,
 ) -> tuple[RunPass, RunPass]:
     """Passes over all images, and over those of the layerwise calibration.
@@ -101,7 +102,7 @@ def passes(
         model: Quantized model.
         loader: See ``calibrate``.
         forward_loop: See ``calibrate``; both passes are it.
-        settings: ``recipe['calibration']``.
+        settings: ``CalibrationSettings`` of the recipe, its ``auto`` settled.
         num_images: Images to take of the loader.
 
     Raises:
@@ -113,16 +114,16 @@ def passes(
         run = loop_pass(model, forward_loop)
         return run, run
     assert loader is not None
-    size = settings['batch_size']
+    size = settings.batch_size
     images = collect(loader, num_images, size)
     _require_enough(images, num_images, settings)
     few = images.first(max(LAYERWISE_IMAGES, size * world()[1]))
     return images.run_pass(model), few.run_pass(model)
 
 
-def _require_enough(images: CalibrationBatches, wanted: int, settings: Mapping[str, Any]) -> None:
+def _require_enough(images: CalibrationBatches, wanted: int, settings: CalibrationSettings) -> None:
     found = len(images.images)
-    if found < wanted and not settings.get('all_if_fewer'):
+    if found < wanted and not settings.all_if_fewer:
         raise ValueError(
             f'the recipe asks for {wanted} calibration images, the loader gives {found}; give '
             f'more, or write recipe=dict(calibration=dict(num_images={found}))'

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..conversion import recipe_difference, resolve_recipe
+from ..recipe import RecipeLike, recipe_difference, resolve_recipe
 from ..utils.checkpoint_file import load_file, write_checkpoint
 from ..version import __version__
 from .conversion import quantize
@@ -34,16 +34,14 @@ def save(model: nn.Module, path: str | Path) -> None:
         'gplq_mm_version': __version__,
         'model': type(model).__name__,
         'stage': state.stage,
-        'recipe': state.recipe,
+        'recipe': state.recipe.as_dict(),
         'coverage': state.coverage.as_dict(),
     }
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     write_checkpoint({KEY: about, 'state_dict': weights}, path)
 
 
-def load(
-    path: str | Path, float_model: nn.Module, recipe: str | Mapping[str, Any] | None = None
-) -> nn.Module:
+def load(path: str | Path, float_model: nn.Module, recipe: RecipeLike | None = None) -> nn.Module:
     """Quantize a float model as a checkpoint says, and give it the checkpoint's weights.
 
     Args:
@@ -86,9 +84,7 @@ def _about(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     return about
 
 
-def _require_recipe(
-    made_with: Mapping[str, Any], recipe: str | Mapping[str, Any], path: str | Path
-) -> None:
+def _require_recipe(made_with: Mapping[str, Any], recipe: RecipeLike, path: str | Path) -> None:
     """Compare recipes; what ``auto`` was settled to, and the scope, may stand in one only."""
     found = recipe_difference(made_with, resolve_recipe(recipe))
     differences = [d for d in found if not d.endswith("'auto'") and 'all_if_fewer' not in d]

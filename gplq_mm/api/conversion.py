@@ -10,22 +10,16 @@ from ..adapters import load_adapters_of
 from ..algorithms.drop_rates import set_drop_rates_
 from ..algorithms.stage2 import prepare_stage2
 from ..algorithms.trainable import choose_trained_, freeze_stages_
-from ..conversion import (
-    CoverageReport,
-    convert_,
-    default_scope,
-    resolve_recipe,
-    settle_auto,
-    typical_width,
-)
+from ..conversion import CoverageReport, convert_, default_scope
 from ..conversion.handlers import TURNED_OFF
 from ..modules import Engine, set_engine
+from ..recipe import Recipe, RecipeLike, as_recipe, settle_auto, typical_width
 from .model_state import LOGGER, QuantizationState
 
 
 def quantize(
     model: nn.Module,
-    recipe: str | Mapping[str, Any] = 'w4a4',
+    recipe: RecipeLike = 'w4a4',
     strict: bool = False,
     engine: str | Mapping[str, Any] | Engine = 'fused',
 ) -> CoverageReport:
@@ -60,17 +54,17 @@ def quantize(
     if hasattr(model, 'gplq'):
         raise ValueError(f'{type(model).__name__} is already quantized; give a float model')
     load_adapters_of(model)
-    resolved = resolve_recipe(recipe)
+    resolved = as_recipe(recipe)
     scope = default_scope(model)
-    if resolved['scope'] == 'auto':
-        resolved['scope'] = scope
+    if resolved.scope == 'auto':
+        resolved = resolved.change(scope=scope)
     is_detector = scope == 'backbone'
     resolved = settle_auto(resolved, is_detector, typical_width(model))
     modes = {module: module.training for module in model.modules()}
     coverage = convert_(model, resolved, strict=strict)
     prepare_stage2(model, resolved)
-    choose_trained_(model, resolved['optim'].get('train', 'all'))
-    set_drop_rates_(model, resolved['optim'].get('drop_rates', 'keep'))
+    choose_trained_(model, resolved.optim.train)
+    set_drop_rates_(model, resolved.optim.drop_rates)
     freeze_stages_(model)
     for module in model.modules():
         module.training = modes.get(module, model.training)
@@ -80,11 +74,11 @@ def quantize(
     return coverage
 
 
-def _log_coverage(model: nn.Module, coverage: CoverageReport, recipe: Mapping[str, Any]) -> None:
+def _log_coverage(model: nn.Module, coverage: CoverageReport, recipe: Recipe) -> None:
     counts = ', '.join(f'{number} {kind}' for kind, number in coverage.counts.items())
-    LOGGER.info('%s: %s: %s quantized', recipe['name'], type(model).__name__, counts)
+    LOGGER.info('%s: %s: %s quantized', recipe.name, type(model).__name__, counts)
     for name, reason in coverage.kept_float:
         log = LOGGER.info if reason == TURNED_OFF else LOGGER.warning
         log('%s stays float: %s', name or type(model).__name__, reason)
-    if (recipe.get('gate') or {}).get('action') == 'add_bits':
+    if recipe.gate is not None and recipe.gate.action == 'add_bits':
         LOGGER.warning('recipe.gate is for runs of MMEngine: no bits are added here')

@@ -100,7 +100,7 @@ class Distillation:
         return torch.stack(losses).sum()
 
     def _settings(self, has_penultimate: bool) -> dict[str, Any]:
-        mimic = self.state.recipe['mimic']
+        mimic = self.state.recipe.mimic
         settings = resolve_mimic(mimic, self.state.is_detector, has_penultimate)
         if settings is None:
             raise ValueError(

@@ -5,13 +5,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..conversion import CoverageReport
 from ..modules import Engine
+from ..recipe import Recipe
 
 CONVERTED, CALIBRATED, STAGE1, STAGE2 = STAGES = ('converted', 'calibrated', 'stage1', 'stage2')
 """In the order in which a model goes through them; a training loop of one's own is not noticed."""
@@ -30,7 +30,7 @@ class QuantizationState:
         stage: One of ``STAGES``.
     """
 
-    recipe: dict[str, Any]
+    recipe: Recipe
     coverage: CoverageReport
     engine: Engine
     is_detector: bool

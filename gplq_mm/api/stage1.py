@@ -38,10 +38,10 @@ def stage1_optimizer(model: nn.Module, steps: int) -> Optimizer:
     Raises:
         ValueError: If the model is not calibrated, or nothing trains.
     """
-    optim = require_stage(model, (CALIBRATED, STAGE1)).recipe['optim']
-    groups = parameter_groups(model, optim, optim['lr'])
-    betas = tuple(optim['betas'])
-    built = AdamW(groups, lr=optim['lr'], weight_decay=optim['weight_decay'], betas=betas)
+    optim: Any = require_stage(model, (CALIBRATED, STAGE1)).recipe.optim  # its auto is settled
+    groups = parameter_groups(model, optim, optim.lr)
+    betas = tuple(optim.betas)
+    built = AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, betas=betas)
     make_steps_proportional(built, model, optim)
     kept = proportional_ids(model, optim)
     for group in built.param_groups:
@@ -116,7 +116,7 @@ class _Objective:
     ) -> None:
         self.model, self.task_loss = model, task_loss
         self.mimic: Distillation | None = None
-        if state_of(model).recipe['mimic'] is not None:
+        if state_of(model).recipe.mimic is not None:
             self.mimic = Distillation(model, teacher, loader, multi_label)
         elif task_loss is None:
             raise ValueError('there is no loss: recipe.mimic and task_loss are both None')

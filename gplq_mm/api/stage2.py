@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from ..algorithms.stage2 import Stage2Result, run_stage2
-from ..algorithms.stage2_recipe import stage2_images
 from .calibration import passes
 from .inputs import ForwardLoop
 from .model_state import CALIBRATED, LOGGER, STAGE1, STAGE2, require_stage
@@ -35,13 +34,14 @@ def quantize_weights(
             infinite.
     """
     state = require_stage(model, (CALIBRATED, STAGE1))
-    settings, run_pass = state.recipe['calibration'], None
+    settings: Any = state.recipe.calibration  # its auto is settled
+    run_pass = None
     if loader is not None or forward_loop is not None:
-        number = stage2_images(state.recipe)
+        number = state.recipe.after_training.num_images
         if number is not None:  # as many as the recipe says, or all
-            settings = {**settings, 'all_if_fewer': True}
-        wanted = number or settings['num_images']
+            settings = settings.change(all_if_fewer=True)
+        wanted = number or settings.num_images
         run_pass, _ = passes(model, loader, forward_loop, settings, wanted)
-    result = run_stage2(model, state.recipe, run_pass, logger=LOGGER, seed=settings['seed'])
+    result = run_stage2(model, state.recipe, run_pass, logger=LOGGER, seed=settings.seed)
     state.stage = STAGE2
     return result

@@ -14,9 +14,9 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from ..conversion import resolve_recipe
-from ..conversion.auto_settings import AUTO, MEASURED_ITERATIONS
 from ..engine.preflight import ConfigError
+from ..recipe import as_recipe
+from ..recipe.auto_settings import AUTO, MEASURED_ITERATIONS
 
 HOOK = "dict(type='gplq_mm.GPLQHook')"
 MOST_EPOCHS = 20
@@ -76,7 +76,7 @@ def _schedule_lines(cfg: Config, recipe: str) -> list[str]:
 
     The cosine ends where training ends, so that a longer run needs one number.
     """
-    repeats = is_classifier(cfg) and resolve_recipe(recipe)['optim']['lr_iterations'] == AUTO
+    repeats = is_classifier(cfg) and as_recipe(recipe).optim.lr_iterations == AUTO
     if not is_iteration_based(cfg):
         epochs, why = epochs_of_stage1(cfg) if repeats else (1, '')
         return [

@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Floor 2: from a float model and a recipe to a model with quantizers."""
 
+from ..recipe import PRESETS, recipe_difference, resolve_recipe, settle_auto, typical_width
 from .attention import attach_matmuls, attach_rel_pos_matmuls, register_attention
-from .auto_settings import settle_auto, typical_width
 from .convert import (
     CoverageReport,
     convert_,
@@ -12,8 +12,6 @@ from .convert import (
     set_quantization,
 )
 from .handlers import Context, find_handler, make_matmul, register_handler, register_layer
-from .presets import PRESETS
-from .recipe import recipe_difference, resolve_recipe
 from .roles import (
     child_name,
     register_ffn,

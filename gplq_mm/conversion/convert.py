@@ -2,7 +2,6 @@
 """``convert_``: attach quantizers to a float model, in place."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +9,8 @@ from torch import nn
 
 from ..modules import QuantizedLayer
 from ..quantizers import FakeQuantizer
+from ..recipe import Recipe, RecipeLike, RuleBook, as_recipe, in_scope
 from .handlers import TURNED_OFF, build_quantizer, find_handler
-from .match import RuleBook, in_scope
-from .recipe import resolve_recipe, scope_prefixes
 from .roles import give_roles
 
 _ATTENTION = re.compile(r'(attention|attn|attntion|msa|xca)', re.IGNORECASE)
@@ -51,10 +49,10 @@ class CoverageReport:
 class _Conversion:
     """The running conversion; implements ``handlers.Context``."""
 
-    def __init__(self, recipe: Mapping[str, Any]) -> None:
+    def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
-        self.book = RuleBook(recipe['rules'])
-        self.report = CoverageReport(scope=scope_prefixes(recipe['scope']))
+        self.book = RuleBook(recipe.rules)
+        self.report = CoverageReport(scope=recipe.prefixes)
         self.roles: dict[str, str] = {}
         self.skipped: list[str] = []
 
@@ -72,11 +70,11 @@ class _Conversion:
         size: int | None,
         row_axis: int | None = None,
     ) -> FakeQuantizer | None:
-        base = self.recipe['activation']
+        base = self.recipe.activation
         return build_quantizer(self.book, base, 'activation', name, role, axis, size, row_axis)
 
     def weight(self, name: str, role: str, axis: int, size: int) -> FakeQuantizer | None:
-        return build_quantizer(self.book, self.recipe['weight'], 'weight', name, role, axis, size)
+        return build_quantizer(self.book, self.recipe.weight, 'weight', name, role, axis, size)
 
     def keep_float(self, name: str, reason: str) -> None:
         self.report.kept_float.append((name, reason))
@@ -103,9 +101,7 @@ class _Conversion:
             )
 
 
-def convert_(
-    model: nn.Module, recipe: str | Mapping[str, Any], strict: bool = False
-) -> CoverageReport:
+def convert_(model: nn.Module, recipe: RecipeLike, strict: bool = False) -> CoverageReport:
     """Attach quantizers to every supported operation in the recipe's scope.
 
     Classes are swapped in place: the modules, their attributes and their
@@ -114,7 +110,7 @@ def convert_(
     Args:
         model: Float model; changed in place. Quantizers go to the device of its first
             parameter.
-        recipe: Preset name or recipe (see ``resolve_recipe``).
+        recipe: Preset name or recipe (see ``as_recipe``).
         strict: Raise if an unknown layer or attention class in the scope stays float.
 
     Returns:
@@ -129,11 +125,11 @@ def convert_(
         >>> convert_(model, dict(scope='all')).counts
         {'linear': 1, 'conv': 0, 'matmul': 0}
     """
-    resolved = resolve_recipe(recipe)
+    resolved = as_recipe(recipe)
     if any(isinstance(m, FakeQuantizer) for m in model.modules()):
         raise ValueError('the model is already converted; build a new float model to convert')
-    if resolved['scope'] == 'auto':
-        resolved['scope'] = default_scope(model)
+    if resolved.scope == 'auto':
+        resolved = resolved.change(scope=default_scope(model))
     device = next((p.device for p in model.parameters()), None)
     conversion = _Conversion(resolved)
     _check_scope(model, conversion.report.scope)
@@ -192,8 +188,9 @@ def _check_scope(model: nn.Module, scope: tuple[str, ...]) -> None:
 def _check_result(conversion: _Conversion, strict: bool) -> None:
     for rule in conversion.book.unmatched():
         raise ValueError(
-            f'recipe rule {dict(rule)} matches no layer in the scope '
-            f'{list(conversion.report.scope)}; correct its name or role, or remove it'
+            f'recipe rule {rule.as_dict()} matches no layer in the scope '
+            f'{list(conversion.report.scope)}; correct its name or role, or what it sets, which '
+            'has no effect there, or remove it'
         )
     if not any(conversion.report.counts.values()):
         raise ValueError(

@@ -13,8 +13,7 @@ from torch import nn
 
 from ..modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, QuantMatMul, swap_class
 from ..quantizers import FakeQuantizer, PerChannel, QuantSpec, build_observer
-from .match import RuleBook
-from .recipe import spec_from_settings
+from ..recipe import OperandSettings, RuleBook, WeightSettings, spec_from_settings
 
 
 class Context(Protocol):
@@ -140,7 +139,7 @@ def make_matmul(
 
 def build_quantizer(
     book: RuleBook,
-    base: dict[str, Any],
+    base: OperandSettings,
     kind: str,
     name: str,
     role: str,
@@ -154,10 +153,10 @@ def build_quantizer(
         ValueError: If the settings do not fit the operand.
     """
     settings = book.resolve(base, kind, name, role)
-    if not settings['enabled']:
+    if not settings.enabled:
         return None
-    if kind == 'weight' and not settings.get('qat'):
-        settings['learn_scale'] = False
+    if isinstance(settings, WeightSettings):
+        settings.check_trained(name)
     try:
         spec = spec_from_settings(settings, axis, row_axis)
     except ValueError as error:

@@ -17,6 +17,7 @@ from mmengine.registry import DATASETS, FUNCTIONS
 from mmengine.utils import ProgressBar
 
 from ..algorithms.distributed import world
+from ..recipe import RecipeLike, as_recipe
 
 
 class CalibrationSet:
@@ -57,23 +58,21 @@ class CalibrationSet:
 
     @classmethod
     def of_recipe(
-        cls, cfg: Config, recipe: Mapping[str, Any], num_images: int | None = None
+        cls, cfg: Config, recipe: RecipeLike, num_images: int | None = None
     ) -> 'CalibrationSet':
         """The images of a recipe.
 
         Args:
             cfg: The run's config.
-            recipe: Resolved recipe.
+            recipe: Resolved recipe, its numbers settled.
             num_images: In place of the recipe's number; None for that.
 
         Raises:
             ValueError: As for the class.
         """
-        names = ('num_images', 'seed', 'batch_size', 'all_if_fewer')
-        settings = {k: v for k, v in recipe['calibration'].items() if k in names}
-        if num_images is not None:
-            settings['num_images'] = num_images
-        return cls(cfg, **settings)
+        settings: Any = as_recipe(recipe).calibration
+        number = settings.num_images if num_images is None else num_images
+        return cls(cfg, number, settings.seed, settings.batch_size, settings.all_if_fewer)
 
     def sample(
         self, num_images: int | None, batch_size: int, most: int, section: str

@@ -15,9 +15,10 @@ from torch import nn
 
 from ..algorithms.added_bits import adopt_rules_
 from ..algorithms.compensation import CompensatedBlock
-from ..conversion import quantizers, recipe_difference
-from ..conversion.former import former_base, former_counterpart
+from ..conversion import quantizers
 from ..quantizers import FakeQuantizer
+from ..recipe import Recipe, former_base, former_counterpart, recipe_difference
+from ..recipe.recorded import recorded_recipe
 from ..utils.checkpoint_io import write_checkpoint
 
 KEY = 'gplq'
@@ -137,8 +138,10 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             'never calibrated; run tools/train.py with this config first, and test its '
             f'{FINAL_NAME} or {STAGE1_NAME}'
         )
-    adopt_rules_(model, _recipe(model), checkpoint[KEY]['recipe'])
-    _require_same_recipe(checkpoint, _recipe(model))
+    state_of_model: Any = model.gplq
+    made_with = recorded_recipe(checkpoint[KEY]['recipe'])
+    state_of_model.recipe = adopt_rules_(model, _recipe(model), made_with)
+    _require_same_recipe(checkpoint, _recipe(model).as_dict())
     state = state_dict_of(checkpoint)
     _require_same_keys(model, state)
     uncalibrated = [
@@ -158,9 +161,9 @@ def recipe_differences(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any])
 
     Args:
         checkpoint: Quantized checkpoint.
-        recipe: Resolved recipe.
+        recipe: Full recipe, plain.
     """
-    made_with = checkpoint[KEY]['recipe']
+    made_with = recorded_recipe(checkpoint[KEY]['recipe'])
     if checkpoint[KEY]['stage'] != 'stage2' and not _differences(
         before_stage2(made_with), before_stage2(recipe)
     ):
@@ -172,7 +175,7 @@ def _require_same_recipe(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
     differences = recipe_differences(checkpoint, recipe)
     if not differences:
         return
-    former = former_counterpart(recipe, checkpoint[KEY]['recipe'])
+    former = former_counterpart(recipe, recorded_recipe(checkpoint[KEY]['recipe']))
     if former is not None:
         differences = recipe_differences(checkpoint, former)
     if differences:
@@ -194,14 +197,15 @@ def _differences(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> lis
 
 
 def before_stage2(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe decides a stage-1 model: all but the bits of weights still float.
+    """What of a recipe decides a stage-1 model: all but the bits of weights, where all are float.
 
     So one stage-1 checkpoint serves recipes that differ in these bits only.
 
     Args:
         recipe: Resolved recipe.
     """
-    if recipe['weight'].get('qat'):
+    sections = [recipe['weight'], *(rule.get('weight') or {} for rule in recipe['rules'])]
+    if any(section.get('qat') for section in sections):
         return dict(recipe)
     weight = {k: v for k, v in recipe['weight'].items() if k != 'num_bits'}
     rules = [{k: v for k, v in rule.items() if k != 'weight'} for rule in recipe['rules']]
@@ -220,7 +224,7 @@ def record(model: nn.Module, stage: str, source: Mapping[str, Any]) -> dict[str,
         stage: ``calibrated``, ``stage1`` or ``stage2``.
         source: ``path`` and ``sha256`` of the FP32 checkpoint.
     """
-    return {'recipe': _recipe(model), 'stage': stage, 'float_checkpoint': dict(source)}
+    return {'recipe': _recipe(model).as_dict(), 'stage': stage, 'float_checkpoint': dict(source)}
 
 
 def save_resumable(runner: Runner, name: str) -> str:
@@ -286,7 +290,7 @@ def state_dict_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {re.sub(r'^module\.', '', k): v for k, v in state.items()}
 
 
-def _recipe(model: nn.Module) -> dict[str, Any]:
+def _recipe(model: nn.Module) -> Recipe:
     return model.gplq.recipe  # type: ignore[union-attr, return-value]
 
 

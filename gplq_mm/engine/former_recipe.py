@@ -7,7 +7,8 @@ from typing import Any
 from mmengine.logging import print_log
 
 from ..conversion import quantizers
-from ..conversion.former import former_counterpart
+from ..recipe import as_recipe, former_counterpart
+from ..recipe.recorded import recorded_recipe
 from .checkpoint import KEY, is_quantized_checkpoint, recipe_differences, state_dict_of
 
 
@@ -25,15 +26,16 @@ def take_former_form_(model: Any, checkpoint: Mapping[str, Any]) -> None:
     if not is_quantized_checkpoint(checkpoint):
         return
     recipe = model.gplq.recipe
-    former = former_counterpart(recipe, checkpoint[KEY]['recipe'])
+    made_with = recorded_recipe(checkpoint[KEY]['recipe'])
+    former = former_counterpart(recipe.as_dict(), made_with)
     if former is None or recipe_differences(checkpoint, former):
         return
     state = state_dict_of(checkpoint)
     for name, quantizer in quantizers(model, 'activation').items():
         quantizer.take_form_of(state, f'{name}.')
-    model.gplq.recipe = former
+    model.gplq.recipe = as_recipe(former)
     print_log(
-        f'the checkpoint was made with what recipe {recipe["name"]!r} meant before: the quantizers '
+        f'the checkpoint was made with what recipe {recipe.name!r} meant before: the quantizers '
         f'take its form, the recipe is now {former["name"]!r}',
         logger='current',
     )

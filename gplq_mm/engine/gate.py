@@ -15,12 +15,12 @@ from ..algorithms.added_bits import ADD_BITS
 from ..algorithms.gate import WEIGHTS, RoleError, StartFigures, StartMeter, StartOutputs, floating
 from ..conversion import quantizers
 from ..evaluation import format_start, format_table
+from ..recipe import GateSettings
 from .calibration_data import CalibrationSet
 from .model_outputs import start_outputs
 
 COSTLIEST = 2
 """Roles that the message names."""
-_DEFAULTS = {'num_images': 32, 'max_feature_error': 0.5, 'action': 'stop'}
 
 
 @dataclass(frozen=True)
@@ -74,17 +74,17 @@ class Gate:
         model: Any,
         calibration: CalibrationSet,
         float_state: Mapping[str, Tensor],
-        settings: Mapping[str, Any],
+        settings: GateSettings,
     ) -> None:
         self.model = model
-        self.settings = {**_DEFAULTS, **settings}
-        self.images = calibration.following(self.settings['num_images'])
+        self.settings = settings
+        self.images = calibration.following(settings.num_images)
         self.float_state = float_state
         self.meter = StartMeter(model, self._outputs, self.images.numbered, self._as_float)
 
     def measure(self) -> GateResult:
         """Figures of the model as it is, and of each role where they are above the limit."""
-        number, limit = len(self.images.indices), self.settings['max_feature_error']
+        number, limit = len(self.images.indices), self.settings.max_feature_error
         with _evaluating(self.model):
             found = GateResult(number, limit, self.meter.figures())
             if found.passed:

@@ -20,6 +20,7 @@ from ..algorithms.stage1_optimizer import (
     short_run_factor,
     vectors,
 )
+from ..recipe import OptimSettings
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from .amp import on_this_device
 from .checkpoint import unwrap
@@ -53,19 +54,19 @@ class GPLQOptimWrapperConstructor:
             ValueError: If nothing trains.
         """
         network = unwrap(model)
-        optim: dict[str, Any] = network.gplq.recipe['optim']
+        optim: OptimSettings = network.gplq.recipe.optim
         wrapper = on_this_device({'type': 'OptimWrapper', **self.optim_wrapper_cfg})
         wrapper.setdefault(
             'optimizer',
             {
                 'type': 'AdamW',
-                'lr': optim['lr'],
-                'weight_decay': optim['weight_decay'],
-                'betas': tuple(optim['betas']),
+                'lr': optim.lr,
+                'weight_decay': optim.weight_decay,
+                'betas': tuple(optim.betas),
             },
         )
         of_recipe = 'lr' not in (self.optim_wrapper_cfg.get('optimizer') or {})
-        wrapper['optimizer'] = {'lr': optim['lr'], **wrapper['optimizer']}
+        wrapper['optimizer'] = {'lr': optim.lr, **wrapper['optimizer']}
         if self.paramwise_cfg:
             built = self._paramwise(model, network, wrapper)
         else:
@@ -75,14 +76,14 @@ class GPLQOptimWrapperConstructor:
         return built
 
     def _paramwise(self, model: nn.Module, network: Any, wrapper: dict[str, Any]) -> OptimWrapper:
-        optim, lr = network.gplq.recipe['optim'], wrapper['optimizer']['lr']
+        optim, lr = network.gplq.recipe.optim, wrapper['optimizer']['lr']
         built = DefaultOptimWrapperConstructor(wrapper, self.paramwise_cfg)(model)
         if not any('quantizer' in key for key in self.paramwise_cfg.get('custom_keys') or {}):
-            ids, decay = scale_ids(network), optim['scale_weight_decay']
-            _set_groups(built, ids, moved_lr(optim['scale_lr'], lr, optim), decay)
+            ids, decay = scale_ids(network), optim.scale_weight_decay
+            _set_groups(built, ids, moved_lr(optim.scale_lr, lr, optim), decay)
         ids = {id(p) for p in vectors(network, optim).values()}
         if ids:
-            _set_groups(built, ids, moved_lr(optim['vector_lr'], lr, optim), 0.0)
+            _set_groups(built, ids, moved_lr(optim.vector_lr, lr, optim), 0.0)
         return built
 
 
@@ -113,8 +114,8 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
         What was done, in words; None where the learning rate stays: a training that is long
         enough, or a number that the config gives.
     """
-    optim, built = network.gplq.recipe['optim'], runner.optim_wrapper
-    full = optim.get('lr_iterations', 0)
+    optim, built = network.gplq.recipe.optim, runner.optim_wrapper
+    full = optim.lr_iterations
     if not getattr(built, _OF_RECIPE, False):
         return None
     steps = runner.max_iters / built._accumulative_counts
@@ -134,7 +135,7 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
                 scheduler.base_values[index] *= factor
     return (
         f'{steps:g} steps are fewer than {full}: weights train with the learning rate '
-        f'{optim["lr"] * factor:.2g} instead of {optim["lr"]:.2g} (recipe.optim.lr_iterations); '
+        f'{optim.lr * factor:.2g} instead of {optim.lr:.2g} (recipe.optim.lr_iterations); '
         f'for as many steps write {_longer(runner, full / steps)}'
     )
 
@@ -179,7 +180,7 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
     Returns:
         The warning; None where the scales have their own LR or the recipe wants none.
     """
-    optim = network.gplq.recipe['optim']
+    optim = network.gplq.recipe.optim
     scales = scale_ids(network)
     ids = {id(p) for p in vectors(network, optim).values()}
     groups = getattr(getattr(built, 'optimizer', None), 'param_groups', [])
@@ -191,16 +192,16 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
         }
         for is_scale in (True, False)
     }
-    if optim['scale_lr'] == optim['lr'] or not rates[True] or not rates[True] <= rates[False]:
+    if optim.scale_lr == optim.lr or not rates[True] or not rates[True] <= rates[False]:
         return None
     return (
         f'the scales of the quantizers train with the LR of the weights, {sorted(rates[True])}: '
-        f'recipe.optim (scale_lr={optim["scale_lr"]}, lr={optim["lr"]}) has no effect; write '
+        f'recipe.optim (scale_lr={optim.scale_lr}, lr={optim.lr}) has no effect; write '
         "optim_wrapper = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor', ...)"
     )
 
 
-def _own_groups(network: nn.Module, wrapper: dict[str, Any], optim: dict[str, Any]) -> OptimWrapper:
+def _own_groups(network: nn.Module, wrapper: dict[str, Any], optim: OptimSettings) -> OptimWrapper:
     """Weights, scales, and biases with gains in a group each."""
     optimizer = {**wrapper.pop('optimizer')}
     optimizer['params'] = parameter_groups(network, optim, optimizer['lr'])

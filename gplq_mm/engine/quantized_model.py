@@ -10,6 +10,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from ..conversion import quantizers
+from ..recipe.recorded import recorded_recipe
 from ..registry import MODELS
 from ..utils.checkpoint_io import read_checkpoint
 from ..utils.config_text import parse_config_text
@@ -64,7 +65,7 @@ class QuantizedSource:
             ValueError: If the checkpoint is uncalibrated, stops before stage 2, or does not
                 fit the model.
         """
-        own = self.checkpoint[KEY]['recipe']
+        own = recorded_recipe(self.checkpoint[KEY]['recipe'])
         recipe = {**own, 'mimic': None, 'optim': {**own['optim'], 'drop_rates': 'keep'}}
         cfg = {'type': 'gplq_mm.GPLQ', 'model': self.float_cfg, 'recipe': recipe}
         model = self._build(cfg)

@@ -37,9 +37,10 @@ from ..algorithms.operands import (
 from ..algorithms.sensitivity import Measured, SensitivityMeter
 from ..algorithms.streaming import all_tensors
 from ..algorithms.weight_ptq import GPTQ, SingleLayerGPTQ, WeightPTQ, layerwise_rounding
-from ..conversion import quantized_layers, recipe_difference
+from ..conversion import quantized_layers
 from ..evaluation import MacCount, count_macs, read_json, write_json
 from ..quantizers import Observer
+from ..recipe import Recipe, plain, recipe_difference
 from ..utils.checkpoint_io import read_checkpoint
 from .calibration_data import CalibrationSet
 from .checkpoint import check_quantized, file_sha256, is_quantized_checkpoint, load_float_, unwrap
@@ -47,6 +48,8 @@ from .loss_data import with_labels
 from .model_outputs import IndexedBatch, build_comparison
 
 SENSITIVITY_NAME = 'sensitivity.json'
+_MEASURED_WITH = ('scope', 'activation', 'weight', 'rules', 'calibration')
+"""Sections of the recipe on which a measurement depends."""
 SHARES = 8
 """Images are read in at least this many batches, so that up to 8 ranks see those of one."""
 KEEP_BYTES = 2**28
@@ -116,7 +119,7 @@ class SensitivityRun:
     @cached_property
     def algorithms(self) -> list[WeightPTQ]:
         """How weights are rounded here: as stage 2 does it, but each layer for itself."""
-        rounding = layerwise_rounding(self.model.gplq.recipe['weight']['ptq'])
+        rounding = layerwise_rounding(self.model.gplq.recipe.weight.ptq)
         gptq = rounding[0]
         if not isinstance(gptq, GPTQ):
             return rounding
@@ -229,7 +232,7 @@ def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> Sen
     model = unwrap(runner.model)
     recipe, bits = model.gplq.recipe, check_bits(options.bits)
     metric, forward = build_comparison(model, options.metric, options.seed)
-    found = find_operands(model, recipe['rules'])
+    found = find_operands(model, recipe.rules)
     kinds = sorted({o.kind for o in find_operands(model, (), options.kinds).values()})
     measured = _choose(found, kinds, options.include_pinned)
     calibration = CalibrationSet.of_recipe(runner.cfg, recipe)
@@ -237,13 +240,13 @@ def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> Sen
     load(model, checkpoint, calibration, options.calibrate)
     settings = {
         'checkpoint': file_sha256(checkpoint),
-        'recipe': {k: recipe[k] for k in ('scope', 'activation', 'weight', 'rules', 'calibration')},
+        'recipe': {k: plain(getattr(recipe, k)) for k in _MEASURED_WITH},
         'metric': options.metric,
         'bits': bits,
         'kinds': kinds,
         'images': [len(images.indices), len(images.batches), options.seed],
         'include_pinned': options.include_pinned,
-        'rounding': [a.name for a in layerwise_rounding(recipe['weight']['ptq'])],
+        'rounding': [a.name for a in layerwise_rounding(recipe.weight.ptq)],
     }
     path = Path(runner.work_dir) / SENSITIVITY_NAME
     data = _known(path, settings, options.overwrite)
@@ -354,15 +357,13 @@ def _choose(operands: Mapping[str, Operand], kinds: Sequence[str], pinned: bool)
     return chosen
 
 
-def _image_set(
-    cfg: Config, recipe: Mapping[str, Any], options: SensitivityOptions
-) -> CalibrationSet:
-    number = options.num_images or recipe['calibration']['num_images']
+def _image_set(cfg: Config, recipe: Recipe, options: SensitivityOptions) -> CalibrationSet:
+    number = options.num_images or int(recipe.calibration.num_images)
     loader = cfg.get('val_dataloader') or cfg.get('test_dataloader') or {}
     size = options.batch_size or min(loader.get('batch_size', 1), math.ceil(number / SHARES))
     if options.metric == 'loss':
         cfg = with_labels(cfg)
-    fewer = options.num_images is None and recipe['calibration'].get('all_if_fewer', False)
+    fewer = options.num_images is None and recipe.calibration.all_if_fewer
     return CalibrationSet(cfg, number, options.seed, size, fewer)
 
 

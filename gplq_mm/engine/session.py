@@ -21,6 +21,7 @@ from ..algorithms.distributed import world
 from ..algorithms.layerwise_calibration import LAYERWISE_IMAGES, calibrate_layerwise
 from ..conversion import quantizers, set_quantization
 from ..evaluation import model_bytes, write_json
+from ..recipe import Recipe
 from .calibration_data import CalibrationSet
 from .checkpoint import (
     CALIBRATED_NAME,
@@ -67,12 +68,17 @@ class GPLQSession:
     def __init__(self, runner: Runner, resumed: bool) -> None:
         self.runner = runner
         self.model = unwrap(runner.model)
-        self.recipe: dict[str, Any] = self.model.gplq.recipe
         self.calibration = CalibrationSet.of_recipe(runner.cfg, self.recipe)
         check_mimic_images(self.model, self.calibration)
         check_teacher_cache(self.model, runner)
         self.report = RunReport(runner.work_dir, resume=resumed)
         self.meter: StageMeter | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The model's recipe, with the rules that its gate added."""
+        recipe: Recipe = self.model.gplq.recipe
+        return recipe
 
     def prepare(
         self,
@@ -90,7 +96,7 @@ class GPLQSession:
         coverage = self.model.gplq.coverage.as_dict()
         engine = self.model.gplq.engine.description
         validation = validation_key(self.runner.cfg)
-        self.report.describe(self.recipe, coverage, self.runner.seed, engine, validation)
+        self.report.describe(self.recipe.as_dict(), coverage, self.runner.seed, engine, validation)
         fresh = not is_calibrated(self.model)
         float_state = None
         if fresh:
@@ -156,7 +162,7 @@ class GPLQSession:
 
     def _measure_final(self, source: Mapping[str, Any]) -> None:
         """Feature error after both stages, on the images of the gate."""
-        settings, path = self.recipe.get('gate'), str(source.get('path', ''))
+        settings, path = self.recipe.gate, str(source.get('path', ''))
         if settings is None or not os.path.isfile(path):
             return
         own = self.model.state_dict()
@@ -192,7 +198,8 @@ class GPLQSession:
         with StageMeter() as meter:
             run_pass = self.calibration.run_pass(self.model, 'calibration')
             number = calibrate_activations(self.model, run_pass)
-            if any(self.recipe['calibration'].get(k) for k in ('migrate', 'compensate')):
+            settings = self.recipe.calibration
+            if settings.migrate or settings.compensate:
                 self._calibrate_layerwise()
             number += calibrate_trained_weights(self.model)
         self.report.update('calibration', seconds=meter.seconds, quantizers=number)
@@ -200,15 +207,15 @@ class GPLQSession:
 
     def _calibrate_layerwise(self) -> None:
         """Input scales and float weights by the error of each layer's output."""
-        settings, training = self.recipe['calibration'], self.model.training
+        settings, training = self.recipe.calibration, self.model.training
         number, size = len(self.calibration.indices), len(self.calibration.batches[0])
         most = max(LAYERWISE_IMAGES, size * world()[1])
         images = self.calibration.sample(min(number, most), size, most, 'calibration')
         result = calibrate_layerwise(
             self.model.eval(),
             images.run_pass(self.model, 'calibration by layer'),
-            migrate=settings.get('migrate', False),
-            compensate_weights=settings.get('compensate', False),
+            migrate=settings.migrate,
+            compensate_weights=settings.compensate,
             progress=ProgressLog('calibration by layer'),
         )
         self.model.train(training)
@@ -258,7 +265,7 @@ def log_active_quantizers(model: Any) -> None:
     active = {k: sum(q.is_active for q in quantizers(model, k).values()) for k in _KINDS}
     total = {k: len(quantizers(model, k)) for k in _KINDS}
     counts = ', '.join(f'{active[k]}/{total[k]} {k}' for k in _KINDS)
-    name = model.gplq.recipe['name']
+    name = model.gplq.recipe.name
     print_log(f'quantizers active: {counts}; recipe {name}', logger='current')
 
 

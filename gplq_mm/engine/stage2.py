@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Stage 2 within a run: weights of a calibrated stage-1 model, scored and saved."""
 
-import copy
 import dataclasses
 import os
 import shutil
@@ -16,13 +15,12 @@ from mmengine.logging import MMLogger, print_log
 from mmengine.runner import Runner
 
 from ..algorithms.stage2 import run_stage2
-from ..algorithms.stage2_recipe import stage2_images
 from ..algorithms.weight_ptq import build_weight_ptq
 from ..algorithms.weight_ptq.registry import PTQConfig
 from ..conversion import quantizers
-from ..conversion.match import sets_bits
 from ..evaluation import REPORT_NAME
 from ..quantizers import integer_range
+from ..recipe import Recipe, RecipeLike, as_recipe, sets_bits
 from .calibration_data import CalibrationSet
 from .checkpoint import FINAL_NAME, record, save_snapshot, short_sha256, snapshot, unwrap
 from .evaluate import evaluate, validation_key
@@ -35,9 +33,7 @@ UNITS_FOLDER = 'gplq_stage2_units'
 """Folder in the work dir for what a killed stage 2 has finished."""
 
 
-def stage2_set(
-    cfg: Config, recipe: Mapping[str, Any], calibration: CalibrationSet
-) -> CalibrationSet:
+def stage2_set(cfg: Config, recipe: RecipeLike, calibration: CalibrationSet) -> CalibrationSet:
     """Images of stage 2: as many as the recipe says, at most the training set.
 
     Args:
@@ -45,7 +41,7 @@ def stage2_set(
         recipe: Resolved recipe; ``stage2.num_images`` decides.
         calibration: Taken where the recipe says nothing.
     """
-    wanted = stage2_images(recipe)
+    wanted = as_recipe(recipe).after_training.num_images
     if wanted is None or wanted == len(calibration.indices):
         return calibration
     number = min(wanted, len(calibration.dataset))
@@ -55,7 +51,7 @@ def stage2_set(
 
 
 def apply_stage2(
-    runner: Runner, recipe: Mapping[str, Any], calibration: CalibrationSet, report: RunReport
+    runner: Runner, recipe: Recipe, calibration: CalibrationSet, report: RunReport
 ) -> None:
     """Quantize the weights of the runner's stage-1 model and score it.
 
@@ -73,7 +69,7 @@ def apply_stage2(
     model = unwrap(runner.model)
     images = stage2_set(runner.cfg, recipe, calibration)
     # a folder of its own for each algorithm: one that is done leaves the others' units alone
-    folder = os.path.join(runner.work_dir, UNITS_FOLDER, short_sha256(recipe['weight']))
+    folder = os.path.join(runner.work_dir, UNITS_FOLDER, short_sha256(recipe.weight.as_dict()))
     probe = OutputProbe(model, images)
     with StageMeter() as meter:
         run_pass = images.run_pass(model, 'stage 2')
@@ -83,7 +79,7 @@ def apply_stage2(
             run_pass,
             ProgressLog('stage 2'),
             MMLogger.get_current_instance(),
-            seed=recipe['calibration']['seed'],
+            seed=recipe.calibration.seed,
             folder=folder,
             data_key=short_sha256((images.paths, images.batches)),
         )
@@ -122,25 +118,25 @@ def run(
     """
     model = unwrap(runner.model)
     _require_stage1(model)
-    recipe = copy.deepcopy(model.gplq.recipe)
+    recipe: Recipe = model.gplq.recipe
     if ptq is not None:
-        recipe['weight']['ptq'] = ptq
+        recipe = recipe.change(weight=recipe.weight.change(ptq=ptq))
     if bits is not None:
         set_weight_bits(model, bits)
-        recipe = {**recipe, 'weight': {**recipe['weight'], 'num_bits': bits}}
-    build_weight_ptq(recipe['weight']['ptq'])
+        recipe = recipe.change(weight=recipe.weight.change(num_bits=bits))
+    build_weight_ptq(recipe.weight.ptq)
     calibration = CalibrationSet.of_recipe(runner.cfg, recipe)
     out = out or os.path.join(runner.work_dir, FINAL_NAME)
     report = RunReport(runner.work_dir, resume=True)
     report.path = report_path(out)
     coverage = model.gplq.coverage.as_dict()
     engine = report.data.get('engine', '')
-    report.describe(recipe, coverage, runner.seed, engine, validation_key(runner.cfg))
+    report.describe(recipe.as_dict(), coverage, runner.seed, engine, validation_key(runner.cfg))
     report.count_macs(model, next(iter(calibration)))
     apply_stage2(runner, recipe, calibration, report)
     dataset = runner.val_loop.dataloader.dataset if runner.val_loop else calibration.dataset
     final = snapshot(runner, dataset, through_hooks=False)
-    final['gplq'] = {**record(model, 'stage2', _source(runner)), 'recipe': recipe}
+    final['gplq'] = {**record(model, 'stage2', _source(runner)), 'recipe': recipe.as_dict()}
     save_snapshot(final, out)
     report.log_table()
     return report
@@ -165,24 +161,31 @@ def set_weight_bits(model: Any, bits: int) -> None:
         bits: 2 to 8.
 
     Raises:
-        ValueError: If ``bits`` is out of range, or the weights were trained on a grid.
+        ValueError: If ``bits`` is out of range, or weights were trained on a grid with bits that
+            the recipe's own setting decides.
     """
-    recipe = model.gplq.recipe
+    rules = model.gplq.recipe.rules
     integer_range(bits, signed=True)
-    if recipe['weight']['qat']:
+    changed = {
+        path: quantizer
+        for path, quantizer in quantizers(model, 'weight').items()
+        if not sets_bits(rules, 'weight', path.rpartition('.')[0], quantizer.role)
+    }
+    trained = [path.rpartition('.')[0] for path, q in changed.items() if q.spec.learn_scale]
+    if trained or model.gplq.recipe.weight.qat:
+        first = f', first {trained[0]}' if trained else ''
         raise ValueError(
-            'the weights of this checkpoint were trained on their grid (weight.qat=True), its bits '
-            'are fixed; leave --bits out'
+            f'the weights of this checkpoint were trained on their grid (weight.qat=True){first}: '
+            'its bits are fixed; leave --bits out'
         )
-    for path, quantizer in quantizers(model, 'weight').items():
-        layer = path.rpartition('.')[0]
-        if not sets_bits(recipe['rules'], 'weight', layer, quantizer.role):
-            quantizer.set_spec(dataclasses.replace(quantizer.spec, num_bits=bits))
+    for quantizer in changed.values():
+        quantizer.set_spec(dataclasses.replace(quantizer.spec, num_bits=bits))
 
 
 def _require_stage1(model: Any) -> None:
-    done = [n for n, q in quantizers(model, 'weight').items() if q.is_calibrated]
-    if done and not model.gplq.recipe['weight']['qat']:
+    found = quantizers(model, 'weight').items()
+    done = [n for n, q in found if q.is_calibrated and not q.spec.learn_scale]
+    if done:
         raise ValueError(
             f'{done[0]}: the weights are already quantized; load the stage-1 checkpoint, '
             'gplq_stage1.pth'

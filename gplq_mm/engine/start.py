@@ -14,6 +14,7 @@ from ..algorithms.gate import WEIGHTS
 from ..algorithms.operands import Precision, find_operands, quantized_as
 from ..conversion import quantizers
 from ..evaluation import MacCount, bit_operations, count_macs, model_bytes
+from ..recipe import Recipe
 from .calibration_data import CalibrationSet
 from .checkpoint import unwrap
 from .gate import COSTLIEST, Gate, GateResult, log_roles, remedy
@@ -43,7 +44,7 @@ def check_start(
         ValueError: If the feature error is above the limit and the gate stops.
     """
     model = unwrap(runner.model)
-    settings = model.gplq.recipe.get('gate')
+    settings = model.gplq.recipe.gate
     if settings is None:
         return
     gate = Gate(model, calibration, float_state, settings)
@@ -51,7 +52,7 @@ def check_start(
     if problem is not None:
         print_log(f'gate: left out, the model gives no features: {problem}', 'current')
         return
-    found, action = gate.measure(), gate.settings['action']
+    found, action = gate.measure(), gate.settings.action
     steps: list[dict[str, Any]] = []
     if not found.passed and action == ADD_BITS:
         found, steps = BitSteps(runner, gate, report, calibrate).run(found)
@@ -83,7 +84,7 @@ class BitSteps:
         self.report = report
         self.calibrate = calibrate
         self.copies = averaged_models(runner)
-        self.recipe: dict[str, Any] = self.model.gplq.recipe
+        self.recipe: Recipe = self.model.gplq.recipe
         self.macs = self._count_macs(gate.images.load(0))
 
     def run(self, found: GateResult) -> tuple[GateResult, list[dict[str, Any]]]:
@@ -95,7 +96,7 @@ class BitSteps:
         Returns:
             What it found last, and the steps: added bits, feature error, cost.
         """
-        own, roles = list(self.recipe['rules']), self._costliest(found)
+        own, roles = self.recipe.rules, self._costliest(found)
         steps = [self._step({}, found)]
         for num_bits in STEPS:
             if found.passed or not roles:
@@ -104,12 +105,13 @@ class BitSteps:
             changed = [add_bits_(m, roles, num_bits) for m in (self.model, *self.copies)]
             if not changed[0]:
                 continue
-            self.recipe['rules'] = [*own, *rules]
+            self.recipe = self.recipe.change(rules=[*own, *rules])
+            self.model.gplq.recipe = self.recipe
             self._calibrate()
             found = self.gate.measure()
             steps.append(self._step(dict.fromkeys(roles, num_bits), found))
             self._log(steps)
-        self.report.keep_recipe(self.recipe)
+        self.report.keep_recipe(self.recipe.as_dict())
         return found, steps
 
     def _costliest(self, found: GateResult) -> list[str]:

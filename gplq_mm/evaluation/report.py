@@ -36,9 +36,17 @@ def bits_label(recipe: Mapping[str, Any], stage: str) -> str:
     activation, weight = (_common_bits(recipe, kind) for kind in ('activation', 'weight'))
     if stage == 'fp32':
         return 'FP32'
-    if stage == 'stage1' and not recipe['weight'].get('qat'):
-        return f'W32A{activation}'
+    if stage == 'stage1':
+        trained = _trained_weights(recipe)
+        weight = weight if trained == {True} else 'mix' if True in trained else 32
     return f'W{weight}A{activation}'
+
+
+def _trained_weights(recipe: Mapping[str, Any]) -> set[bool]:
+    """Whether stage 1 trains weights on their grid: the recipe's own setting, and rules'."""
+    rules = [rule.get('weight') or {} for rule in recipe.get('rules', [])]
+    own = bool(recipe['weight'].get('qat'))
+    return {own, *(bool(rule['qat']) for rule in rules if 'qat' in rule)}
 
 
 def _common_bits(recipe: Mapping[str, Any], kind: str) -> int | str:

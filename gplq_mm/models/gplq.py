@@ -21,11 +21,9 @@ from ..conversion import (
     CoverageReport,
     convert_,
     default_scope,
-    resolve_recipe,
-    settle_auto,
-    typical_width,
 )
 from ..modules import Engine, set_engine
+from ..recipe import Recipe, RecipeLike, as_recipe, plain, settle_auto, typical_width
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
 from .mimic_features import has_penultimate
@@ -45,7 +43,7 @@ class GPLQState:
         engine: What training steps are computed with.
     """
 
-    recipe: dict[str, Any]
+    recipe: Recipe
     coverage: CoverageReport
     float_cfg: ConfigDict
     is_detector: bool
@@ -62,7 +60,7 @@ _NESTED = (
 def build_gplq(
     model: Mapping[str, Any] | None = None,
     float_type: str | None = None,
-    recipe: str | Mapping[str, Any] = 'w4a4',
+    recipe: RecipeLike = 'w4a4',
     strict: bool = False,
     engine: str | Mapping[str, Any] = 'fused',
     **float_cfg: Any,
@@ -92,22 +90,22 @@ def build_gplq(
         ValueError: If neither or both forms are used, the float model's type is unknown, or
             the recipe does not fit.
     """
-    resolved = resolve_recipe(recipe)
+    resolved = as_recipe(recipe)
     cfg = ConfigDict(_float_config(model, float_type, float_cfg))
     _require_one_head(cfg)
     load_adapters()
     _require_known_type(cfg)
     network = MODELS.build(copy.deepcopy(cfg))
     scope = default_scope(network)
-    if resolved['scope'] == 'auto':
-        resolved['scope'] = scope
+    if resolved.scope == 'auto':
+        resolved = resolved.change(scope=scope)
     is_detector = scope == 'backbone'
     resolved = settle_auto(resolved, is_detector, typical_width(network))
-    mimic = resolve_mimic(resolved['mimic'], is_detector, has_penultimate(network))
+    mimic = resolve_mimic(resolved.mimic, is_detector, has_penultimate(network))
     coverage = convert_(network, resolved, strict=strict)
     prepare_stage2(network, resolved)
-    choose_trained_(network, resolved['optim'].get('train', 'all'))
-    set_drop_rates_(network, resolved['optim'].get('drop_rates', 'keep'))
+    choose_trained_(network, resolved.optim.train)
+    set_drop_rates_(network, resolved.optim.drop_rates)
     frozen = freeze_stages_(network)
     if frozen:
         print_log(
@@ -198,10 +196,10 @@ def _is_fetch(init_cfg: Any) -> bool:
     return getattr(kind, '__name__', kind) in ('Pretrained', 'PretrainedInit')
 
 
-def _log_coverage(network: nn.Module, coverage: CoverageReport, recipe: Mapping[str, Any]) -> None:
+def _log_coverage(network: nn.Module, coverage: CoverageReport, recipe: Recipe) -> None:
     counts = ', '.join(f'{number} {kind}' for kind, number in coverage.counts.items())
     print_log(
-        f'GPLQ {recipe["name"]}: {type(network).__name__}, scope {recipe["scope"]}: '
+        f'GPLQ {recipe.name}: {type(network).__name__}, scope {plain(recipe.scope)}: '
         f'{counts} quantized',
         logger='current',
     )

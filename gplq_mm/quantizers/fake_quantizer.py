@@ -51,7 +51,7 @@ class FakeQuantizer(nn.Module):
         enabled: Whether to quantize.
         observer: Set while calibrating.
         name: Dotted path in the model, set by the conversion; used in errors.
-        role: What it quantizes (``conversion.match.ROLES``), set by the conversion.
+        role: What it quantizes (``recipe.ROLES``), set by the conversion.
 
     Examples:
         >>> q = FakeQuantizer(QuantSpec(num_bits=4))

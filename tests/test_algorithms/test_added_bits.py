@@ -11,6 +11,7 @@ from torch import nn
 from gplq_mm.algorithms.added_bits import add_bits_, adopt_bits, adopt_rules_, bit_rules_of_roles
 from gplq_mm.conversion import convert_, quantizers, resolve_recipe
 from gplq_mm.quantizers import FakeQuantizer, QuantSpec
+from gplq_mm.recipe import as_recipe
 
 AUTO = resolve_recipe(dict(base='auto', scope='all', rules=[dict(name='2', num_bits=8)]))
 
@@ -50,11 +51,12 @@ def test_the_rules_build_the_same_model(num_bits: int) -> None:
 
 
 def test_a_model_adopts_the_rules_of_a_checkpoint() -> None:
-    model, recipe = make_model(), copy.deepcopy(AUTO)
+    model = make_model()
     rules = bit_rules_of_roles(model, ['input'], 6)
-    adopt_rules_(model, recipe, {**AUTO, 'rules': [*AUTO['rules'], *rules]})
+    made_with = {**AUTO, 'rules': [*AUTO['rules'], *rules]}
+    recipe = adopt_rules_(model, as_recipe(AUTO), made_with)
     assert bits(model) == [6, 8, 6]
-    assert recipe['rules'] == [*AUTO['rules'], *rules]
+    assert recipe.as_dict() == made_with
 
 
 @pytest.mark.parametrize(
@@ -67,11 +69,11 @@ def test_a_model_adopts_the_rules_of_a_checkpoint() -> None:
     ids=['config without', 'checkpoint without', 'other rules'],
 )
 def test_other_recipes_keep_their_bits(own: dict[str, Any], made_with: dict[str, Any]) -> None:
-    model, recipe = make_model(), {**AUTO, **own}
+    model, recipe = make_model(), as_recipe({**AUTO, **own})
     rules = [*AUTO['rules'], dict(role='input', activation=dict(num_bits=6))]
-    adopt_rules_(model, recipe, {**AUTO, 'rules': rules, **made_with})
+    same = adopt_rules_(model, recipe, {**AUTO, 'rules': rules, **made_with})
     assert bits(model) == [4, 8, 4]
-    assert recipe == {**AUTO, **own}
+    assert same is recipe
 
 
 def test_a_hook_adopts_bits_from_a_state_dict() -> None:

@@ -19,6 +19,7 @@ from gplq_mm.algorithms.operands import (
 from gplq_mm.algorithms.stage2 import run_stage2
 from gplq_mm.algorithms.weight_ptq import build_weight_ptq
 from gplq_mm.conversion import convert_, quantizers, resolve_recipe
+from gplq_mm.recipe import Rule
 from tests.helpers.tiny_blocks import BlockStack, images, stage1_stack
 
 MINMAX = dict(observer='minmax')
@@ -33,7 +34,7 @@ def assert_same_state(model, before):
 def test_operands_are_named_as_rules_see_them():
     rules = [dict(name='stem', weight=dict(num_bits=8)), dict(name='layers.0.*', num_bits=5)]
     model, _ = stage1_stack(activation=MINMAX, rules=rules)
-    found = find_operands(model, rules)
+    found = find_operands(model, [Rule.from_dict(rule) for rule in rules])
     assert len(found) == len(quantizers(model))
     stem = found['weight:stem']
     assert (stem.num_bits, stem.pinned, stem.weights, stem.module) == (8, True, 8 * 6, 'stem')
@@ -47,7 +48,7 @@ def test_operands_are_named_as_rules_see_them():
 def test_rules_resolve_to_exactly_the_assigned_bits(kinds):
     own = [dict(name='stem', num_bits=8), dict(role='input', activation=dict(num_bits=5))]
     model, _ = stage1_stack(activation=MINMAX, rules=own)
-    operands = find_operands(model, own)
+    operands = find_operands(model, [Rule.from_dict(rule) for rule in own])
     bits = {k: 2 + i % 5 for i, (k, o) in enumerate(operands.items()) if o.kind in kinds}
     rules = bit_rules(operands, bits)
     fresh = BlockStack()

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from gplq_mm.algorithms.scale_steps import ZERO_BIAS, ProportionalSteps, RelativeSteps
-from gplq_mm.conversion import convert_, quantizers, resolve_recipe
+from gplq_mm.conversion import convert_, quantizers
 from gplq_mm.quantizers import FakeQuantizer, PerRow, PerTensor, QuantSpec
+from gplq_mm.recipe import as_recipe
 from tests.helpers.mm_models import calibrate_activations
 from tests.helpers.models import Detector, image
 
@@ -161,8 +162,8 @@ def training(steps: int, optimizer_type: str, state: Any = None) -> dict[str, An
     """Train a converted detector; what is needed to go on, and where it ended."""
     torch.manual_seed(0)
     model: Any = Detector()
-    optim = dict(lr=1e-3, scale_lr=1e-2, vector_lr=1e-2, drop_rates={})
-    recipe = resolve_recipe(dict(base='w4a4', scope='all', optim=optim))
+    optim = dict(lr=1e-3, scale_lr=1e-2, vector_lr=1e-2, drop_rates='off')
+    recipe = as_recipe(dict(base='w4a4', scope='all', optim=optim))
     convert_(model, recipe)
     calibrate_activations(model, lambda: model(image()))
     model.gplq = SimpleNamespace(recipe=recipe)
@@ -195,7 +196,7 @@ def test_stopped_and_resumed_equals_uninterrupted(optimizer_type) -> None:
 @pytest.mark.parametrize(('scale_step', 'is_relative'), [('relative', True), ('absolute', False)])
 def test_the_recipe_decides(scale_step, is_relative) -> None:
     model: Any = Detector()
-    recipe = resolve_recipe(
+    recipe = as_recipe(
         dict(
             base='w4a4',
             scope='all',

@@ -84,8 +84,8 @@ def test_calibration_loss_and_optimizer_have_equal_bits(
 
     monkeypatch.setattr(session, 'require_runs', lambda *_: None)
     run = session.GPLQSession.__new__(session.GPLQSession)
-    run.model, run.recipe = model, model.gplq.recipe
-    run.calibration = Images(X, run.recipe['calibration']['batch_size'])
+    run.model = model
+    run.calibration = Images(X, run.recipe.calibration.batch_size)
     run.report = SimpleNamespace(update=lambda *_, **__: None)
     run._calibrate()
     own, other = ours.state_dict(), model.state_dict()

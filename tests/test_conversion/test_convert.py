@@ -167,7 +167,12 @@ def test_rules_turn_layers_off(rule):
 
 
 @pytest.mark.parametrize(
-    'rule', [dict(name='*.typo'), dict(name='neck', num_bits=8), dict(role='rel_pos', num_bits=8)]
+    'rule',
+    [
+        dict(name='*.typo', num_bits=8),
+        dict(name='neck', num_bits=8),
+        dict(role='rel_pos', num_bits=8),
+    ],
 )
 def test_a_rule_that_matches_nothing_is_an_error(rule):
     with pytest.raises(
@@ -178,7 +183,7 @@ def test_a_rule_that_matches_nothing_is_an_error(rule):
 
 
 def test_an_optional_rule_may_match_nothing():
-    convert_(Detector(), dict(rules=[dict(name='*.typo', optional=True)]))
+    convert_(Detector(), dict(rules=[dict(name='*.typo', num_bits=8, optional=True)]))
 
 
 def test_what_stays_float_is_reported_and_strict_refuses_it():

@@ -88,8 +88,36 @@ def test_weights_learn_their_scale_only_in_direct_training():
     convert_(model, dict(weight=dict(learn_scale=True, qat=True)))
     assert isinstance(model[0].weight_quantizer.scale, nn.Parameter)
     model = nn.Sequential(nn.Linear(3, 4))
-    convert_(model, dict(weight=dict(learn_scale=True)))
-    assert not isinstance(model[0].weight_quantizer.scale, nn.Parameter)
+    with pytest.raises(ValueError, match='qat=False and learn_scale=True have no effect without'):
+        convert_(model, dict(weight=dict(learn_scale=True)))
+
+
+GRID = dict(qat=True, learn_scale=True)
+
+
+@pytest.mark.parametrize(
+    ('weight', 'rule', 'learned'),
+    [({}, GRID, [True, False]), (GRID, dict(qat=False), [False, True])],
+)
+def test_a_rule_puts_layers_on_their_grid_or_takes_them_off(weight, rule, learned):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4))
+    convert_(model, dict(weight=weight, rules=[dict(name='0', weight=rule)]))
+    assert [layer.weight_quantizer.spec.learn_scale for layer in model] == learned
+
+
+@pytest.mark.parametrize(
+    'rule', [dict(qat=True), dict(learn_scale=True), dict(observer='mse'), dict(observer_args={})]
+)
+def test_a_rules_settings_of_a_grid_are_refused_without_one(rule):
+    model = nn.Sequential(nn.Linear(3, 4))
+    with pytest.raises(ValueError, match='ha(s|ve) no effect'):
+        convert_(model, dict(rules=[dict(name='0', weight=rule)]))
+
+
+def test_a_rule_for_weights_of_a_product_is_refused(attention_handler):
+    rule = dict(role='query', weight=dict(num_bits=8))
+    with pytest.raises(ValueError, match=r'matches no layer .*has no effect there'):
+        convert_(Detector(), dict(rules=[rule]))
 
 
 def test_an_attention_handler_adds_products_and_its_children_follow(attention_handler):

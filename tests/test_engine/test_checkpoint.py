@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gplq_mm.conversion import convert_, quantizers, resolve_recipe
+from gplq_mm.conversion import convert_, quantizers
 from gplq_mm.engine.checkpoint import (
     check_quantized,
     file_sha256,
@@ -22,6 +22,7 @@ from gplq_mm.engine.checkpoint import (
     save_snapshot,
     unwrap,
 )
+from gplq_mm.recipe import as_recipe
 from tests.helpers.models import Detector
 from tests.helpers.tiny_projects import TinyProject, our_tool, run_python
 
@@ -30,7 +31,7 @@ RECIPE = dict(base='w4a4', scope='all', rules=[])
 
 def converted(recipe: Any = RECIPE) -> Any:
     model: Any = Detector()
-    resolved = resolve_recipe(recipe)
+    resolved = as_recipe(recipe)
     convert_(model, resolved)
     model.gplq = SimpleNamespace(recipe=resolved)
     return model

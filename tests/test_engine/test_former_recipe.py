@@ -15,10 +15,10 @@ from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import load_checkpoint
 
 from gplq_mm.conversion import quantizers
-from gplq_mm.conversion.presets import FORMER_PRESETS
 from gplq_mm.engine.checkpoint import check_quantized, record
 from gplq_mm.engine.former_recipe import take_former_form_
 from gplq_mm.engine.hooks.gplq_hook import GPLQHook
+from gplq_mm.recipe.presets import FORMER_PRESETS
 from tests.helpers.backbones import BACKBONES
 from tests.helpers.mm_models import (
     CLASSIFIERS,
@@ -82,7 +82,7 @@ def test_a_former_checkpoint_gives_the_same_bits(kind: str, stage: str, recipe: 
     take_former_form_(model, checkpoint)
     check_quantized(model, checkpoint)
     model.load_state_dict(checkpoint['state_dict'])
-    assert model.gplq.recipe == {**former.gplq.recipe, 'name': 'w4a4_v1'}
+    assert model.gplq.recipe == former.gplq.recipe.change(name='w4a4_v1')
     for name, quantizer in quantizers(former).items():
         assert quantizers(model)[name].spec == quantizer.spec
     assert_same(outputs(model, kind), outputs(former, kind))
@@ -102,9 +102,9 @@ def test_the_config_still_decides_stage_2() -> None:
     model = build('vit', dict(base='w4a4', weight=dict(ptq='mse', num_bits=3)))
     take_former_form_(model, checkpoint)
     check_quantized(model, checkpoint)
-    assert model.gplq.recipe['weight']['ptq'] == 'mse'
-    assert model.gplq.recipe['weight']['num_bits'] == 3
-    assert model.gplq.recipe['name'] == 'w4a4_v1 (customized)'
+    assert model.gplq.recipe.weight.ptq == 'mse'
+    assert model.gplq.recipe.weight.num_bits == 3
+    assert model.gplq.recipe.name == 'w4a4_v1 (customized)'
 
 
 @pytest.mark.parametrize(
@@ -144,10 +144,10 @@ def test_the_hook_takes_the_form_for_a_test_and_refuses_it_for_a_training() -> N
     hook.session = cast(Any, 'a training')
     with pytest.raises(ValueError, match=r"write recipe='w4a4_v1'"):
         hook.after_load_checkpoint(runner, checkpoint)
-    assert model.gplq.recipe['name'] == 'w4a4'
+    assert model.gplq.recipe.name == 'w4a4'
     hook.session = None
     hook.after_load_checkpoint(runner, checkpoint)
-    assert model.gplq.recipe['name'] == 'w4a4_v1'
+    assert model.gplq.recipe.name == 'w4a4_v1'
 
 
 def test_a_present_checkpoint_does_not_enter_a_former_model() -> None:
@@ -158,4 +158,4 @@ def test_a_present_checkpoint_does_not_enter_a_former_model() -> None:
         check_quantized(model, checkpoint)
     with pytest.raises(ValueError, match=r'the checkpoint holds .* codes with .* this config asks'):
         model.load_state_dict(checkpoint['state_dict'])
-    assert model.gplq.recipe['name'] == 'w4a4_v1'
+    assert model.gplq.recipe.name == 'w4a4_v1'

@@ -140,7 +140,7 @@ def test_a_recipe_from_before_the_knob_still_fits(
     old = torch.load(tmp_path / 'gplq_final.pth', weights_only=True)
     del old['gplq']['recipe']['optim']['train']
     torch.save(old, tmp_path / 'old.pth')
-    full = runner.model.gplq.recipe
+    full = runner.model.gplq.recipe.as_dict()
     without = {**full, 'optim': {k: v for k, v in full['optim'].items() if k != 'train'}}
     for recipe in (RECIPE, without):
         make_runner(gplq_config(project, tmp_path / 'old.pth', tmp_path / 'test', recipe)).test()

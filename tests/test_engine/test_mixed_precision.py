@@ -77,7 +77,7 @@ def build(cfg: Config) -> Any:
 def test_every_free_operand_is_measured(mixed: Path, config: Path) -> None:
     data = data_of(mixed)
     model = build(Config.fromfile(config))
-    operands = find_operands(model, model.gplq.recipe['rules'])
+    operands = find_operands(model, model.gplq.recipe.rules)
     assert list(data['operands']) == [k for k, o in operands.items() if not o.pinned]
     assert set(data['sketches']) == set(data['operands'])
     for key, operand in data['operands'].items():

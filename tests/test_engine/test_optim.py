@@ -20,9 +20,10 @@ from mmengine.optim import (
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
-from gplq_mm.conversion import convert_, resolve_recipe
+from gplq_mm.conversion import convert_
 from gplq_mm.engine import GPLQOptimWrapperConstructor
 from gplq_mm.engine.optim import shared_lr_warning, shorten_lr_, slow_average_warning
+from gplq_mm.recipe import as_recipe
 from tests.helpers.models import Detector
 
 OPTIM = dict(
@@ -40,10 +41,15 @@ CONSTRUCTOR = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor')
 @pytest.fixture
 def model() -> Any:
     model: Any = Detector()
-    recipe = resolve_recipe(dict(base='w4a4', scope='all', rules=[], optim=OPTIM))
+    recipe = as_recipe(dict(base='w4a4', scope='all', rules=[], optim=OPTIM))
     convert_(model, recipe)
     model.gplq = SimpleNamespace(recipe=recipe)
     return model
+
+
+def change_optim(model: Any, **values: Any) -> None:
+    recipe = model.gplq.recipe
+    model.gplq.recipe = recipe.change(optim=recipe.optim.change(**values))
 
 
 def build(model: Any, **options: Any) -> OptimWrapper:
@@ -70,7 +76,7 @@ def test_the_recipe_gives_two_groups(model: Any) -> None:
 
 @pytest.mark.parametrize('paramwise', [{}, {'custom_keys': {'backbone': {'lr_mult': 0.1}}}])
 def test_biases_and_gains_take_steps_of_their_own(model: Any, paramwise: Any) -> None:
-    model.gplq.recipe['optim']['vector_lr'] = 2e-3
+    change_optim(model, vector_lr=2e-3)
     wrapper = build(model, paramwise_cfg=paramwise)
     found = {n: g for g in wrapper.optimizer.param_groups for n in names(model, g)}
     vectors = {
@@ -91,7 +97,7 @@ def test_biases_and_gains_take_steps_of_their_own(model: Any, paramwise: Any) ->
 
 
 def test_steps_of_their_own_keep_their_rate_beside_a_config_that_gives_one(model: Any) -> None:
-    model.gplq.recipe['optim']['vector_lr'] = 2e-3
+    change_optim(model, vector_lr=2e-3)
     groups = build(model, optimizer=dict(type='SGD', lr=2e-3)).optimizer.param_groups
     assert [g['lr'] for g in groups] == pytest.approx([2e-3, 1e-2, 4e-3])
     assert shared_lr_warning(SimpleNamespace(optimizer=Mock(param_groups=groups)), model) is None
@@ -156,7 +162,7 @@ def test_an_optimizer_of_mmengines_own_constructor_is_warned_of(model: Any) -> N
     assert warning(**CONSTRUCTOR, **copy.deepcopy(plain)) is None
     keys = {'_quantizer.scale': dict(lr_mult=5.0)}
     assert warning(**copy.deepcopy(plain), paramwise_cfg=dict(custom_keys=keys)) is None
-    model.gplq.recipe['optim']['scale_lr'] = model.gplq.recipe['optim']['lr']
+    change_optim(model, scale_lr=model.gplq.recipe.optim.lr)
     assert warning(**plain) is None
 
 
@@ -235,7 +241,7 @@ def test_few_iterations_take_smaller_steps_from_the_first_to_the_last(
     options = {'paramwise_cfg': paramwise} if paramwise else {}
     curves = {}
     for full in (0, 80):
-        model.gplq.recipe['optim']['lr_iterations'] = full
+        change_optim(model, lr_iterations=full)
         wrapper = build(model, **options)
         said, schedulers = short_run(model, wrapper, 20)
         assert (said is None) == (full == 0)
@@ -250,7 +256,7 @@ def test_few_iterations_take_smaller_steps_from_the_first_to_the_last(
 
 
 def test_a_short_run_is_told_how_many_epochs_would_do(model: Any) -> None:
-    model.gplq.recipe['optim']['lr_iterations'] = 80
+    change_optim(model, lr_iterations=80)
     loop = Mock(spec=EpochBasedTrainLoop, max_epochs=2)
     runner = SimpleNamespace(
         optim_wrapper=build(model), param_schedulers=[], max_iters=18, _train_loop=loop
@@ -259,7 +265,7 @@ def test_a_short_run_is_told_how_many_epochs_would_do(model: Any) -> None:
 
 
 def test_what_keeps_its_learning_rate_in_a_short_run(model: Any) -> None:
-    model.gplq.recipe['optim']['lr_iterations'] = 80
+    change_optim(model, lr_iterations=80)
     assert short_run(model, build(model), 80)[0] is None
     assert short_run(model, build(model, accumulative_counts=4), 320)[0] is None
     assert short_run(model, build(model, accumulative_counts=4), 160)[0] is not None

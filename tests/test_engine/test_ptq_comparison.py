@@ -163,11 +163,11 @@ def test_other_weight_bits_from_the_same_checkpoint(finished: FinishedRun, tmp_p
 
 def test_fewer_images_than_asked_for_are_all_used(finished: FinishedRun, tmp_path: Path) -> None:
     runner = make_runner(gplq_config(finished.project, finished.checkpoint, tmp_path))
-    recipe = {**runner.model.gplq.recipe, 'stage2': {'num_images': 10**6}}
+    recipe = runner.model.gplq.recipe.change(stage2={'num_images': 10**6})
     calibration = CalibrationSet.of_recipe(runner.cfg, recipe)
     images = stage2.stage2_set(runner.cfg, recipe, calibration)
     assert len(images.indices) == len(images.dataset) < 10**6
-    recipe['stage2'] = {}
+    recipe = recipe.change(stage2={})
     assert stage2.stage2_set(runner.cfg, recipe, calibration) is calibration
 
 

@@ -16,6 +16,7 @@ from gplq_mm.engine import session as session_module
 from gplq_mm.engine import stage2
 from gplq_mm.engine.run_report import RunReport
 from gplq_mm.engine.session import GPLQSession, recall_source, remember_source
+from gplq_mm.recipe import as_recipe
 from tests.helpers.gplq_runs import assert_same_weights, report, weights
 from tests.helpers.runners import RECIPE, gplq_config, make_runner
 from tests.helpers.tiny_projects import TinyProject
@@ -119,7 +120,7 @@ class Stub(GPLQSession):
         loop = SimpleNamespace(dataloader=SimpleNamespace(dataset=None))
         self.runner: Any = SimpleNamespace(iter=12, val_loop=loop, work_dir=str(work_dir))
         self.model: Any = torch.nn.Linear(1, 1)
-        self.recipe = {}
+        self.model.gplq = SimpleNamespace(recipe=as_recipe('w4a4'))
         self.report = RunReport(str(work_dir), resume=True)
         self.calibration: Any = [None]
 

@@ -3,11 +3,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from mmengine.runner import Runner
+from torch import nn
 
+from gplq_mm.algorithms.calibration import calibrate_trained_weights
+from gplq_mm.conversion import convert_
 from gplq_mm.engine import stage2
+from gplq_mm.recipe import as_recipe
 from gplq_mm.utils.checkpoint_io import read_checkpoint
 from tests.helpers.gplq_runs import assert_same_weights, report, weights
 from tests.helpers.runners import gplq_config, make_runner
@@ -49,7 +56,7 @@ def test_another_algorithm_is_recorded_and_changes_weights(
     stage2.run(runner, ptq='percentile', out=str(out))
     told = read_checkpoint(out)['gplq']
     assert (told['stage'], told['recipe']['weight']['ptq']) == ('stage2', 'percentile')
-    assert runner.model.gplq.recipe['weight']['ptq'] == 'minmax'
+    assert runner.model.gplq.recipe.weight.ptq == 'minmax'
     assert json.loads(out.with_name('mine_report.json').read_text())['recipe'] == told['recipe']
     ours, theirs = weights(out), weights(finished.work_dir / 'gplq_final.pth')
     assert any(not ours[k].equal(theirs[k]) for k in ours)
@@ -71,3 +78,30 @@ def test_weights_are_quantized_once_only(finished: FinishedRun, tmp_path: Path) 
 def test_a_float_checkpoint_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='holds no GPLQ state'):
         loaded(finished, tmp_path, '../fp32.pth')
+
+
+def partly_trained(rule: dict[str, Any]) -> Any:
+    """Two layers, of which a rule puts the first on its grid."""
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    grid = dict(name='0', weight=dict(qat=True, learn_scale=True, **rule))
+    recipe = as_recipe(dict(rules=[grid]))
+    convert_(model, recipe)
+    model.gplq = SimpleNamespace(recipe=recipe)
+    return model
+
+
+def test_bits_of_weights_that_a_rule_trains_on_their_grid_are_fixed() -> None:
+    with pytest.raises(ValueError, match='trained on their grid .* first 0: its bits are fixed'):
+        stage2.set_weight_bits(partly_trained({}), 3)
+    model = partly_trained(dict(num_bits=6))
+    stage2.set_weight_bits(model, 3)
+    assert [layer.weight_quantizer.spec.num_bits for layer in model] == [6, 3]
+
+
+def test_a_stage_1_with_weights_on_their_grid_is_not_taken_for_a_stage_2() -> None:
+    model = partly_trained({})
+    calibrate_trained_weights(model)
+    stage2._require_stage1(model)
+    model[1].weight_quantizer.set_qparams(torch.ones(4), torch.zeros(4))
+    with pytest.raises(ValueError, match='1.weight_quantizer: the weights are already quantized'):
+        stage2._require_stage1(model)

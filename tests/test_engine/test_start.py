@@ -69,7 +69,7 @@ def test_the_steps_stand_in_the_report(auto: AutoRun) -> None:
 def test_the_costliest_roles_got_the_bits_and_the_recipe_says_so(auto: AutoRun) -> None:
     content = report(auto.work_dir)
     chosen = content['calibration']['gate']['steps'][-1]['bits']
-    assert content['recipe'] == auto.runner.model.gplq.recipe
+    assert content['recipe'] == auto.runner.model.gplq.recipe.as_dict()
     assert content['recipe']['name'] == 'auto'
     assert content['recipe']['rules'][OWN_RULES:] == [
         {'role': role, 'activation': {'num_bits': bits}} for role, bits in chosen.items()

@@ -76,3 +76,12 @@ def test_the_gates_line_of_a_detector_has_levels_and_scores() -> None:
     gate = dict(images=8, feature_error=0.2, levels=[0.1, 0.3], rpn_error=0.05, limit=0.5)
     line = 'feature error 0.2 (limit 0.5), by level 0.1, 0.3, RPN scores 0.05 on 8 training images'
     assert format_start(gate) == line
+
+
+def test_rules_that_train_weights_on_their_grid_count_in_stage_1() -> None:
+    rules = [dict(name='fc', weight=dict(qat=True, learn_scale=True))]
+    labels = [bits_label({**RECIPE, 'rules': rules}, stage) for stage in ('stage1', 'stage2')]
+    assert labels == ['WmixA4', 'W3A4']
+    own = dict(activation=dict(num_bits=4), weight=dict(num_bits=3, qat=True))
+    rules = [dict(name='fc', weight=dict(qat=False))]
+    assert bits_label({**own, 'rules': rules}, 'stage1') == 'WmixA4'

@@ -187,7 +187,7 @@ def test_a_detectors_scope_is_its_backbone_and_it_stays_a_detector() -> None:
     assert isinstance(model, Mimicking)
     assert [term['type'] for term in model.mimic['terms']] == ['feature']
     assert model.gplq.is_detector
-    assert model.gplq.recipe['scope'] == 'backbone'
+    assert model.gplq.recipe.scope == 'backbone'
     assert all(name.startswith('backbone.') for name in quantizers(model))
     assert set(model.state_dict()) - quantization_keys(model) == float_keys
 

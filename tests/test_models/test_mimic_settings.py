@@ -49,7 +49,7 @@ def test_auto_without_a_penultimate_feature_compares_logits_only() -> None:
 
 
 def test_a_term_holds_what_its_type_uses() -> None:
-    given = dict(type='paper', explained_variance=0.7, temperature=2.0, loss_weight=0.5)
+    given = dict(type='paper', explained_variance=0.7, loss_weight=0.5)
     assert resolved(given)['terms'] == [
         dict(
             type='pca',
@@ -78,11 +78,16 @@ def test_several_terms_share_one_task_weight() -> None:
         (dict(type='logits'), True, "needs a classifier; write 'feature'"),
         (dict(type='pca'), True, "needs a classifier; write 'feature'"),
         (dict(type='feature', layer='penultimate'), True, 'needs a classifier'),
-        (dict(type='pca', explained_variance=0), False, r'explained_variance=0: .*\(0, 1\]'),
+        (
+            dict(type='pca', explained_variance=0),
+            False,
+            r'explained_variance=0: write a number above',
+        ),
         (dict(type='pca', num_images=0), False, 'num_images=0: write a positive integer'),
         (dict(type='logits', temperature=0), False, 'temperature=0: write a positive number'),
         (dict(type='logits', loss_weight=-1), False, 'loss_weight=-1'),
-        ('pca', False, r"mimic='p'.*write dict\(type='pca'\)"),
+        ('pca', False, r"mimic='pca': write a dict of .*'type'"),
+        (dict(type='logits', layer='neck'), False, r"layer='neck' has no effect with type='logits"),
         ([dict(type='pca'), dict(type='paper')], False, 'two terms compare the same'),
         (
             [dict(type='pca', task_weight=1), dict(type='logits', task_weight=0)],

@@ -11,8 +11,8 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
-from gplq_mm.conversion import auto_settings, resolve_recipe, settle_auto
 from gplq_mm.engine.preflight import ConfigError
+from gplq_mm.recipe import auto_settings, resolve_recipe, settle_auto
 from tests.helpers.runners import save_float
 from tests.helpers.tiny_projects import REPOSITORY, TinyProject, make_project
 
@@ -94,7 +94,7 @@ def test_a_fingerprint_stands_for_what_a_recipe_means(monkeypatch: pytest.Monkey
         resolved = parse(text).resolve('w4a4', 128)
         return recipes.fingerprint(recipes.settled(resolved, is_detector))
 
-    numbers = settle_auto(resolve_recipe('w4a4'), is_detector=False)['optim']
+    numbers = settle_auto('w4a4', is_detector=False).optim.as_dict()
     keys = ('lr', 'lr_iterations', 'scale_lr', 'betas')
     written = ','.join(f'optim.{key}={numbers[key]}' for key in keys)
     ours = meant('ours')

@@ -157,7 +157,7 @@ def settled(recipe: Mapping[str, Any], is_detector: bool) -> dict[str, Any]:
         recipe: Resolved recipe.
         is_detector: Whether the model is a detector.
     """
-    meant = settle_auto(recipe, is_detector)
+    meant = settle_auto(recipe, is_detector).as_dict()
     meant['mimic'] = resolve_mimic(recipe['mimic'], is_detector)
     del meant['name']
     return meant

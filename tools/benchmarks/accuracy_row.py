@@ -134,7 +134,7 @@ def for_other_weights(checkpoint: dict[str, Any], model: Any) -> dict[str, Any]:
     for key in state.keys() & checkpoint['state_dict'].keys():
         if not key.startswith(tuple(later)) and '.compensation.' not in key:
             state[key] = checkpoint['state_dict'][key]
-    gplq = {**checkpoint['gplq'], 'recipe': model.gplq.recipe}
+    gplq = {**checkpoint['gplq'], 'recipe': model.gplq.recipe.as_dict()}
     return {**checkpoint, 'state_dict': state, 'gplq': gplq}
 
 

@@ -2,8 +2,8 @@
 import pytest
 
 from gplq_mm.conversion import PRESETS, recipe_difference, resolve_recipe
-from gplq_mm.conversion.former import former_base, former_counterpart, is_former
-from gplq_mm.conversion.presets import FORMER_PRESETS
+from gplq_mm.recipe.former import former_base, former_counterpart, is_former
+from gplq_mm.recipe.presets import FORMER_PRESETS
 
 MORE = [dict(name='*.stem', num_bits=8), dict(role='softmax', enabled=False)]
 

@@ -4,9 +4,9 @@ import re
 import pytest
 
 from gplq_mm.conversion import PRESETS, resolve_recipe
-from gplq_mm.conversion.presets import FORMER_PRESETS
-from gplq_mm.conversion.recipe import spec_from_settings
 from gplq_mm.quantizers import PerChannel, PerTensor, build_observer
+from gplq_mm.recipe import as_recipe, spec_from_settings
+from gplq_mm.recipe.presets import FORMER_PRESETS
 
 
 @pytest.mark.parametrize('name', PRESETS)
@@ -15,7 +15,7 @@ def test_a_preset_is_a_complete_and_valid_recipe(name):
     assert recipe == resolve_recipe({'base': name}) == PRESETS[name]
     assert recipe['name'] == name
     for kind in ('activation', 'weight'):
-        build_observer(spec_from_settings(recipe[kind], -1))
+        build_observer(spec_from_settings(getattr(as_recipe(name), kind), -1))
     assert all(rule['optional'] for rule in recipe['rules'])
 
 
@@ -32,7 +32,7 @@ def test_the_promised_presets_exist():
 
 def test_the_default_has_input_scales_a_channel_and_attention_scales_a_row():
     recipe = PRESETS['w4a4']
-    spec = spec_from_settings(recipe['activation'], -1)
+    spec = spec_from_settings(as_recipe(recipe).activation, -1)
     assert (spec.granularity, spec.symmetric, spec.observer) == (PerChannel(-1), False, 'mse')
     assert spec.learn_scale and spec.codes == 'uniform'
     rules = {rule['role']: rule for rule in recipe['rules']}
@@ -47,7 +47,7 @@ def test_the_default_has_input_scales_a_channel_and_attention_scales_a_row():
 
 def test_the_former_default_is_per_tensor_asymmetric_mse_and_unsigned_after_softmax():
     recipe = resolve_recipe(FORMER_PRESETS['w4a4'])
-    spec = spec_from_settings(recipe['activation'], -1)
+    spec = spec_from_settings(as_recipe(recipe).activation, -1)
     assert (spec.granularity, spec.symmetric, spec.observer) == (PerTensor(), False, 'mse')
     assert spec.learn_scale
     rules = {rule['role']: rule for rule in recipe['rules']}
@@ -58,7 +58,7 @@ def test_the_former_default_is_per_tensor_asymmetric_mse_and_unsigned_after_soft
 
 def test_the_papers_is_signed_symmetric_per_channel_minmax_everywhere():
     recipe = PRESETS['gplq_w4a4_paper']
-    spec = spec_from_settings(recipe['activation'], -1)
+    spec = spec_from_settings(as_recipe(recipe).activation, -1)
     assert (spec.granularity, spec.symmetric, spec.signed) == (PerChannel(-1), True, True)
     assert spec.observer == 'minmax' and recipe['weight']['ptq'] == 'percentile'
     assert recipe['optim']['lr'] == recipe['optim']['scale_lr'] == 5e-6

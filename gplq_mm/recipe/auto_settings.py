@@ -5,12 +5,13 @@ A detector has thousands of tokens an image; a classifier has few. A small class
 steps, smaller ones where stage 1 is short; a pretrained one hardly moves (``docs/accuracy.md``).
 """
 
-import copy
 import statistics
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+
+from .recipe import Recipe
+from .resolve import RecipeLike, as_recipe
 
 AUTO = 'auto'
 MEASURED_ITERATIONS = 390
@@ -60,16 +61,6 @@ def typical_width(model: nn.Module) -> float | None:
     return statistics.median(widths) if widths else None
 
 
-def may_be_auto(section: str, key: str) -> bool:
-    """Whether ``recipe[section][key]`` may be ``auto``.
-
-    Examples:
-        >>> may_be_auto('optim', 'lr'), may_be_auto('optim', 'train')
-        (True, False)
-    """
-    return (section, key) in _DETECTOR
-
-
 def _of_width(width: float, is_former: bool) -> dict[tuple[str, str], Any]:
     """What a classifier's width changes of its settings."""
     if is_former:  # the rate fell as the inverse of the width from 128 on
@@ -77,13 +68,11 @@ def _of_width(width: float, is_former: bool) -> dict[tuple[str, str], Any]:
     return _PRETRAINED if width >= PRETRAINED_WIDTH else {}
 
 
-def settle_auto(
-    recipe: Mapping[str, Any], is_detector: bool, width: float | None = None
-) -> dict[str, Any]:
+def settle_auto(recipe: RecipeLike, is_detector: bool, width: float | None = None) -> Recipe:
     """The recipe with numbers in place of ``auto``.
 
     Args:
-        recipe: Resolved recipe.
+        recipe: As for ``as_recipe``.
         is_detector: Whether the model is a detector.
         width: Of ``typical_width``: from ``PRETRAINED_WIDTH`` on a classifier is taken for a
             pretrained one, whose weights and scales move less.
@@ -92,24 +81,27 @@ def settle_auto(
     then unless it is given too.
 
     Examples:
-        >>> settle_auto({'optim': {'lr': 'auto'}}, is_detector=True)
-        {'optim': {'lr': 5e-05}}
-        >>> optim = {'lr': 'auto', 'scale_step': 'relative'}
-        >>> settle_auto({'optim': optim}, is_detector=False, width=384)['optim']['lr']
+        >>> settle_auto('w4a4', is_detector=True).optim.lr
+        5e-05
+        >>> settle_auto('w4a4', is_detector=False, width=384).optim.lr
         1e-06
     """
-    settled = copy.deepcopy(dict(recipe))
-    optim = settled.get('optim', {})
-    if optim.get('lr') != AUTO and optim.get('lr_iterations') == AUTO:
-        optim['lr_iterations'] = 0
+    given = as_recipe(recipe)
+    settled = given.as_dict()
+    if given.optim.lr != AUTO and given.optim.lr_iterations == AUTO:
+        settled['optim']['lr_iterations'] = 0
     values = dict(_DETECTOR if is_detector else _CLASSIFIER)
     if not is_detector and width is not None:
-        values |= _of_width(width, is_former='scale_step' not in optim)
+        values |= _of_width(width, is_former='scale_step' not in settled['optim'])
     for (section, key), value in values.items():
-        if settled.get(section, {}).get(key) == AUTO:
-            if key == 'batch_size':  # enough batches for several GPUs, whatever their number
-                value = max(1, min(value, settled[section]['num_images'] // MANY_BATCHES))
-            settled[section][key] = copy.copy(value)
-            if key == 'num_images':  # nobody asked for a number: a small set gives what it has
-                settled[section]['all_if_fewer'] = True
-    return settled
+        if settled[section].get(key) == AUTO:
+            _settle(settled[section], key, value)
+    return Recipe.from_dict(settled, 'recipe')
+
+
+def _settle(settings: dict[str, Any], key: str, value: Any) -> None:
+    if key == 'batch_size':  # enough batches for several GPUs, whatever their number
+        value = max(1, min(value, settings['num_images'] // MANY_BATCHES))
+    settings[key] = value
+    if key == 'num_images':  # nobody asked for a number: a small set gives what it has
+        settings.setdefault('all_if_fewer', True)

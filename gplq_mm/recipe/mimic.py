@@ -1,0 +1,68 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Terms by which stage 1 follows the float model."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .check import Limits, parse_value
+from .section import Section, plain, setting
+
+_COMMON = {'type', 'loss_weight', 'task_weight'}
+_PCA = {'layer', 'explained_variance', 'num_images'}
+OF_TYPE: dict[str | None, set[str]] = {
+    'auto': _COMMON | {'layer', 'temperature'},
+    'paper': _COMMON | _PCA,
+    'feature': _COMMON | {'layer'},
+    'pca': _COMMON | _PCA,
+    'logits': _COMMON | {'temperature'},
+    None: _COMMON,
+}
+"""Keys that have an effect, by the type of a term."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MimicTerm(Section):
+    """One term of stage 1's loss: what of student and teacher is compared."""
+
+    type: Literal['auto', 'paper', 'feature', 'pca', 'logits'] | None = setting(
+        'what is compared; auto and paper follow the task; null for nothing'
+    )
+    loss_weight: float = setting("factor of the term (the paper's alpha)", 1.0, minimum=0)
+    task_weight: float | None = setting("factor of the model's own losses", None, minimum=0)
+    layer: str | None = setting('layer that feature and pca compare: penultimate or a name', None)
+    temperature: float = setting('of logits', 1.0, above=0)
+    explained_variance: float = setting(
+        'share of the variance that the PCA basis keeps', 0.6, above=0, maximum=1
+    )
+    num_images: int | None = setting(
+        'training images for that basis; null for 1024, or all', None, minimum=1
+    )
+
+    def check(self, path: str) -> None:
+        """Refuse keys that a term of this type does not use."""
+        idle = [key for key in self.given or () if key not in OF_TYPE[self.type]]
+        if idle:
+            raise ValueError(
+                f'{path}.{idle[0]}={getattr(self, idle[0])!r} has no effect with '
+                f'type={self.type!r}; its keys are {sorted(OF_TYPE[self.type])}'
+            )
+
+
+Mimic = MimicTerm | tuple[MimicTerm, ...] | None
+
+
+def mimic_terms(mimic: Any) -> list[MimicTerm]:
+    """The terms of a recipe's ``mimic``.
+
+    Args:
+        mimic: One term, several, or None; typed or plain.
+
+    Raises:
+        ValueError: For an unknown type or key, and a value out of range.
+
+    Examples:
+        >>> [term.type for term in mimic_terms([dict(type='pca'), dict(type='logits')])]
+        ['pca', 'logits']
+    """
+    parsed = parse_value(plain(mimic), Mimic, Limits('terms of the loss'), 'recipe.mimic')
+    return [parsed] if isinstance(parsed, MimicTerm) else list(parsed or ())
