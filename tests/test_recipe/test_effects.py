@@ -23,7 +23,7 @@ from gplq_mm.engine.calibration_data import CalibrationSet
 from gplq_mm.engine.gate import GateResult
 from gplq_mm.engine.optim import shorten_lr_
 from gplq_mm.evaluation.report import scope_line
-from gplq_mm.models import resolve_mimic
+from gplq_mm.models.mimic_settings import resolve_mimic
 from gplq_mm.modules import swap_class
 from gplq_mm.recipe import Recipe, as_recipe, settle_auto
 from tests.helpers.models import Attention, Detector, QuantAttention
