@@ -254,6 +254,7 @@ def make_steps() -> tuple[Step, ...]:
     mmcv = pinned('mmcv')
     libraries = [line for line in requirement_lines('mminstall') if 'mmcv' not in line]
     tools = pinned(*requirement_lines('tests'), *requirement_lines('lint'))
+    runtime = requirement_lines('runtime')
     here = f'assert gplq_mm.__file__.startswith({str(ROOT)!r}), gplq_mm.__file__'
     return (
         Step(
@@ -262,8 +263,8 @@ def make_steps() -> tuple[Step, ...]:
             'import setuptools, pkg_resources',
         ),
         Step(
-            'PyTorch (a download of about 3 GB)',
-            tuple(dict.fromkeys(pinned('torch', 'torchvision', *requirement_lines('runtime')))),
+            'PyTorch (a download of about 3 GB) and MMEngine',
+            tuple(dict.fromkeys(pinned('torch', 'torchvision', 'mmengine', *runtime))),
             'import torch, torchvision.ops, mmengine',
         ),
         Step(
