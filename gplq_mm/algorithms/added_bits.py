@@ -21,6 +21,7 @@ def adds_bits(recipe: Recipe) -> bool:
     """Whether a recipe may be given more bits than it says.
 
     Examples:
+        >>> from gplq_mm.recipe import as_recipe
         >>> adds_bits(as_recipe('auto')), adds_bits(as_recipe('w4a4'))
         (True, False)
     """

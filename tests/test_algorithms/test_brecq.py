@@ -165,7 +165,7 @@ def test_the_global_term_brings_the_output_closer_to_stage_1() -> None:
         wanted = features(stage1_stack(2, seed=seed)[0])
         for weight in errors:
             model, run = stage1_stack(2, seed=seed)
-            ptq = dict(type='brecq', steps=60, global_weight=weight, global_batches=8)
+            ptq = dict(type='brecq', steps=40, global_weight=weight, global_batches=4)
             assert quantize(model, run, ['gptq', ptq]).notes == []
             power = wanted.square().mean()
             errors[weight] += float((features(model) - wanted).square().mean() / power)

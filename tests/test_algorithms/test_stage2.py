@@ -221,8 +221,11 @@ def test_who_gets_compensation(setting, make, wanted):
 @pytest.mark.parametrize(
     ('stage2', 'message'),
     [
-        (dict(compensation='qtw'), "compensation='qtw': write None"),
-        (dict(compensation=dict(type='qwt', lamda=1)), 'with the keys'),
+        (
+            dict(compensation='qtw'),
+            "compensation='qtw': .* or None; did you mean 'qwt'",
+        ),
+        (dict(compensation=dict(type='qwt', lamda=1)), "no key 'lamda'; the keys are"),
         (dict(compensate='qwt'), "no key 'compensate'"),
     ],
 )
