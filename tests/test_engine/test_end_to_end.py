@@ -113,6 +113,8 @@ def test_killed_in_stage_2_and_resumed_is_the_uninterrupted_run(
     run: tuple[TinyProject, Path, Path],
 ) -> None:
     project, config, work_dir = run
+    if project.config.stem == 'mask_rcnn_vit':
+        pytest.skip('shown on a classifier and a detector')
     train_until(project, config, 'killed2', 'gplq_stage1.pth')
     resumed = train(project, config, 'killed2', '--resume')
     assert_same_weights(resumed / 'gplq_final.pth', work_dir / 'gplq_final.pth')
