@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """torchvision: Swin and Swin V2 windows, feed-forward networks; ViT has torch's own attention."""
 
-import math
 from typing import Any
 
 import torch
@@ -16,19 +15,15 @@ from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops.misc import MLP
 
 from ..conversion import (
+    POSITION_MLP,
     Context,
-    attach_matmuls,
-    child_name,
     register_attention,
-    register_handler,
     register_roles,
     set_ffn_roles,
     set_predictor_roles,
 )
-from ..modules import QuantLinear, quantized_attention, swap_class
-from ..modules.window_attention import biased
-
-_MAX_LOG_SCALE = math.log(100.0)
+from ..modules import QuantLinear, quantized_attention
+from ..modules.window_attention import MAX_LOG_SCALE, biased, scaled_and_biased
 
 
 class ShiftedWindows:
@@ -106,12 +101,8 @@ class QuantShiftedWindowAttentionV2(ShiftedWindows, ShiftedWindowAttentionV2):
     def logit_terms(self, q: Tensor, k: Tensor) -> tuple[Any, ...]:
         """Normalized queries and keys, a learned factor a head, and the position bias."""
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
-        factor = torch.clamp(self.logit_scale, max=_MAX_LOG_SCALE).exp()
-        return q, k, _scaled_and_biased, (factor, self.get_relative_position_bias())
-
-
-def _scaled_and_biased(logits: Tensor, factor: Tensor, *bias_and_mask: Tensor) -> Tensor:
-    return biased(logits * factor, *bias_and_mask)
+        factor = torch.clamp(self.logit_scale, max=MAX_LOG_SCALE).exp()
+        return q, k, scaled_and_biased, (factor, self.get_relative_position_bias())
 
 
 def shift_mask(
@@ -140,18 +131,7 @@ def shift_mask(
 
 
 register_attention({ShiftedWindowAttention: QuantShiftedWindowAttention})
-
-
-@register_handler(ShiftedWindowAttentionV2)
-def convert_window_attention_v2(module: Any, name: str, context: Context) -> None:
-    """Both matmuls; the position MLP stays float."""
-    swap_class(module, QuantShiftedWindowAttentionV2)
-    attach_matmuls(module, name, context, module.num_heads)
-    context.skip(
-        child_name(name, 'cpb_mlp'), 'acts on a constant table: a deployed model stores its output'
-    )
-
-
+register_attention({ShiftedWindowAttentionV2: QuantShiftedWindowAttentionV2}, POSITION_MLP)
 register_roles(MLP)(set_ffn_roles)
 
 

@@ -2,7 +2,12 @@
 """Floor 2: from a float model and a recipe to a model with quantizers."""
 
 from ..recipe import PRESETS, recipe_difference, resolve_recipe, settle_auto, typical_width
-from .attention import attach_matmuls, attach_rel_pos_matmuls, register_attention
+from .attention import (
+    POSITION_MLP,
+    attach_matmuls,
+    attach_rel_pos_matmuls,
+    register_attention,
+)
 from .convert import (
     CoverageReport,
     convert_,
@@ -21,6 +26,7 @@ from .roles import (
 )
 
 __all__ = [
+    'POSITION_MLP',
     'PRESETS',
     'Context',
     'CoverageReport',

@@ -45,18 +45,28 @@ def attach_matmuls(module: Any, name: str, context: Context, heads: int) -> None
         setattr(module, child, FloatMatMul() if matmul is None else matmul)
 
 
-def register_attention(quantized: Mapping[type[nn.Module], type[nn.Module]]) -> None:
+POSITION_MLP = {'cpb_mlp': 'acts on a constant table: a deployed model stores its output'}
+"""What of Swin V2's attention stays float, and why."""
+
+
+def register_attention(
+    quantized: Mapping[type[nn.Module], type[nn.Module]],
+    kept_float: Mapping[str, str] | None = None,
+) -> None:
     """Register handlers of attention classes: both matmuls, the projections are children.
 
     Args:
         quantized: Class -> subclass whose forward calls ``qk_matmul`` and ``pv_matmul``. The
             modules have ``num_heads``.
+        kept_float: Children that stay float, with the reason.
     """
 
     @register_handler(*quantized)
     def convert_attention(module: Any, name: str, context: Context) -> None:
         swap_class(module, quantized[type(module)])
         attach_matmuls(module, name, context, module.num_heads)
+        for child, reason in (kept_float or {}).items():
+            context.skip(child_name(name, child), reason)
 
 
 def attach_rel_pos_matmuls(module: Any, name: str, context: Context) -> None:
