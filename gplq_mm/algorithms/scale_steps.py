@@ -12,21 +12,66 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+ZERO_BIAS = 1e-2
+"""Size of biases that are all (about) 0; trained ones are larger."""
 
-class RelativeSteps:
-    """Makes an optimizer step in the logarithm of some of its parameters.
 
-    Before a step their gradients become those of the logarithm and the parameters 0, so that
-    the step itself is what is left of them; after it they are the old values times its
-    exponential. Momentum, gradient scaling and schedules are the optimizer's own. A weight decay
-    of these parameters has no effect.
+class OwnSteps:
+    """Base: an optimizer holds some parameters divided by their size, as far as steps go.
+
+    Before a step gradients are multiplied by the size and the parameters become 0, so that what
+    the optimizer leaves is the step itself, not rounded to the parameter; after it ``moved`` says
+    where the step leads. Momentum, gradient scaling and schedules are the optimizer's own.
 
     Args:
         optimizer: Any torch optimizer.
-        parameters: Positive ones.
+        parameters: Some of its parameters.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self._before: list[tuple[Tensor, Tensor]] = []
+        optimizer.register_step_pre_hook(self._start)
+        optimizer.register_step_post_hook(self._finish)
+
+    def size(self, parameter: nn.Parameter) -> Tensor:
+        """Size of a parameter, broadcastable over it."""
+        raise NotImplementedError
+
+    def moved(self, before: Tensor, size: Tensor, step: Tensor) -> Tensor:
+        """The parameter after a step.
+
+        Args:
+            before: Its value before.
+            size: Its size then.
+            step: What the optimizer made of 0.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def _start(self, *_: Any) -> None:
+        self._before = []
+        for parameter in self.parameters:
+            before, size = parameter.detach().clone(), self.size(parameter).clone()
+            self._before.append((before, size))
+            if parameter.grad is not None:
+                parameter.grad.mul_(size)
+            parameter.zero_()
+
+    @torch.no_grad()
+    def _finish(self, *_: Any) -> None:
+        for parameter, (before, size) in zip(self.parameters, self._before, strict=True):
+            parameter.copy_(self.moved(before, size, parameter))
+        self._before = []
+
+
+class RelativeSteps(OwnSteps):
+    """Makes an optimizer step in the logarithm of some of its parameters, which are positive.
+
+    A weight decay of these parameters has no effect.
 
     Examples:
         >>> scales = [nn.Parameter(torch.tensor(s)) for s in (1e-4, 10.0)]
@@ -38,37 +83,19 @@ class RelativeSteps:
         [9.05e-05, 9.0483742]
     """
 
-    def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
-        self._before: list[torch.Tensor] = []
-        optimizer.register_step_pre_hook(self._start)
-        optimizer.register_step_post_hook(self._finish)
+    def size(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter itself: the gradient becomes that of its logarithm."""
+        return parameter
 
-    @torch.no_grad()
-    def _start(self, *_: Any) -> None:
-        self._before = [p.detach().clone() for p in self.parameters]
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                parameter.grad.mul_(parameter)
-            parameter.zero_()
-
-    @torch.no_grad()
-    def _finish(self, *_: Any) -> None:
-        for parameter, before in zip(self.parameters, self._before, strict=True):
-            parameter.copy_(before * parameter.exp())
-        self._before = []
+    def moved(self, before: Tensor, size: Tensor, step: Tensor) -> Tensor:
+        """The old value times the step's exponential."""
+        return before * step.exp()
 
 
-ZERO_BIAS = 1e-2
-"""Size of biases that are all (about) 0; trained ones are larger."""
-
-
-class ProportionalSteps:
+class ProportionalSteps(OwnSteps):
     """Makes an optimizer's steps of some parameters proportional to their size.
 
-    It is as if ``parameter / size`` were what the optimizer holds: gradients are multiplied by the
-    size before the step, the step after it. Momentum, gradient scaling and schedules are the
-    optimizer's own. The parameters' group must have no weight decay.
+    The parameters' group must have no weight decay.
 
     Args:
         optimizer: Any torch optimizer.
@@ -91,28 +118,17 @@ class ProportionalSteps:
         biases: Iterable[nn.Parameter],
         gains: Iterable[nn.Parameter],
     ) -> None:
-        self._of_bias = [(p, True) for p in biases] + [(p, False) for p in gains]
-        self._before: list[tuple[torch.Tensor, torch.Tensor]] = []
-        optimizer.register_step_pre_hook(self._start)
-        optimizer.register_step_post_hook(self._finish)
+        gains = list(gains)
+        self._gain_ids = {id(p) for p in gains}
+        super().__init__(optimizer, [*biases, *gains])
 
-    @torch.no_grad()
-    def _start(self, *_: Any) -> None:
-        self._before = []
-        for parameter, is_bias in self._of_bias:
-            size = _rms(parameter) if is_bias else parameter.abs()
-            self._before.append((parameter.detach().clone(), size))
-            if parameter.grad is not None:
-                parameter.grad.mul_(size)
-            parameter.zero_()  # what the optimizer leaves is the step, not rounded to the parameter
+    def size(self, parameter: nn.Parameter) -> Tensor:
+        """As the class says."""
+        if id(parameter) in self._gain_ids:
+            return parameter.abs()
+        rms = parameter.float().square().mean().sqrt()
+        return rms.clamp_min(ZERO_BIAS).to(parameter.dtype)
 
-    @torch.no_grad()
-    def _finish(self, *_: Any) -> None:
-        parameters = [parameter for parameter, _ in self._of_bias]
-        for parameter, (before, size) in zip(parameters, self._before, strict=True):
-            parameter.copy_(before + parameter * size)
-        self._before = []
-
-
-def _rms(bias: torch.Tensor) -> torch.Tensor:
-    return bias.float().square().mean().sqrt().clamp_min(ZERO_BIAS).to(bias.dtype)
+    def moved(self, before: Tensor, size: Tensor, step: Tensor) -> Tensor:
+        """The old value plus as many sizes as the step says."""
+        return before + step * size

@@ -29,9 +29,14 @@ def vectors(model: nn.Module, optim: Any) -> dict[str, nn.Parameter]:
     }
 
 
+def vector_ids(model: nn.Module, optim: Any) -> set[int]:
+    """Identities of ``vectors``."""
+    return {id(p) for p in vectors(model, optim).values()}
+
+
 def proportional_ids(model: nn.Module, optim: Any) -> set[int]:
     """Identities of what does not train at the weights' LR: scales, and ``vectors``."""
-    return scale_ids(model) | {id(p) for p in vectors(model, optim).values()}
+    return scale_ids(model) | vector_ids(model, optim)
 
 
 def moved_lr(own: float, lr: float, optim: Any) -> float:

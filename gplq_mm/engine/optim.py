@@ -18,7 +18,7 @@ from ..algorithms.stage1_optimizer import (
     proportional_ids,
     scale_ids,
     short_run_factor,
-    vectors,
+    vector_ids,
 )
 from ..recipe import OptimSettings
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
@@ -81,7 +81,7 @@ class GPLQOptimWrapperConstructor:
         if not any('quantizer' in key for key in self.paramwise_cfg.get('custom_keys') or {}):
             ids, decay = scale_ids(network), optim.scale_weight_decay
             _set_groups(built, ids, moved_lr(optim.scale_lr, lr, optim), decay)
-        ids = {id(p) for p in vectors(network, optim).values()}
+        ids = vector_ids(network, optim)
         if ids:
             _set_groups(built, ids, moved_lr(optim.vector_lr, lr, optim), 0.0)
         return built
@@ -182,7 +182,7 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
     """
     optim = network.gplq.recipe.optim
     scales = scale_ids(network)
-    ids = {id(p) for p in vectors(network, optim).values()}
+    ids = vector_ids(network, optim)
     groups = getattr(getattr(built, 'optimizer', None), 'param_groups', [])
     rates = {
         is_scale: {
