@@ -14,6 +14,7 @@ from ..conversion import quantized_layers
 from ..modules import QuantizedLayer, QuantMatMul
 from ..quantizers import FakeQuantizer, Observer, QuantSpec, integer_range
 from ..recipe import Rule, sets_bits
+from .evaluating import evaluating
 from .weight_ptq import PTQTask, WeightPTQ
 
 KINDS = ('weight', 'activation')
@@ -185,17 +186,14 @@ def baseline(model: nn.Module, quantize_activations: bool) -> Iterator[None]:
     """While open, weights are float, and activations too unless they are to be quantized."""
     found = [m for m in model.modules() if isinstance(m, FakeQuantizer)]
     enabled = [q.enabled for q in found]
-    training = {module: module.training for module in model.modules()}
     try:
         for quantizer in found:
             quantizer.enabled = quantizer.kind == 'activation' and quantize_activations
-        model.eval()
-        yield
+        with evaluating(model):
+            yield
     finally:
         for quantizer, value in zip(found, enabled, strict=True):
             quantizer.enabled = value
-        for module, mode in training.items():
-            module.training = mode
 
 
 @torch.no_grad()

@@ -3,8 +3,7 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from ..quantizers import UncalibratedError
 from ..recipe import RecipeLike, as_recipe
 from .calibration import Progress, RunPass
 from .compensation import attach_compensation, compensation_cost
+from .evaluating import evaluating
 from .float_weights import copy_biases, copy_norms, copy_weights
 from .qwt import BlockResult, QwT
 from .stage2_recipe import resolve_compensation
@@ -127,7 +127,7 @@ def run_stage2(
     weights, biases = copy_weights(layers), copy_biases(layers)
     trained = {n: la for n, la in layers.items() if la.weight_quantizer.is_calibrated}
     rest = {n: la for n, la in layers.items() if n not in trained}
-    with _evaluating(model):
+    with evaluating(model):
         for name, layer in trained.items():
             write_nearest(layer, weights[name])
         norms = copy_norms(model)
@@ -185,18 +185,6 @@ def _check(
                 f'{name}: the per-channel input scale folds into the weight but was never '
                 'calibrated; run stage 1, or at least its calibration, first'
             )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, each module's own mode restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _side_flops(model: nn.Module, blocks: Mapping[str, BlockResult]) -> int:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..algorithms.distributed import world
-from .model_state import device_of, evaluating
+from ..algorithms.evaluating import evaluating
+from .model_state import device_of
 
 Inputs = Tensor | Mapping[str, Any]
 """A batch for ``model(x)``, or keyword arguments for ``model(**x)``."""
@@ -81,7 +82,7 @@ class CalibrationBatches:
         """A function that runs the model over the batches, without gradients."""
 
         def run() -> None:
-            with evaluating(model):
+            with torch.no_grad(), evaluating(model):
                 for batch in self.batches():
                     call_model(model, batch)
 
@@ -115,7 +116,7 @@ def loop_pass(model: nn.Module, forward_loop: ForwardLoop) -> Callable[[], None]
     """A function that runs a loop of the user's, without gradients."""
 
     def run() -> None:
-        with evaluating(model):
+        with torch.no_grad(), evaluating(model):
             forward_loop(model)
 
     return run

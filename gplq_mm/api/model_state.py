@@ -2,8 +2,6 @@
 """What a quantized model knows of itself, and in which order its stages come."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -78,16 +76,3 @@ def require_stage(model: nn.Module, allowed: tuple[str, ...]) -> QuantizationSta
 def device_of(model: nn.Module) -> torch.device:
     """Device of a model's first parameter."""
     return next(model.parameters()).device
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; each module's own mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

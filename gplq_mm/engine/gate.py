@@ -12,6 +12,7 @@ from mmengine.logging import print_log
 from torch import Tensor
 
 from ..algorithms.added_bits import ADD_BITS
+from ..algorithms.evaluating import evaluating
 from ..algorithms.gate import WEIGHTS, RoleError, StartFigures, StartMeter, StartOutputs, floating
 from ..conversion import quantizers
 from ..evaluation import format_start, format_table
@@ -85,7 +86,7 @@ class Gate:
     def measure(self) -> GateResult:
         """Figures of the model as it is, and of each role where they are above the limit."""
         number, limit = len(self.images.indices), self.settings.max_feature_error
-        with _evaluating(self.model):
+        with evaluating(self.model):
             found = GateResult(number, limit, self.meter.figures())
             if found.passed:
                 return found
@@ -93,13 +94,13 @@ class Gate:
 
     def figures(self) -> StartFigures:
         """Figures of the model as it is."""
-        with _evaluating(self.model):
+        with evaluating(self.model):
             return self.meter.figures()
 
     def unavailable(self) -> str | None:
         """Why the model gives no features that could be compared; None where it does."""
         try:
-            with torch.no_grad(), _evaluating(self.model):
+            with torch.no_grad(), evaluating(self.model):
                 self._outputs(self.images.load(0))  # the same batch on all ranks
         except torch.OutOfMemoryError:
             raise
@@ -150,14 +151,3 @@ def log_roles(result: GateResult) -> None:
     titles = ['role', 'operands', 'feature error with this role float']
     rows = [[r.role, str(r.operands), f'{r.feature_error:.3g}'] for r in result.roles]
     print_log(f'gate: {result.line}\n{format_table(titles, rows)}', 'current', logging.WARNING)
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
