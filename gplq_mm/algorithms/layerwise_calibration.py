@@ -34,6 +34,15 @@ MAPS = 4
 """Images of which a convolution's inputs are looked at."""
 
 
+def layerwise_images(batch_size: int) -> int:
+    """Images to take at the most: ``LAYERWISE_IMAGES``, or a batch for every rank.
+
+    Args:
+        batch_size: Images a forward pass.
+    """
+    return max(LAYERWISE_IMAGES, batch_size * world()[1])
+
+
 @dataclass
 class LayerwiseResult:
     """What was found for each layer, by name.

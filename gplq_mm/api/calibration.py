@@ -9,14 +9,15 @@ from torch import nn
 
 from ..algorithms.calibration import calibrate_activations, calibrate_trained_weights
 from ..algorithms.distributed import world
+from ..algorithms.evaluating import evaluating
 from ..algorithms.layerwise_calibration import (
-    LAYERWISE_IMAGES,
     LayerwiseResult,
     calibrate_layerwise,
+    layerwise_images,
 )
 from ..recipe import CalibrationSettings
 from .inputs import CalibrationBatches, ForwardLoop, collect, loop_pass
-from .model_state import CALIBRATED, CONVERTED, LOGGER, evaluating, require_stage
+from .model_state import CALIBRATED, CONVERTED, LOGGER, require_stage
 
 RunPass = Callable[[], None]
 
@@ -117,7 +118,7 @@ def passes(
     size = settings.batch_size
     images = collect(loader, num_images, size)
     _require_enough(images, num_images, settings)
-    few = images.first(max(LAYERWISE_IMAGES, size * world()[1]))
+    few = images.first(layerwise_images(size))
     return images.run_pass(model), few.run_pass(model)
 
 

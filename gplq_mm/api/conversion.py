@@ -7,13 +7,11 @@ from typing import Any
 from torch import nn
 
 from ..adapters import load_adapters_of
-from ..algorithms.drop_rates import set_drop_rates_
-from ..algorithms.stage2 import prepare_stage2
-from ..algorithms.trainable import choose_trained_, freeze_stages_
-from ..conversion import CoverageReport, convert_, default_scope
+from ..algorithms.preparation import prepare_, settle_for
+from ..conversion import CoverageReport
 from ..conversion.handlers import TURNED_OFF
 from ..modules import Engine, set_engine
-from ..recipe import Recipe, RecipeLike, as_recipe, settle_auto, typical_width
+from ..recipe import Recipe, RecipeLike
 from .model_state import LOGGER, QuantizationState
 
 
@@ -54,18 +52,9 @@ def quantize(
     if hasattr(model, 'gplq'):
         raise ValueError(f'{type(model).__name__} is already quantized; give a float model')
     load_adapters_of(model)
-    resolved = as_recipe(recipe)
-    scope = default_scope(model)
-    if resolved.scope == 'auto':
-        resolved = resolved.change(scope=scope)
-    is_detector = scope == 'backbone'
-    resolved = settle_auto(resolved, is_detector, typical_width(model))
+    resolved, is_detector = settle_for(model, recipe)
     modes = {module: module.training for module in model.modules()}
-    coverage = convert_(model, resolved, strict=strict)
-    prepare_stage2(model, resolved)
-    choose_trained_(model, resolved.optim.train)
-    set_drop_rates_(model, resolved.optim.drop_rates)
-    freeze_stages_(model)
+    coverage, _ = prepare_(model, resolved, strict)
     for module in model.modules():
         module.training = modes.get(module, model.training)
     chosen = set_engine(model, engine)

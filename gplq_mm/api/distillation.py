@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from ..conversion import quantizers
 from ..models.mimic_features import HEAD, Recording, require_layers, watched
 from ..models.mimic_settings import PENULTIMATE, resolve_mimic
-from ..models.mimic_terms import PCATerm, build_term, module_names
+from ..models.mimic_terms import PCA_BATCH, PCA_IMAGES, PCATerm, build_term, module_names
 from ..models.teacher_precision import as_float, teacher_dtype, teacher_precision
 from .inputs import Inputs, call_model, collect
 from .model_state import CALIBRATED, STAGE1, device_of, require_stage
-
-PCA_IMAGES = 1024
-"""Images that a PCA basis is fitted on where the recipe names no number."""
-PCA_BATCH = 16
 
 
 @dataclass

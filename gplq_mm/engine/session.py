@@ -17,8 +17,7 @@ from ..algorithms.calibration import (
     calibrate_trained_weights,
     is_calibrated,
 )
-from ..algorithms.distributed import world
-from ..algorithms.layerwise_calibration import LAYERWISE_IMAGES, calibrate_layerwise
+from ..algorithms.layerwise_calibration import calibrate_layerwise, layerwise_images
 from ..conversion import quantizers, set_quantization
 from ..evaluation import model_bytes, write_json
 from ..recipe import Recipe
@@ -209,7 +208,7 @@ class GPLQSession:
         """Input scales and float weights by the error of each layer's output."""
         settings, training = self.recipe.calibration, self.model.training
         number, size = len(self.calibration.indices), len(self.calibration.batches[0])
-        most = max(LAYERWISE_IMAGES, size * world()[1])
+        most = layerwise_images(size)
         images = self.calibration.sample(min(number, most), size, most, 'calibration')
         result = calibrate_layerwise(
             self.model.eval(),

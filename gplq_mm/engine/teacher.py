@@ -10,6 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ..algorithms.distributed import world
+from ..models.mimic_terms import PCA_BATCH, PCA_IMAGES
 from ..models.mimicking import Mimicking
 from ..registry import MODELS
 from ..utils.checkpoint_io import read_checkpoint
@@ -18,9 +19,6 @@ from .checkpoint import file_sha256, load_float_
 
 Images = Callable[[int | None], Iterable[Any]]
 """Gives this rank's batches of so many training images, as the dataset packs them."""
-PCA_IMAGES = 1024
-"""Images that a PCA basis is fitted on where the recipe names no number."""
-PCA_BATCH = 16
 
 
 def attach_teacher(

@@ -14,16 +14,10 @@ from torch import nn
 
 from ..adapters import load_adapters
 from ..algorithms.added_bits import adds_bits, adopt_bits
-from ..algorithms.drop_rates import set_drop_rates_
-from ..algorithms.stage2 import prepare_stage2
-from ..algorithms.trainable import choose_trained_, freeze_stages_
-from ..conversion import (
-    CoverageReport,
-    convert_,
-    default_scope,
-)
+from ..algorithms.preparation import prepare_, settle_for
+from ..conversion import CoverageReport
 from ..modules import Engine, set_engine
-from ..recipe import Recipe, RecipeLike, as_recipe, plain, settle_auto, typical_width
+from ..recipe import Recipe, RecipeLike, as_recipe, plain
 from ..registry import MODELS
 from ..utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
 from .mimic_features import has_penultimate
@@ -96,17 +90,9 @@ def build_gplq(
     load_adapters()
     _require_known_type(cfg)
     network = MODELS.build(copy.deepcopy(cfg))
-    scope = default_scope(network)
-    if resolved.scope == 'auto':
-        resolved = resolved.change(scope=scope)
-    is_detector = scope == 'backbone'
-    resolved = settle_auto(resolved, is_detector, typical_width(network))
+    resolved, is_detector = settle_for(network, resolved)
     mimic = resolve_mimic(resolved.mimic, is_detector, has_penultimate(network))
-    coverage = convert_(network, resolved, strict=strict)
-    prepare_stage2(network, resolved)
-    choose_trained_(network, resolved.optim.train)
-    set_drop_rates_(network, resolved.optim.drop_rates)
-    frozen = freeze_stages_(network)
+    coverage, frozen = prepare_(network, resolved, strict)
     if frozen:
         print_log(
             f'GPLQ: {len(frozen)} scales lie in frozen stages and keep their calibrated values, '

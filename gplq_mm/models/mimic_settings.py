@@ -5,13 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 from ..recipe import MimicTerm, mimic_terms
+from ..recipe.mimic import own_keys
 
 PENULTIMATE = 'penultimate'
-_OF_TYPE = {
-    'feature': ('layer',),
-    'pca': ('layer', 'explained_variance', 'num_images'),
-    'logits': ('temperature',),
-}
 
 
 def resolve_mimic(
@@ -77,7 +73,7 @@ def _term(term: MimicTerm, is_detector: bool) -> dict[str, Any] | None:
         return None
     kind = 'pca' if term.type == 'paper' else term.type
     _check_type(kind, is_detector, term.layer)
-    settings = {name: getattr(term, name) for name in ('loss_weight', *_OF_TYPE[kind])}
+    settings = {name: getattr(term, name) for name in ('loss_weight', *own_keys(kind))}
     if kind == 'pca':
         settings['layer'] = settings['layer'] or PENULTIMATE
     return {'type': kind, **settings, 'task_weight': term.task_weight}

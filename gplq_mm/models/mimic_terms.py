@@ -12,6 +12,11 @@ from ..losses import PCAMimicLoss, RelativeFeatureLoss, SoftLogitLoss
 from .mimic_features import HEAD, Recording, run_teacher
 from .mimic_settings import PENULTIMATE
 
+PCA_IMAGES = 1024
+"""Images that a PCA basis is fitted on where the recipe names no number."""
+PCA_BATCH = 16
+"""Of them, images a forward pass."""
+
 
 class FeatureTerm:
     """Relative squared error of feature maps.

@@ -48,6 +48,17 @@ class MimicTerm(Section):
             )
 
 
+def own_keys(kind: str) -> list[str]:
+    """Keys of a term that not every type has, in the order of ``MimicTerm``.
+
+    Examples:
+        >>> own_keys('pca')
+        ['layer', 'explained_variance', 'num_images']
+    """
+    keys = MimicTerm.keys()
+    return [key for key in keys if key in OF_TYPE[kind] - _COMMON]
+
+
 Mimic = MimicTerm | tuple[MimicTerm, ...] | None
 
 
