@@ -22,7 +22,7 @@ from ..conversion import (
     set_ffn_roles,
     set_predictor_roles,
 )
-from ..modules import QuantLinear, quantized_attention
+from ..modules import linear_with_bias, quantized_attention
 from ..modules.window_attention import MAX_LOG_SCALE, biased, scaled_and_biased
 
 
@@ -94,9 +94,7 @@ class QuantShiftedWindowAttentionV2(ShiftedWindows, ShiftedWindowAttentionV2):
             return self.qkv(x)
         bias = self.qkv.bias.clone()
         bias[x.shape[-1] : 2 * x.shape[-1]].zero_()
-        if isinstance(self.qkv, QuantLinear):
-            return self.qkv.linear(x, bias)
-        return F.linear(x, self.qkv.weight, bias)
+        return linear_with_bias(self.qkv, x, bias)
 
     def logit_terms(self, q: Tensor, k: Tensor) -> tuple[Any, ...]:
         """Normalized queries and keys, a learned factor a head, and the position bias."""

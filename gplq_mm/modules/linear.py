@@ -1,6 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """QuantLinear: ``nn.Linear`` with a quantized input and weight."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,3 +47,37 @@ class QuantLinear(QuantizedLayer, nn.Linear):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``(..., in_features)`` -> ``(..., out_features)``; ``bias`` replaces the layer's."""
         return self.quantized_product(x, self.bias if bias is None else bias)
+
+
+def linear_with_bias(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer, quantized or float, with another bias than its own.
+
+    Args:
+        layer: ``nn.Linear``.
+        x: ``(..., in_features)``.
+        bias: ``(out_features,)``, or None.
+
+    Returns:
+        ``(..., out_features)``.
+    """
+    if isinstance(layer, QuantLinear):
+        return layer.linear(x, bias)
+    return F.linear(x, layer.weight, bias)
+
+
+def biased_qkv(module: Any, x: Tensor) -> Tensor:
+    """Projection of timm's attention whose bias has no part for the keys.
+
+    Args:
+        module: Has ``qkv``, ``q_bias`` or None, ``k_bias``, ``v_bias``, ``qkv_bias_separate``.
+        x: ``(B, N, C)``.
+
+    Returns:
+        ``(B, N, 3 * C)``.
+    """
+    if module.q_bias is None:
+        return module.qkv(x)
+    bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
+    if module.qkv_bias_separate:
+        return module.qkv(x) + bias
+    return linear_with_bias(module.qkv, x, bias)

@@ -4,7 +4,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmengine.model import Sequential
 from mmpretrain.models.backbones.deit3 import DeiT3FFN
 from mmpretrain.models.backbones.van import SpatialAttention
@@ -20,7 +19,7 @@ from ...conversion import (
     register_roles,
     set_ffn_roles,
 )
-from ...modules import QuantLinear, quantized_attention, swap_class
+from ...modules import linear_with_bias, quantized_attention, swap_class
 from ...modules.attention import added
 from ...modules.dot_product_attention import DotProductAttention
 from ...modules.fused_ffn import SequentialFeedForward
@@ -67,9 +66,7 @@ class QuantBEiTAttention(BEiTAttention):
         if self.bias != 'qv_bias':
             return self.qkv(x)
         bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        if isinstance(self.qkv, QuantLinear):
-            return self.qkv.linear(x, bias)
-        return F.linear(x, self.qkv.weight, bias)
+        return linear_with_bias(self.qkv, x, bias)
 
 
 class QuantAttentionWithRoPE(AttentionWithRoPE):

@@ -4,12 +4,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from mmpretrain.models.utils import ShiftWindowMSA, WindowMSA, WindowMSAV2
 from torch import Tensor
 
 from ...conversion import POSITION_MLP, Context, register_attention, register_handler
-from ...modules import QuantLinear
+from ...modules import linear_with_bias
 from ...modules.window_attention import CosineWindowAttention, WindowAttention
 
 
@@ -29,9 +28,7 @@ class QuantWindowMSAV2(CosineWindowAttention, WindowMSAV2):
         bias = None
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        if isinstance(self.qkv, QuantLinear):
-            return self.qkv.linear(x, bias)
-        return F.linear(x, self.qkv.weight, bias)
+        return linear_with_bias(self.qkv, x, bias)
 
 
 register_attention({WindowMSA: QuantWindowMSA})

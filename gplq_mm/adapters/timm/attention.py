@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import apply_rot_embed_cat
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor
 
 from ...conversion import Context, child_name, register_attention, register_handler
-from ...modules import QuantLinear, quantized_attention
+from ...modules import biased_qkv, quantized_attention
 from ...modules.attention import added
 
 
@@ -55,18 +54,6 @@ def masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor,
     if is_causal:
         return (x.new_full((x.shape[1], x.shape[1]), float('-inf')).triu_(1),)
     return () if attn_mask is None else (attn_mask,)
-
-
-def biased_qkv(module: Any, x: Tensor) -> Tensor:
-    """Projection whose bias has no part for the keys, ``(B, N, 3 * C)``."""
-    if module.q_bias is None:
-        return module.qkv(x)
-    bias = torch.cat((module.q_bias, module.k_bias, module.v_bias))
-    if module.qkv_bias_separate:
-        return module.qkv(x) + bias
-    if isinstance(module.qkv, QuantLinear):
-        return module.qkv.linear(x, bias)
-    return F.linear(x, module.qkv.weight, bias)
 
 
 class QuantAttention(AttentionProducts, vision_transformer.Attention):

@@ -5,8 +5,8 @@ from timm.models import swin_transformer, swin_transformer_v2
 from torch import Tensor
 
 from ...conversion import POSITION_MLP, register_attention
+from ...modules import biased_qkv
 from ...modules.window_attention import CosineWindowAttention, WindowAttention
-from .attention import biased_qkv
 
 
 class QuantWindowAttention(WindowAttention, swin_transformer.WindowAttention):
