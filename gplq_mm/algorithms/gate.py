@@ -82,7 +82,7 @@ class StartMeter:
         model: Converted model, calibrated, in evaluation mode.
         forward: Outputs for one batch.
         batches: This rank's batches with their number over all ranks, the same every call.
-        as_float: State in which the model is the float one.
+        as_float_model: State in which the model is the float one.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class StartMeter:
         model: nn.Module,
         forward: Callable[[Any], StartOutputs],
         batches: Callable[[], Iterable[tuple[int, Any]]],
-        as_float: State,
+        as_float_model: State,
     ) -> None:
         self.model = model
         self.forward = forward
         self.batches = batches
-        self.as_float = as_float
+        self.as_float = as_float_model
 
     def figures(self) -> StartFigures:
         """Figures of the model as it is, the same on all ranks."""
@@ -146,6 +146,24 @@ def floating(chosen: Iterable[FakeQuantizer]) -> Iterator[None]:
     finally:
         for quantizer, enabled in before:
             quantizer.enabled = enabled
+
+
+@contextmanager
+def as_float_model(model: nn.Module, float_state: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, a converted model is the float one; restored at the end.
+
+    Args:
+        model: Converted model.
+        float_state: FP32 weights by their names in the model: its own may be others by now.
+    """
+    own = model.state_dict()
+    kept = {k: own[k].clone() for k in float_state}
+    model.load_state_dict(float_state, strict=False)
+    try:
+        with floating(quantizers(model).values()):
+            yield
+    finally:
+        model.load_state_dict(kept, strict=False)
 
 
 def _opener(chosen: Sequence[FakeQuantizer]) -> State:
