@@ -166,6 +166,17 @@ def test_stage_2_is_that_of_the_algorithms(reference: PlainViT) -> None:
     assert result.summary['mean_sqnr_db'] > 5
 
 
+def test_fine_tuning_aims_at_the_teacher_where_there_is_one() -> None:
+    recipe = dict(weight=dict(ptq=['mse', dict(type='finetune', lr=0.01)]), **MINMAX)
+    model = calibrated(recipe)
+    other = copy.deepcopy(model)
+    assert gplq_mm.quantize_weights(model, X.split(8), teacher=plain_vit()).notes == []
+    assert 'no float model' in gplq_mm.quantize_weights(other, X.split(8)).notes[0]
+    assert not same_state(model, other)
+    with pytest.raises(ValueError, match='the teacher is quantized itself'):
+        gplq_mm.quantize_weights(calibrated(recipe), X.split(8), teacher=other)
+
+
 @pytest.mark.parametrize('weights', [False, True])
 def test_a_loaded_model_gives_equal_bits(weights: bool, reference: PlainViT, tmp_path) -> None:
     model = copy.deepcopy(reference).eval()

@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from gplq_mm.algorithms.calibration import calibrate_trained_weights
-from gplq_mm.conversion import convert_
+from gplq_mm.conversion import convert_, quantized_layers
 from gplq_mm.engine import stage2
 from gplq_mm.recipe import as_recipe
 from gplq_mm.utils.checkpoint_io import read_checkpoint
@@ -61,6 +61,30 @@ def test_another_algorithm_is_recorded_and_changes_weights(
     ours, theirs = weights(out), weights(finished.work_dir / 'gplq_final.pth')
     assert any(not ours[k].equal(theirs[k]) for k in ours)
     assert not (tmp_path / 'gplq_final.pth').exists()
+
+
+def test_fine_tuning_has_the_float_model_and_other_training_images(
+    finished: FinishedRun, runner: Runner, tmp_path: Path
+) -> None:
+    ptq = [dict(type='gptq', guided=0.5), dict(type='finetune', num_images=64, lr=0.01)]
+    found = stage2.run(runner, ptq=ptq).data['stage2']
+    assert not any('no float model' in note for note in found['notes'])
+    own, rounded = weights(tmp_path / 'gplq_final.pth'), tmp_path / 'rounded.pth'
+    stage2.run(loaded(finished, tmp_path, 'gplq_stage1.pth'), ptq=ptq[:1], out=str(rounded))
+    moved = {key for key, value in weights(rounded).items() if not value.equal(own[key])}
+    assert moved and all(key.endswith(('.bias', '.weight')) for key in moved)
+    codes = {f'{n}.weight' for n in quantized_layers(runner.model)}
+    assert not moved & codes
+
+
+def test_fine_tuning_without_the_float_checkpoint_says_so(
+    finished: FinishedRun, runner: Runner
+) -> None:
+    for hook in runner.hooks:
+        if hasattr(hook, 'source'):
+            hook.source = {**hook.source, 'path': 'gone.pth'}
+    notes = stage2.run(runner, ptq=['minmax', 'finetune']).data['stage2']['notes']
+    assert 'no float model is at hand' in notes[0]
 
 
 def test_an_unknown_algorithm_is_refused(runner: Runner) -> None:

@@ -85,6 +85,12 @@ class FineTuning(WeightPTQ):
             without_checkpointing(task.model),
         ):
             problem = _Problem(task, source, images)
+            if problem.trained < 1:
+                task.note(
+                    'finetune: all images are one batch, so that none can be held out, and it is '
+                    'left out; give more images, or a smaller recipe.calibration.batch_size'
+                )
+                return
             after = self._learn(task, problem, learned)
         if not after < problem.before:
             for name, parameter in learned.items():
@@ -131,11 +137,6 @@ class _Problem(WantedFeatures):
     def __init__(self, task: PTQTask, source: FeatureSource, images: RunPass) -> None:
         super().__init__(task, source, task.budget_bytes, images, task.float_model)
         self.trained = self.batches - max(1, self.batches // _HELD_OUT)
-        if self.trained < 1:
-            raise ValueError(
-                'finetune: all images are one batch, so that none can be held out; give more '
-                'images, or a smaller recipe.calibration.batch_size'
-            )
         self._held_out: list[float] = []
         seen = 0
 
