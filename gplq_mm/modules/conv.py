@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """QuantConv2d and QuantConvTranspose2d."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers.functional import positive_scale
-from .layer import QuantizedLayer
+from .dispatch import compute
+from .linear import QuantizedLayer
 
 
 def convolution_gradients(
@@ -48,6 +50,7 @@ def convolution_gradients(
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """``nn.Conv2d`` with fake-quantized operands, ``(B, C, H, W)`` in and out."""
 
+    kind = 'conv'
     channel_axis = -3
 
     def input_scale_on_weight(self) -> Tensor:
@@ -77,7 +80,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` -> ``(B, C_out, H', W')``."""
-        return self.quantized_product(x, self.bias)
+        return compute(self, x, self.bias)
 
 
 class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
@@ -86,6 +89,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     Its weight is ``(in, out / groups, kH, kW)``: groups share the output scales.
     """
 
+    kind = 'conv'
     weight_axis = 1
     channel_axis = -3
     _output_size: list[int] | None = None
@@ -143,6 +147,10 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
             self.dilation,  # type: ignore[arg-type]
         )
 
+    def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
+        """Every input element meets one kernel of each output channel of its group."""
+        return inputs[0].numel() * self.weight[0].numel()
+
     def product_depth(self) -> int:
         """Upper bound: all input channels of a group times the kernel."""
         return self.in_channels // self.groups * self.weight[0, 0].numel()
@@ -150,4 +158,4 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``(B, C_in, H, W)`` -> ``(B, C_out, H', W')``."""
         self._output_size = output_size
-        return self.quantized_product(x, self.bias)
+        return compute(self, x, self.bias)

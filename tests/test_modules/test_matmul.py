@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gplq_mm.modules import QuantMatMul
-from gplq_mm.modules.exact import accumulator_dtype
+from gplq_mm.modules.backends.exact import accumulator_dtype
 from gplq_mm.quantizers import (
     FakeQuantizer,
     PerChannel,

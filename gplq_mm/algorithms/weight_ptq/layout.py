@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...modules import QuantConv2d, QuantConvTranspose2d, QuantizedLayer
-from ...modules.exact import FLOAT32_EXACT, max_code
+from ...modules.backends.exact import FLOAT32_EXACT, max_code
 
 _STRIP = 1 << 23
 """Elements of an unfolded input handled at once."""

@@ -1,60 +1,60 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""A linear operation with a quantized input that saves packed codes of the input."""
+"""A layer whose backward pass keeps the packed codes of its input."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..quantizers import FakeQuantizer
-from ..quantizers.first_order import first_order_only
-from ..quantizers.grid import Operand
-from ..quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
-
-Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-Gradients = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor | None, Tensor | None]]
+from ....quantizers import FakeQuantizer
+from ....quantizers.first_order import first_order_only
+from ....quantizers.grid import Operand
+from ....quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
+from ...dispatch import not_quantized, register_backend
 
 
-class LinearOperation(NamedTuple):
-    """A layer's arithmetic.
-
-    Attributes:
-        product: ``product(x, weight, bias)``.
-        gradients: ``gradients(grad, x, weight, of_x, of_weight)``, each None where the
-            flag is False.
-        channel_axis: Axis of the output that the bias runs along.
-    """
-
-    product: Product
-    gradients: Gradients
-    channel_axis: int
+def refusal(layer: Any, x: Tensor, bias: Tensor | None) -> str:
+    """Why a call of a layer is not taken."""
+    reason = cannot_pack([layer.input_quantizer])
+    if reason:
+        return reason
+    if not layer.can_pack:
+        return 'its padding is other than a number of zeros'
+    tensors = (x, layer.input_quantizer.scale, layer.weight, bias)
+    needed = any(t is not None and t.requires_grad for t in tensors)
+    return '' if needed else 'no tensor needs a gradient'
 
 
-def packed_product(
-    operation: LinearOperation,
-    quantizer: FakeQuantizer,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """``operation.product(quantizer(x), weight, bias)``; saves the codes of ``x`` only.
+def cannot_pack(saved: Sequence[FakeQuantizer], recomputed: Sequence[FakeQuantizer] = ()) -> str:
+    """Why the codes of some operands cannot be packed now; empty if they can.
 
     Args:
-        operation: The layer's arithmetic.
-        quantizer: Active quantizer of ``x``.
+        saved: Quantizers of the operands whose codes are saved.
+        recomputed: Of the operands that the backward pass computes again.
+    """
+    if any(q.spec.is_log for q in saved):
+        return 'logarithmic codes have no rounding residual'
+    return not_quantized((*saved, *recomputed))
+
+
+def packed_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+    """``layer.reference(x, bias)``; saves the codes of ``x`` only, and the weight as it is.
+
+    Args:
+        layer: Its input quantizer is active.
         x: Layer input.
-        weight: Weight as it is multiplied, saved as it is.
         bias: Added to the output, or None.
     """
+    quantizer, weight = layer.input_quantizer, layer.effective_weight()
     operand = quantizer.operand(x.shape)
     dtype = None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    return _PackedProduct.apply(x, quantizer.scale, weight, bias, operand, operation, dtype)
+    return _PackedLinear.apply(x, quantizer.scale, weight, bias, operand, layer, dtype)
 
 
-class _PackedProduct(torch.autograd.Function):
+class _PackedLinear(torch.autograd.Function):
     """Autocast is carried out by hand: its cache must not see weights without a graph."""
 
     @staticmethod
@@ -65,19 +65,19 @@ class _PackedProduct(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         operand: Operand,
-        operation: LinearOperation,
+        layer: Any,
         autocast: torch.dtype | None,
     ) -> Tensor:
         steps = operand.steps(x.float(), scale)
         values, packed = quantize_packed(x.float(), *steps)
-        ctx.operand, ctx.operation, ctx.dtypes = operand, operation, (x.dtype, autocast)
+        ctx.operand, ctx.layer, ctx.dtypes = operand, layer, (x.dtype, autocast)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(scale, weight, *operand.kept(steps), *packed)
         with torch.autocast(x.device.type, enabled=False):
             dtype = autocast or x.dtype
             operands = values.to(dtype), _cast(weight, autocast), _cast(bias, autocast)
             del values
-            return own_tensor(operation.product(*operands))
+            return own_tensor(layer.product(*operands))
 
     @staticmethod
     @first_order_only
@@ -90,9 +90,9 @@ class _PackedProduct(torch.autograd.Function):
         grad_x = grad_scale = grad_weight = grad_bias = None
         with torch.autocast(grad.device.type, enabled=False):
             if of_bias:
-                grad_bias = _sum_over_outputs(grad, ctx.operation.channel_axis)
+                grad_bias = _sum_over_outputs(grad, ctx.layer.channel_axis)
             values = unpack_values(packed, *steps).to(autocast or x_dtype)
-            grad_values, grad_weight = ctx.operation.gradients(
+            grad_values, grad_weight = ctx.layer.product_gradients(
                 grad, values, _cast(weight, autocast), of_x or of_scale, of_weight
             )
             del values
@@ -120,3 +120,6 @@ def _sum_over_outputs(grad: Tensor, channel_axis: int) -> Tensor:
     """Gradient of the bias, ``(channels,)``, float32."""
     dims = [d for d in range(grad.dim()) if d != grad.dim() + channel_axis]
     return grad.float().sum(dims) if dims else grad.float()
+
+
+register_backend('packed', 'training', ['linear', 'conv'], refusal, packed_linear)

@@ -6,31 +6,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantizers import FakeQuantizer
-from ..quantizers.first_order import first_order_only
-from ..quantizers.functional import sum_to_shape
-from ..quantizers.grid import Operand
-from ..quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
+from ....quantizers.first_order import first_order_only
+from ....quantizers.functional import sum_to_shape
+from ....quantizers.grid import Operand
+from ....quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
+from ...dispatch import register_backend
 from .autocast import autocast_state
+from .linear import cannot_pack
 
 
-def packed_matmul(
-    lhs_quantizer: FakeQuantizer, rhs_quantizer: FakeQuantizer, lhs: Tensor, rhs: Tensor
-) -> Tensor:
-    """``lhs_quantizer(lhs) @ rhs_quantizer(rhs)``; saves the codes of both.
+def refusal(operation: Any, lhs: Tensor, rhs: Tensor) -> str:
+    """Why a product is not taken."""
+    return cannot_pack(operation.quantizers)
+
+
+def packed_matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """``operation.reference(lhs, rhs)``; saves the codes of both.
 
     Args:
-        lhs_quantizer: Active quantizer of ``lhs``.
-        rhs_quantizer: Active quantizer of ``rhs``.
+        operation: Both its quantizers are active.
         lhs: ``(..., N, K)``.
         rhs: ``(..., K, M)``; leading dimensions broadcast.
 
     Returns:
         ``(..., N, M)``.
     """
-    operands = lhs_quantizer.operand(lhs.shape), rhs_quantizer.operand(rhs.shape)
-    scales = lhs_quantizer.scale, rhs_quantizer.scale
-    return _PackedMatMul.apply(lhs, rhs, *scales, operands)
+    left, right = operation.quantizers
+    operands = left.operand(lhs.shape), right.operand(rhs.shape)
+    return _PackedMatMul.apply(lhs, rhs, left.scale, right.scale, operands)
 
 
 class _PackedMatMul(torch.autograd.Function):
@@ -76,3 +79,6 @@ class _PackedMatMul(torch.autograd.Function):
             ctx.operands[1].gradient(of_rhs, rhs_parameter, rhs_steps.scale),
         )
         return grad_lhs.to(ctx.dtypes[0]), grad_rhs.to(ctx.dtypes[1]), *of_scales, None
+
+
+register_backend('packed', 'training', ['matmul'], refusal, packed_matmul)

@@ -10,48 +10,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantizers import FakeQuantizer
-from ..quantizers.first_order import first_order_only
-from ..quantizers.packed_codes import (
+from ....quantizers.first_order import first_order_only
+from ....quantizers.packed_codes import (
     packed_backward,
     quantize_packed,
     quantize_values,
     softmax_backward,
     unpack_values,
 )
+from ...dispatch import register_backend
 from .autocast import autocast_state
+from .linear import cannot_pack
 
 Logits = Callable[..., Tensor]
 _SAVED = (0, 1, 3)
 """Positions of q, k and v among the quantizers."""
 
 
-def packed_attention(
-    quantizers: Sequence[FakeQuantizer],
-    logits: Logits,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extras: Sequence[Tensor] = (),
-) -> Tensor:
-    """``quantize(softmax(logits(quantize(q), quantize(k)))) @ quantize(v)``.
+def refusal(attention: Any, *inputs: Tensor) -> str:
+    """Why an attention is not taken; its two products are then computed one after the other."""
+    if attention.refusal:
+        return attention.refusal
+    q, k, probabilities, v = attention.quantizers
+    return cannot_pack([q, k, v], [probabilities])
+
+
+def packed_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``attention.reference(q, k, v)``: ``quantize(softmax(logits(q, k, ...))) @ quantize(v)``.
 
     Args:
-        quantizers: Active quantizers of q, k (transposed), the probabilities and v.
-        logits: ``logits(q, k, *extras)``. It may use no other tensor of the graph than its
-            arguments, and is called again in the backward pass.
+        attention: Its ``logits`` are called again in the backward pass; its ``extras`` are
+            saved as they are, they get gradients.
         q: Scaled queries, ``(B, heads, N, D)``.
         k: Transposed keys, ``(B, heads, D, M)``.
         v: Values, ``(B, heads, M, D')``.
-        extras: Further arguments of ``logits``; saved as they are, they get gradients.
 
     Returns:
         ``(B, heads, N, D')``.
     """
     shapes = (q.shape, k.shape, torch.Size((*q.shape[:-1], k.shape[-1])), v.shape)
+    quantizers = attention.quantizers
     operands = [x.operand(shape) for x, shape in zip(quantizers, shapes, strict=True)]
     scales = [quantizer.scale for quantizer in quantizers]
-    return _PackedAttention.apply(q, k, v, *scales, logits, operands, *extras)
+    extras = attention.extras_on_grid()
+    return _PackedAttention.apply(q, k, v, *scales, attention.logits, operands, *extras)
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -140,3 +142,6 @@ def _logits_with_graph(
         return [next(found) if x.requires_grad else None for x in inputs]
 
     return out.detach(), back
+
+
+register_backend('packed', 'training', ['attention'], refusal, packed_attention)

@@ -5,87 +5,37 @@ The hidden tensors, four times as large as the input, are computed again in the 
 pass: one more product of the first layer for 4/16 of what a float block saves.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizers.first_order import first_order_only
-from ..quantizers.grid import Operand
-from ..quantizers.packed_codes import (
+from ....quantizers.first_order import first_order_only
+from ....quantizers.grid import Operand
+from ....quantizers.packed_codes import (
     packed_backward,
     quantize_packed,
     quantize_values,
     unpack_values,
 )
+from ...dispatch import register_backend
 from .autocast import autocast_state
-from .engine import EngineUser, packs
-from .fused_layer import own_tensor
-from .linear import QuantLinear
-
-ACTIVATIONS = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU)
-"""Activation functions without parameters, state or randomness."""
+from .linear import cannot_pack, own_tensor
 
 
-class FeedForward(EngineUser):
-    """Mixin for modules of two layers with an activation function between them."""
-
-    def recomputed(
-        self, x: Tensor, first: Any, act: nn.Module, drops: Sequence[nn.Module], second: Any
-    ) -> Tensor | None:
-        """``second(drops(act(first(x))))`` with a backward pass that computes it again.
-
-        Args:
-            x: ``(..., C)``.
-            first: First layer.
-            act: Activation function.
-            drops: What stands between it and the second layer.
-            second: Second layer.
-
-        Returns:
-            ``(..., C')``; None where the modules are to be called one by one: for another
-            engine or setting, in evaluation and calibration, where something is float or
-            drops elements, and where hooks want to see the calls.
-        """
-        if self.engine.ffn != 'recompute' or not _can_recompute(first, act, drops, second):
-            return None
-        quantizers = (first.input_quantizer, second.input_quantizer)
-        if not packs(self.engine, *quantizers):
-            return None
-        return recomputed_ffn(first, act, second, x)
+def refusal(network: Any, x: Tensor) -> str:
+    """Why a network is not taken; its modules are then called one by one."""
+    if network.engine.ffn != 'recompute':
+        return "engine.ffn='layers'"
+    if network.refusal:
+        return network.refusal
+    return cannot_pack([network.first.input_quantizer, network.second.input_quantizer])
 
 
-class SequentialFeedForward(FeedForward):
-    """Mixin for ``Sequential(Sequential(Linear, act, drop), Linear, drop)`` of mmcv's FFN."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """``(..., C)`` -> same."""
-        parts = list(self)
-        if len(parts) >= 2 and isinstance(parts[0], nn.Sequential) and len(parts[0]) >= 2:
-            (first, act, *drops), second, *rest = parts
-            out = self.recomputed(x, first, act, drops, second)
-            if out is not None:
-                for module in rest:
-                    out = module(out)
-                return out
-        return super().forward(x)  # type: ignore[misc]
-
-
-class MlpFeedForward(FeedForward):
-    """Mixin for modules with ``fc1``, ``act``, ``fc2`` and perhaps ``drop`` at the end."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """``(..., C)`` -> same."""
-        out = self.recomputed(x, self.fc1, self.act, (), self.fc2)
-        if out is None:
-            return super().forward(x)  # type: ignore[misc]
-        return self.drop(out) if hasattr(self, 'drop') else out
-
-
-def recomputed_ffn(first: Any, act: nn.Module, second: Any, x: Tensor) -> Tensor:
-    """``second(act(first(x)))`` of two quantized layers; saves the packed codes of ``x``."""
+def recomputed_ffn(network: Any, x: Tensor) -> Tensor:
+    """``network.reference(x)``; saves the packed codes of ``x``."""
+    first, act, second = network.first, network.act, network.second
     hidden = torch.Size((*x.shape[:-1], first.out_features))
     operands = first.input_quantizer.operand(x.shape), second.input_quantizer.operand(hidden)
     return _RecomputedFFN.apply(
@@ -179,26 +129,4 @@ def _of_parameters(
     return weight, rows.float().sum(0) if of_bias else None
 
 
-def _can_recompute(first: Any, act: nn.Module, drops: Sequence[nn.Module], second: Any) -> bool:
-    """Whether these modules are what ``recomputed_ffn`` computes, and nobody watches them."""
-    layers = isinstance(first, QuantLinear) and isinstance(second, QuantLinear)
-    if not layers or type(act) not in ACTIVATIONS:
-        return False
-    if not all(_is_identity(drop) for drop in drops):
-        return False
-    return not any(_has_hooks(m) for m in (first, act, *drops, second))
-
-
-def _is_identity(module: nn.Module) -> bool:
-    if isinstance(module, nn.Dropout):
-        return module.p == 0 or not module.training
-    return isinstance(module, nn.Identity)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+register_backend('packed', 'training', ['ffn'], refusal, recomputed_ffn)
