@@ -68,7 +68,11 @@ class QuantMatMul(Operation, nn.Module):
 
     def reference(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """``(..., N, K) @ (..., K, M)`` of values on their grids."""
-        return self.lhs_quantizer(lhs) @ self.rhs_quantizer(rhs)
+        return self.contract(self.lhs_quantizer(lhs), self.rhs_quantizer(rhs))
+
+    def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """The product itself."""
+        return lhs @ rhs
 
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """``(..., N, K) @ (..., K, M)`` -> ``(..., N, M)``."""

@@ -50,10 +50,6 @@ def resized_table(table: Tensor, size: int) -> Tensor:
 class SharedQueryMatMul(QuantMatMul):
     """``lhs @ rhs`` whose left operand the caller has quantized with ``lhs_quantizer``."""
 
-    def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
-        """The product itself."""
-        return lhs @ rhs
-
     def forward(self, lhs: Tensor, rhs: Tensor, lhs_scale: Tensor | None = None) -> Tensor:
         """Product with the quantized ``rhs``.
 
@@ -228,7 +224,9 @@ class _SharedQuery(Operation):
 
 
 class _RelPosProducts(Attention):
-    """The four products of ``RelPosAttention`` on one input.
+    """The products of ``RelPosAttention`` on one input, as one operation.
+
+    The tables are operands of their own products, ``rel_h_matmul`` and ``rel_w_matmul``.
 
     Args:
         module: The attention.

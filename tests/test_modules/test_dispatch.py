@@ -1,6 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from gplq_mm.modules import Attention, QuantMatMul, dispatch, explain, set_engin
 from gplq_mm.modules.attention import added
 from gplq_mm.modules.feed_forward import TwoLayers
 from gplq_mm.modules.float_matmul import FloatMatMul
-from gplq_mm.quantizers import FakeQuantizer, QuantSpec, build_observer
+from gplq_mm.quantizers import FakeQuantizer, QuantSpec, build_observer, cpu_kernels
 from tests.helpers import integer_backend
 from tests.helpers.layers import quantized
 
@@ -160,3 +162,43 @@ def test_a_backend_from_outside_takes_the_calls_it_accepts(integers: None) -> No
     with torch.no_grad():
         assert backend(made, x, None) == 'exact'
         assert torch.equal(made(x), out)
+
+
+def files_crossed(call: Callable[[], Any]) -> set[str]:
+    """Files of the package whose code a call runs."""
+    seen: set[str] = set()
+
+    def note(frame: FrameType, event: str, argument: Any) -> None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE):
+            seen.add(path.relative_to(PACKAGE).as_posix())
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(before)
+    return seen
+
+
+@pytest.mark.parametrize('per_channel_input', [False, True])
+@pytest.mark.parametrize('passes', ['compiled', 'torch'])
+@pytest.mark.parametrize('case', ['stage 1', 'evaluation', 'reference'])
+def test_one_call_of_a_linear_layer_passes_few_files(
+    case: str, passes: str, per_channel_input: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if passes == 'torch':
+        monkeypatch.setattr(cpu_kernels, 'load', lambda: (None, ''))
+    elif cpu_kernels.load()[0] is None:
+        pytest.skip(cpu_kernels.load()[1])
+    made, x = layer(per_channel_input=per_channel_input)
+    if case != 'evaluation':
+        made.weight_quantizer.reset()  # float weights, as in stage 1
+    set_engine(made, 'reference' if case == 'reference' else 'fused')
+    with torch.set_grad_enabled(case != 'evaluation'):
+        crossed = files_crossed(lambda: made(x))
+        expected = {'stage 1': 'packed', 'evaluation': 'exact', 'reference': 'reference'}[case]
+        assert backend(made, x, None) == expected
+    assert {'modules/linear.py', 'modules/dispatch.py'} < crossed
+    assert len(crossed) <= MOST_FILES, sorted(crossed)

@@ -87,7 +87,7 @@ def matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
     codes = operation.codes(lhs, rhs)
     (left, left_scale), (right, right_scale) = codes['lhs'], codes['rhs']
     dtype = accumulator_dtype(operation.lhs_quantizer, operation.rhs_quantizer, lhs.shape[-1])
-    total = exact_total(left.to(dtype) @ right.to(dtype), left.dtype)
+    total = exact_total(operation.contract(left.to(dtype), right.to(dtype)), left.dtype)
     return (total * (left_scale * right_scale)).to(lhs.dtype)
 
 

@@ -11,14 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....quantizers.fake_quantizer import PackedForm, quantize_packed, quantize_values
 from ....quantizers.first_order import first_order_only
-from ....quantizers.grid import Operand
-from ....quantizers.packed_codes import (
-    packed_backward,
-    quantize_packed,
-    quantize_values,
-    unpack_values,
-)
+from ....quantizers.packed_codes import packed_backward, unpack_values
 from ...dispatch import register_backend
 from .autocast import autocast_state
 from .linear import cannot_pack, own_tensor
@@ -37,7 +32,7 @@ def recomputed_ffn(network: Any, x: Tensor) -> Tensor:
     """``network.reference(x)``; saves the packed codes of ``x``."""
     first, act, second = network.first, network.act, network.second
     hidden = torch.Size((*x.shape[:-1], first.out_features))
-    operands = first.input_quantizer.operand(x.shape), second.input_quantizer.operand(hidden)
+    forms = first.input_quantizer.packed_form(x.shape), second.input_quantizer.packed_form(hidden)
     return _RecomputedFFN.apply(
         x,
         first.input_quantizer.scale,
@@ -47,7 +42,7 @@ def recomputed_ffn(network: Any, x: Tensor) -> Tensor:
         second.effective_weight(),
         second.bias,
         act,
-        operands,
+        forms,
     )
 
 
@@ -63,11 +58,11 @@ class _RecomputedFFN(torch.autograd.Function):
         second_weight: Tensor,
         second_bias: Tensor | None,
         act: nn.Module,
-        operands: tuple[Operand, Operand],
+        forms: tuple[PackedForm, PackedForm],
     ) -> Tensor:
-        steps = operands[0].steps(x.float(), first)
+        steps = forms[0].steps(x.float(), first)
         values, packed = quantize_packed(x.float(), *steps)
-        ctx.act, ctx.operands, ctx.dtype, ctx.autocast = act, operands, x.dtype, autocast_state(x)
+        ctx.act, ctx.forms, ctx.dtype, ctx.autocast = act, forms, x.dtype, autocast_state(x)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             first,
@@ -75,12 +70,12 @@ class _RecomputedFFN(torch.autograd.Function):
             first_bias,
             second,
             second_weight,
-            *operands[0].kept(steps),
+            *forms[0].kept(steps),
             *packed,
         )
         with torch.autocast(**ctx.autocast):
             hidden = act(F.linear(values.to(x.dtype), first_weight, first_bias))
-            on_grid = quantize_values(hidden.float(), *operands[1].steps(hidden.float(), second))
+            on_grid = quantize_values(hidden.float(), *forms[1].steps(hidden.float(), second))
             on_grid = on_grid.to(hidden.dtype)
             del hidden
             return own_tensor(F.linear(on_grid, second_weight, second_bias))
@@ -89,7 +84,7 @@ class _RecomputedFFN(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         first, first_weight, first_bias, second, second_weight, *rest = ctx.saved_tensors
-        of_first, of_second = ctx.operands
+        of_first, of_second = ctx.forms
         first_steps, packed = of_first.kept_steps(rest[:2], first), rest[2:]
         needs = ctx.needs_input_grad
         grads: list[Tensor | None] = [None] * 9

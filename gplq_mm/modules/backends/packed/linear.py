@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ....quantizers import FakeQuantizer
+from ....quantizers.fake_quantizer import PackedForm, quantize_packed
 from ....quantizers.first_order import first_order_only
-from ....quantizers.grid import Operand
-from ....quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
+from ....quantizers.packed_codes import packed_backward, unpack_values
 from ...dispatch import not_quantized, register_backend
 
 
@@ -47,11 +47,11 @@ def packed_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         bias: Added to the output, or None.
     """
     quantizer, weight = layer.input_quantizer, layer.effective_weight()
-    operand = quantizer.operand(x.shape)
+    form = quantizer.packed_form(x.shape)
     dtype = None
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-    return _PackedLinear.apply(x, quantizer.scale, weight, bias, operand, layer, dtype)
+    return _PackedLinear.apply(x, quantizer.scale, weight, bias, form, layer, dtype)
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -64,27 +64,27 @@ class _PackedLinear(torch.autograd.Function):
         scale: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        operand: Operand,
+        form: PackedForm,
         layer: Any,
         autocast: torch.dtype | None,
     ) -> Tensor:
-        steps = operand.steps(x.float(), scale)
+        steps = form.steps(x.float(), scale)
         values, packed = quantize_packed(x.float(), *steps)
-        ctx.operand, ctx.layer, ctx.dtypes = operand, layer, (x.dtype, autocast)
+        ctx.form, ctx.layer, ctx.dtypes = form, layer, (x.dtype, autocast)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(scale, weight, *operand.kept(steps), *packed)
+        ctx.save_for_backward(scale, weight, *form.kept(steps), *packed)
         with torch.autocast(x.device.type, enabled=False):
             dtype = autocast or x.dtype
-            operands = values.to(dtype), _cast(weight, autocast), _cast(bias, autocast)
+            inputs = values.to(dtype), _cast(weight, autocast), _cast(bias, autocast)
             del values
-            return own_tensor(layer.product(*operands))
+            return own_tensor(layer.product(*inputs))
 
     @staticmethod
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parameter, weight, *rest = ctx.saved_tensors
-        operand, packed = ctx.operand, rest[2:]
-        steps = operand.kept_steps(rest[:2], parameter)
+        form, packed = ctx.form, rest[2:]
+        steps = form.kept_steps(rest[:2], parameter)
         x_dtype, autocast = ctx.dtypes
         of_x, of_scale, of_weight, of_bias = ctx.needs_input_grad[:4]
         grad_x = grad_scale = grad_weight = grad_bias = None
@@ -103,7 +103,7 @@ class _PackedLinear(torch.autograd.Function):
                 grad_x = grad_x.to(x_dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        grad_scale = operand.gradient(grad_scale, parameter, steps.scale)
+        grad_scale = form.gradient(grad_scale, parameter, steps.scale)
         return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
 
 
