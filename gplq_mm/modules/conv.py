@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """QuantConv2d and QuantConvTranspose2d."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from ..quantizers.functional import positive_scale
 from .dispatch import compute
 from .linear import QuantizedLayer
+
+_STRIP = 1 << 23
+"""Elements of an unfolded input handled at once."""
 
 
 def convolution_gradients(
@@ -47,6 +50,11 @@ def convolution_gradients(
     return grad_x, grad_weight
 
 
+def by_group(tokens: Tensor, groups: int) -> Tensor:
+    """``(tokens, columns)`` -> ``(groups, tokens, columns / groups)``."""
+    return tokens.unflatten(1, (groups, -1)).transpose(0, 1)
+
+
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """``nn.Conv2d`` with fake-quantized operands, ``(B, C, H, W)`` in and out."""
 
@@ -77,6 +85,30 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     def product_depth(self) -> int:
         """Elements of one output channel's kernel."""
         return self.weight[0].numel()
+
+    def input_columns(self, x: Tensor) -> Iterator[Tensor]:
+        """Strips of output rows, so that the unfolded input stays small."""
+        x = x[None] if x.dim() == 3 else x
+        mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+        x = F.pad(x, list(self._reversed_padding_repeated_twice), mode=mode)
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
+        height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
+        width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        strip = max(1, _STRIP // max(len(x) * x.shape[1] * kh * kw * width, 1))
+        for top in range(0, height, strip):
+            count = min(strip, height - top)
+            parts = [
+                x[
+                    :,
+                    :,
+                    i * dh + top * sh : i * dh + (top + count - 1) * sh + 1 : sh,
+                    j * dw : j * dw + (width - 1) * sw + 1 : sw,
+                ]
+                for i in range(kh)
+                for j in range(kw)
+            ]
+            cols = torch.stack(parts, 2).flatten(1, 2)  # (B, C * kH * kW, count, width)
+            yield by_group(cols.permute(0, 2, 3, 1).flatten(0, 2), self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` -> ``(B, C_out, H', W')``."""
@@ -146,6 +178,28 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
             2,
             self.dilation,  # type: ignore[arg-type]
         )
+
+    @property
+    def is_matrix_product(self) -> bool:
+        """Not where kernels overlap in the output."""
+        return (
+            tuple(self.stride) == tuple(self.kernel_size)
+            and set(self.padding) == {0}
+            and set(self.dilation) == {1}
+        )
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """As in the base class."""
+        rows = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        return rows.transpose(1, 2)
+
+    def from_matrix(self, rows: Tensor) -> Tensor:
+        """As in the base class."""
+        return rows.transpose(1, 2).reshape(self.weight.shape)
+
+    def input_columns(self, x: Tensor) -> Iterator[Tensor]:
+        """Each pixel meets each kernel element once."""
+        yield by_group(x.flatten(2).transpose(1, 2).flatten(0, 1), self.groups)
 
     def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
         """Every input element meets one kernel of each output channel of its group."""

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Layers with a quantized input and weight: their common base, and ``nn.Linear``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -148,6 +148,24 @@ class QuantizedLayer(Operation, _Base):
     def product_depth(self) -> int:
         """Number of products summed for one output element."""
         raise NotImplementedError
+
+    @property
+    def is_matrix_product(self) -> bool:
+        """Whether each output is a row of weights times a column of inputs."""
+        return True
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """``weight`` as ``(groups, rows, columns)``; a row is summed with a column of the input."""
+        groups = getattr(self, 'groups', 1)
+        return weight.reshape(groups, weight.shape[0] // groups, -1)
+
+    def from_matrix(self, rows: Tensor) -> Tensor:
+        """Inverse of ``to_matrix``."""
+        return rows.reshape(self.weight.shape)
+
+    def input_columns(self, x: Tensor) -> Iterator[Tensor]:
+        """Input as ``(groups, tokens, columns)``, in parts."""
+        yield x.reshape(1, -1, x.shape[-1])
 
 
 class QuantLinear(QuantizedLayer, nn.Linear):
