@@ -282,7 +282,7 @@ def broadcast_shape(granularity: Granularity, ndim: int) -> tuple[int, ...]:
     """Shape that a stored scale is viewed as, to broadcast over an ``ndim``-D tensor.
 
     Examples:
-        >>> broadcast_shape(PerChannel(axis=1), 4), broadcast_shape(PerTensor(), 4)
+        >>> broadcast_shape(PerChannel(axis=1), 4), broadcast_shape(PerRow(), 4)
         ((1, -1, 1, 1), ())
     """
     if not isinstance(granularity, PerChannel):
