@@ -17,7 +17,7 @@ from ..conversion import (
     set_ffn_roles,
 )
 from ..modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, swap_class
-from ..modules.fused_ffn import SequentialFeedForward
+from ..modules.feed_forward import SequentialFeedForward
 
 
 class QuantFFNLayers(SequentialFeedForward, Sequential):

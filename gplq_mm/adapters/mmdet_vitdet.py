@@ -7,7 +7,7 @@ from projects.ViTDet.vitdet.vit import Attention, Mlp
 
 from ..conversion import Context, attach_rel_pos_matmuls, register_ffn, register_handler
 from ..modules import swap_class
-from ..modules.fused_ffn import MlpFeedForward
+from ..modules.feed_forward import MlpFeedForward
 from ..modules.rel_pos_attention import RelPosAttention
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..conversion import quantized_layers
-from ..modules import QuantizedLayer, QuantMatMul
+from ..conversion.roles import child_name
+from ..modules import Operand, Operation, QuantizedLayer, operations
 from ..quantizers import FakeQuantizer, Observer, QuantSpec, integer_range
 from ..recipe import Rule, sets_bits
 from .evaluating import evaluating
@@ -21,12 +22,13 @@ KINDS = ('weight', 'activation')
 
 
 @dataclass(frozen=True)
-class Operand:
-    """One quantized tensor: a layer's weight or input, or one side of a matmul.
+class ModelOperand:
+    """An operand by its place in a model: a layer's weight or input, or one side of a matmul.
 
     Attributes:
         name: As rules see it: the layer's name, or ``<matmul>.lhs``, ``<matmul>.rhs``.
         kind: ``weight`` or ``activation``.
+        module: Dotted name of the layer or matmul that it enters.
         path: Dotted name of its quantizer.
         role: What it is, one of ``recipe.ROLES``.
         num_bits: Its present bits.
@@ -36,6 +38,7 @@ class Operand:
 
     name: str
     kind: str
+    module: str
     path: str
     role: str
     num_bits: int
@@ -46,11 +49,6 @@ class Operand:
     def key(self) -> str:
         """Unique name, ``weight:backbone.fc`` or ``activation:backbone.fc``."""
         return f'{self.kind}:{self.name}'
-
-    @property
-    def module(self) -> str:
-        """Dotted name of the layer or matmul that it enters."""
-        return self.path.rpartition('.')[0]
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,7 @@ class Precision:
 
 def find_operands(
     model: nn.Module, rules: Sequence[Rule] = (), kinds: Sequence[str] = KINDS
-) -> dict[str, Operand]:
+) -> dict[str, ModelOperand]:
     """All operands of some kinds by their key, in model order.
 
     Args:
@@ -88,11 +86,13 @@ def find_operands(
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds:
         raise ValueError(f'kind={unknown or list(kinds)}: write one or both of {list(KINDS)}')
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, FakeQuantizer) and module.kind in kinds:
-            operand = _operand(model, path, module, rules)
-            found[operand.key] = operand
+    found, known = {}, set()
+    for path, operation in operations(model).items():
+        for own in operation.operands().values():
+            if own.kind in kinds and id(own.quantizer) not in known:
+                operand = _in_model(path, own, rules)
+                found[operand.key] = operand
+            known.add(id(own.quantizer))  # another operation may share it
     if not found:
         raise ValueError(f'the model has no quantized {" or ".join(kinds)}; convert it first')
     return found
@@ -117,7 +117,7 @@ def check_bits(bits: Sequence[int]) -> list[int]:
 
 @torch.no_grad()
 def weight_precisions(
-    model: nn.Module, operand: Operand, bits: Sequence[int], algorithms: Sequence[WeightPTQ]
+    model: nn.Module, operand: ModelOperand, bits: Sequence[int], algorithms: Sequence[WeightPTQ]
 ) -> dict[int, Precision]:
     """A layer's weight at each of some widths; the layer is left as it was.
 
@@ -165,11 +165,12 @@ def quantized_as(model: nn.Module, chosen: Mapping[str, Precision]) -> Iterator[
         model: Converted model.
         chosen: Precision by the path of the quantizer.
     """
+    holders: dict[int, Any] = {id(q): m for m in operations(model).values() for q in m.quantizers}
     with ExitStack() as stack:
         for path, precision in chosen.items():
             quantizer = model.get_submodule(path)
-            layer = _layer_of(model, path) if precision.weight is not None else None
             assert isinstance(quantizer, FakeQuantizer)
+            layer = holders[id(quantizer)] if precision.weight is not None else None
             stack.enter_context(_restoring(quantizer, layer))
             _set_spec(quantizer, precision.spec.num_bits)
             if precision.levels is not None:
@@ -198,7 +199,7 @@ def baseline(model: nn.Module, quantize_activations: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def count_elements(
-    model: nn.Module, operands: Mapping[str, Operand], run: Callable[[], Any]
+    model: nn.Module, operands: Mapping[str, ModelOperand], run: Callable[[], Any]
 ) -> dict[str, int]:
     """Elements of each activation operand in one forward pass, by key.
 
@@ -207,22 +208,21 @@ def count_elements(
         operands: Those to count; weights are left out.
         run: Runs the model once.
     """
-    sides = {o.path: key for key, o in operands.items() if o.kind == 'activation'}
-    counts = dict.fromkeys(sides.values(), 0)
+    keys = {o.path: key for key, o in operands.items() if o.kind == 'activation'}
+    counts = dict.fromkeys(keys.values(), 0)
 
-    def hook_of(name: str, order: Sequence[str]) -> Callable[..., None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            for side, value in zip(order, inputs, strict=False):
-                key = sides.get(f'{name}.{side}')
+    def hook_of(path: str) -> Callable[..., None]:
+        def hook(operation: Operation, inputs: tuple[Any, ...]) -> None:
+            for operand, value in zip(operation.operands().values(), inputs, strict=False):
+                key = keys.get(child_name(path, f'{operand.name}_quantizer'))
                 if key is not None:
                     counts[key] += value.numel()
 
         return hook
 
     handles = [
-        module.register_forward_pre_hook(hook_of(name, _inputs(module)))
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLayer | QuantMatMul)
+        model.get_submodule(path).register_forward_pre_hook(hook_of(path))
+        for path in operations(model)
     ]
     try:
         run()
@@ -232,7 +232,9 @@ def count_elements(
     return counts
 
 
-def bit_rules(operands: Mapping[str, Operand], bits: Mapping[str, int]) -> list[dict[str, Any]]:
+def bit_rules(
+    operands: Mapping[str, ModelOperand], bits: Mapping[str, int]
+) -> list[dict[str, Any]]:
     """Recipe rules that give operands their bits; none for those that have them already.
 
     Args:
@@ -243,7 +245,7 @@ def bit_rules(operands: Mapping[str, Operand], bits: Mapping[str, int]) -> list[
         Rules to append to the recipe's own.
 
     Examples:
-        >>> fc = Operand('fc', 'weight', 'fc.weight_quantizer', 'input', 4, False)
+        >>> fc = ModelOperand('fc', 'weight', 'fc', 'fc.weight_quantizer', 'input', 4, False)
         >>> bit_rules({fc.key: fc}, {fc.key: 3})
         [{'name': 'fc', 'weight': {'num_bits': 3}}]
     """
@@ -262,29 +264,19 @@ def _rule(name: str, kinds: Mapping[str, int]) -> dict[str, Any]:
     return {**rule, **{kind: {'num_bits': value} for kind, value in kinds.items()}}
 
 
-def _operand(
-    model: nn.Module, path: str, quantizer: FakeQuantizer, rules: Sequence[Rule]
-) -> Operand:
-    parent, _, side = path.rpartition('.')
-    is_layer = side in ('input_quantizer', 'weight_quantizer')
-    name = parent if is_layer else f'{parent}.{side.removesuffix("_quantizer")}'
-    weights = _layer_of(model, path).weight.numel() if quantizer.kind == 'weight' else 0
-    pinned = sets_bits(rules, quantizer.kind, name, quantizer.role)
-    return Operand(
-        name, quantizer.kind, path, quantizer.role, quantizer.spec.num_bits, pinned, weights
+def _in_model(path: str, operand: Operand, rules: Sequence[Rule]) -> ModelOperand:
+    """The operand of an operation, named after the operation's place."""
+    quantizer, name = operand.quantizer, path + operand.suffix
+    return ModelOperand(
+        name,
+        operand.kind,
+        path,
+        child_name(path, f'{operand.name}_quantizer'),
+        operand.role,
+        quantizer.spec.num_bits,
+        sets_bits(rules, operand.kind, name, operand.role),
+        0 if operand.weight is None else operand.weight.numel(),
     )
-
-
-def _layer_of(model: nn.Module, path: str) -> QuantizedLayer:
-    layer = model.get_submodule(path.rpartition('.')[0])
-    assert isinstance(layer, QuantizedLayer)
-    return layer
-
-
-def _inputs(module: nn.Module) -> tuple[str, ...]:
-    if isinstance(module, QuantMatMul):
-        return ('lhs_quantizer', 'rhs_quantizer')
-    return ('input_quantizer',)
 
 
 def _set_spec(quantizer: FakeQuantizer, num_bits: int) -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .exact_sum import ExactSum
-from .operands import Operand, Precision, quantized_as
+from .operands import ModelOperand, Precision, quantized_as
 from .output_metrics import Metric, Outputs
 
 SKETCH = 512
@@ -63,7 +63,9 @@ class SensitivityMeter:
         self._references: dict[int, Outputs] = {}
 
     @torch.no_grad()
-    def measure(self, operand: Operand, precisions: Mapping[int, Precision]) -> dict[int, Measured]:
+    def measure(
+        self, operand: ModelOperand, precisions: Mapping[int, Precision]
+    ) -> dict[int, Measured]:
         """Damage of one operand at each of some widths.
 
         Args:

@@ -104,7 +104,7 @@ def convert_layer(module: Any, name: str, context: Context, quant_cls: type[nn.M
         return
     swap_class(module, quant_cls)
     module.attach_quantizers(activation, weight)
-    context.count('linear' if is_linear else 'conv', name)
+    context.count(module.kind, name)
 
 
 register_layer(nn.Linear, QuantLinear)
@@ -133,7 +133,7 @@ def make_matmul(
     if lhs is None or rhs is None:
         context.keep_float(name, TURNED_OFF)
         return None
-    context.count('matmul', name)
+    context.count(QuantMatMul.kind, name)
     return QuantMatMul(lhs, rhs)
 
 

@@ -28,7 +28,7 @@ from ..algorithms.bit_search import search_bits
 from ..algorithms.operands import Precision, bit_rules, quantized_as
 from ..evaluation import bit_operations, model_bytes
 from ..evaluation.cost import FLOAT_BITS
-from ..modules import QuantMatMul
+from ..modules import operations
 from .sensitivity import SensitivityRun
 
 _UNIFORM = re.compile(r'w([2-8])a([2-8])', re.IGNORECASE)
@@ -283,12 +283,9 @@ def _products(run: SensitivityRun, free: set[str]) -> list[Product]:
     """Every counted product; sides that are not to be chosen have their present bits."""
     key_of = {id(run.model.get_submodule(o.path)): key for key, o in run.operands.items()}
     products = []
+    found = operations(run.model)
     for name, macs in run.macs.layers.items():
-        module = run.model.get_submodule(name)
-        is_matmul = isinstance(module, QuantMatMul)
-        first = module.lhs_quantizer if is_matmul else module.input_quantizer
-        second = module.rhs_quantizer if is_matmul else module.weight_quantizer
-        keys = [key_of[id(quantizer)] for quantizer in (first, second)]
+        keys = [key_of[id(quantizer)] for quantizer in found[name].quantizers]
         sides = [key if key in free else run.operands[key].num_bits for key in keys]
         products.append(Product(macs, *sides))
     return products

@@ -25,7 +25,7 @@ from ..algorithms.calibration import (
 )
 from ..algorithms.distributed import world
 from ..algorithms.operands import (
-    Operand,
+    ModelOperand,
     Precision,
     activation_precisions,
     baseline,
@@ -103,7 +103,7 @@ class SensitivityRun:
     model: Any
     path: Path
     data: dict[str, Any]
-    operands: dict[str, Operand]
+    operands: dict[str, ModelOperand]
     measured: list[str]
     macs: MacCount
     elements: dict[str, int]
@@ -346,7 +346,7 @@ def _unpacked(text: str, rows: int) -> Tensor:
     return torch.from_numpy(values.astype(np.float64))
 
 
-def _choose(operands: Mapping[str, Operand], kinds: Sequence[str], pinned: bool) -> list[str]:
+def _choose(operands: Mapping[str, ModelOperand], kinds: Sequence[str], pinned: bool) -> list[str]:
     """Keys of the operands to measure."""
     chosen = [k for k, o in operands.items() if o.kind in kinds and (pinned or not o.pinned)]
     if not chosen:

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Size and arithmetic of a (partly) quantized model, counted, not estimated."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..algorithms.compensation import compensated_blocks
-from ..modules import QuantConvTranspose2d, QuantizedLayer, QuantMatMul
+from ..modules import Operation, operations
 from ..quantizers import FakeQuantizer
 
 FLOAT_BITS = 32
@@ -23,7 +24,6 @@ def model_bytes(model: nn.Module) -> int:
     scale an output channel; an activation scale takes 4 bytes and its zero point 1;
     a compensation that was not fitted takes none; everything else its own dtype.
     """
-    packed = _packed_weight_bytes(model)
     quantizers = {id(t) for q in _quantizers(model) for t in q.state_dict(keep_vars=True).values()}
     quantizers |= {id(t) for t in _unfitted_branches(model)}
     rest = sum(
@@ -31,7 +31,10 @@ def model_bytes(model: nn.Module) -> int:
         for t in [*model.parameters(), *model.buffers()]
         if id(t) not in quantizers
     )
-    rest -= sum(w.numel() * w.element_size() for w in _packed_weights(model))
+    packed = 0
+    for weight, quantizer in _packed_weights(model):
+        rest -= weight.numel() * weight.element_size()
+        packed += -(-weight.numel() * quantizer.spec.num_bits // 8) + quantizer.scale.numel() * 4
     activation = sum(q.scale.numel() * 5 for q in _quantizers(model) if _is_active(q, 'activation'))
     return rest + packed + activation
 
@@ -61,9 +64,8 @@ def count_macs(model: nn.Module, run: Callable[[], Any]) -> MacCount:
     """
     layers: dict[str, int] = {}
     handles = [
-        m.register_forward_hook(_counter(n, layers))
-        for n, m in model.named_modules()
-        if isinstance(m, QuantizedLayer | QuantMatMul)
+        model.get_submodule(name).register_forward_hook(_counter(name, layers))
+        for name in operations(model)
     ]
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as flops:
@@ -84,30 +86,21 @@ def bit_operations(model: nn.Module, count: MacCount) -> int:
         model: Converted model; its active quantizers decide.
         count: What ``count_macs`` found.
     """
+    found = operations(model)
     inside = sum(
-        macs * _operand_bits(model.get_submodule(name)) for name, macs in count.layers.items()
+        macs * math.prod(_bits(q) for q in found[name].quantizers)
+        for name, macs in count.layers.items()
     )
     outside = max(count.total - sum(count.layers.values()), 0)
     return inside + outside * FLOAT_BITS * FLOAT_BITS
 
 
 def _counter(name: str, layers: dict[str, int]) -> Callable[..., None]:
-    def hook(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, QuantMatMul):
-            macs = output.numel() * inputs[0].shape[-1]
-        elif isinstance(module, QuantConvTranspose2d):
-            macs = inputs[0].numel() * module.weight[0].numel()
-        else:
-            macs = output.numel() * module.product_depth()
-        layers[name] = layers.get(name, 0) + macs
+    def hook(operation: Operation, inputs: tuple[Any, ...], output: Tensor) -> None:
+        shapes = [x.shape for x in inputs if isinstance(x, Tensor)]
+        layers[name] = layers.get(name, 0) + operation.macs(shapes, output.shape)
 
     return hook
-
-
-def _operand_bits(module: Any) -> int:
-    if isinstance(module, QuantMatMul):
-        return _bits(module.lhs_quantizer) * _bits(module.rhs_quantizer)
-    return _bits(module.input_quantizer) * _bits(module.weight_quantizer)
 
 
 def _bits(quantizer: FakeQuantizer) -> int:
@@ -127,19 +120,10 @@ def _is_active(quantizer: FakeQuantizer, kind: str) -> bool:
     return quantizer.kind == kind and quantizer.is_active
 
 
-def _packed_layers(model: nn.Module) -> list[QuantizedLayer]:
-    layers = [m for m in model.modules() if isinstance(m, QuantizedLayer)]
-    return [m for m in layers if m.weight_quantizer.is_active]
-
-
-def _packed_weights(model: nn.Module) -> list[Tensor]:
-    return [layer.weight for layer in _packed_layers(model)]
-
-
-def _packed_weight_bytes(model: nn.Module) -> int:
-    total = 0
-    for layer in _packed_layers(model):
-        quantizer = layer.weight_quantizer
-        total += -(-layer.weight.numel() * quantizer.spec.num_bits // 8)
-        total += quantizer.scale.numel() * 4
-    return total
+def _packed_weights(model: nn.Module) -> list[tuple[Tensor, FakeQuantizer]]:
+    return [
+        (operand.weight, operand.quantizer)
+        for operation in operations(model).values()
+        for operand in operation.operands().values()
+        if operand.weight is not None and operand.quantizer.is_active
+    ]

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..quantizers import FakeQuantizer
-from .engine import packs
-from .fused_attention import packed_attention
+from .dispatch import compute
+from .engine import REFERENCE
 from .matmul import QuantMatMul
+from .operation import Codes, Operand, Operation
 
 
 def quant_scaled_dot_product_attention(
@@ -69,6 +69,85 @@ def multiplied(logits: Tensor, factor: Tensor | float) -> Tensor:
     return logits * factor
 
 
+class Attention(Operation):
+    """``softmax(adjust(q k^T, *extras)) v`` with quantized operands; holds no state of its own.
+
+    As one operation it saves packed codes of q, k and v only, unless a product is float or
+    there is dropout between softmax and product: then both are computed as they stand.
+
+    Args:
+        qk_matmul: ``QuantMatMul`` of queries and transposed keys, or a ``FloatMatMul``.
+        pv_matmul: The same of probabilities and values.
+        adjust: What comes between product and softmax. It may use no tensor of the graph
+            but its arguments.
+        extras: Its further arguments (bias, mask, factor).
+        dropout: Of the attention weights: a probability, 0 outside training, or a module.
+    """
+
+    kind = 'attention'
+
+    def __init__(
+        self,
+        qk_matmul: Any,
+        pv_matmul: Any,
+        adjust: Callable[..., Tensor] = added,
+        extras: Sequence[Tensor] = (),
+        dropout: float | nn.Module = 0.0,
+    ) -> None:
+        self.qk_matmul, self.pv_matmul = qk_matmul, pv_matmul
+        self.adjust, self.extras, self.dropout = adjust, extras, dropout
+        self.engine = getattr(qk_matmul, 'engine', REFERENCE)
+
+    @property
+    def refusal(self) -> str:
+        """Why the attention cannot be computed as one; empty if it can."""
+        if _drops(self.dropout):
+            return 'attention weights are dropped'
+        if not all(isinstance(m, QuantMatMul) for m in (self.qk_matmul, self.pv_matmul)):
+            return 'a rule keeps a product float'
+        return ''
+
+    def operands(self) -> dict[str, Operand]:
+        """``query``, ``key``, ``probabilities``, ``value``; without those of a float product."""
+        names = (('query', 'key'), ('probabilities', 'value'))
+        return {
+            name: operand
+            for own, product in zip(names, (self.qk_matmul, self.pv_matmul), strict=True)
+            if isinstance(product, QuantMatMul)
+            for name, operand in zip(own, product.operands().values(), strict=True)
+        }
+
+    def codes(self, *inputs: Tensor) -> dict[str, Codes]:
+        """Codes of q, transposed k, v and of the probabilities that follow from them."""
+        q, k, v = inputs
+        values = {'query': q, 'key': k, 'probabilities': self.weights(q, k), 'value': v}
+        return {n: Codes(*o.quantizer.codes(values[n])) for n, o in self.operands().items()}
+
+    def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
+        """Of both products."""
+        q, k, _ = inputs
+        return (q.numel() + output.numel()) * k[-1]
+
+    def logits(self, q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
+        """What the softmax is taken of, from q, transposed k and extras on their grids."""
+        return self.adjust(q @ k, *extras)
+
+    def extras_on_grid(self) -> Sequence[Tensor]:
+        """Further arguments of ``logits``, quantized if they are operands."""
+        return self.extras
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention weights of q and transposed k, ``(B, heads, N, M)``, with dropout."""
+        weights = self.adjust(self.qk_matmul(q, k), *self.extras).softmax(dim=-1)
+        if isinstance(self.dropout, nn.Module):
+            return self.dropout(weights)
+        return F.dropout(weights, self.dropout) if self.dropout > 0 else weights
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Product by product: q ``(B, heads, N, D)``, k ``(B, heads, D, M)``, v the values."""
+        return self.pv_matmul(self.weights(q, k), v)
+
+
 def quantized_attention(
     qk_matmul: Any,
     pv_matmul: Any,
@@ -79,39 +158,23 @@ def quantized_attention(
     extras: Sequence[Tensor] = (),
     dropout: float | nn.Module = 0.0,
 ) -> Tensor:
-    """``softmax(adjust(q k^T, *extras)) v`` with the two products as modules.
-
-    The fused engine saves packed codes of q, k and v only, unless a product is float or
-    there is dropout between softmax and product: then both are computed as they stand.
+    """``softmax(adjust(q k^T, *extras)) v`` with quantized operands.
 
     Args:
-        qk_matmul: ``QuantMatMul`` of queries and transposed keys, or a ``FloatMatMul``.
-        pv_matmul: The same of probabilities and values.
+        qk_matmul: See ``Attention``.
+        pv_matmul: See ``Attention``.
         q: Scaled queries, ``(B, heads, N, D)``.
         k: Keys, ``(B, heads, M, D)``.
         v: Values, ``(B, heads, M, D')``.
-        adjust: What comes between product and softmax. It may use no tensor of the graph
-            but its arguments.
-        extras: Its further arguments (bias, mask, factor).
-        dropout: Of the attention weights: a probability, 0 outside training, or a module.
+        adjust: See ``Attention``.
+        extras: See ``Attention``.
+        dropout: See ``Attention``.
 
     Returns:
         ``(B, heads, N, D')``.
     """
-    keys = k.transpose(-2, -1)
-    if not _drops(dropout) and can_pack_attention(qk_matmul, pv_matmul):
-
-        def logits(q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
-            return adjust(q @ k, *extras)
-
-        quantizers = attention_quantizers(qk_matmul, pv_matmul)
-        return packed_attention(quantizers, logits, q, keys, v, extras)
-    weights = adjust(qk_matmul(q, keys), *extras).softmax(dim=-1)
-    if isinstance(dropout, nn.Module):
-        weights = dropout(weights)
-    elif dropout > 0:
-        weights = F.dropout(weights, dropout)
-    return pv_matmul(weights, v)
+    attention = Attention(qk_matmul, pv_matmul, adjust, extras, dropout)
+    return compute(attention, q, k.transpose(-2, -1), v)
 
 
 def _drops(dropout: float | nn.Module) -> bool:
@@ -121,22 +184,3 @@ def _drops(dropout: float | nn.Module) -> bool:
     if isinstance(dropout, nn.Module):
         return not isinstance(dropout, nn.Identity)
     return dropout > 0
-
-
-def can_pack_attention(qk_matmul: Any, pv_matmul: Any) -> bool:
-    """Whether both products are quantized, in training, by the fused engine."""
-    products = (qk_matmul, pv_matmul)
-    if not all(isinstance(m, QuantMatMul) for m in products):
-        return False
-    q, k, probabilities, v = attention_quantizers(*products)
-    return packs(qk_matmul.engine, q, k, v, recomputed=[probabilities])
-
-
-def attention_quantizers(qk_matmul: Any, pv_matmul: Any) -> list[FakeQuantizer]:
-    """Quantizers of queries, keys, probabilities and values."""
-    return [
-        qk_matmul.lhs_quantizer,
-        qk_matmul.rhs_quantizer,
-        pv_matmul.lhs_quantizer,
-        pv_matmul.rhs_quantizer,
-    ]

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """QuantConv2d and QuantConvTranspose2d."""
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers.functional import positive_scale
-from .layer import QuantizedLayer
+from .dispatch import compute
+from .linear import QuantizedLayer
+
+_STRIP = 1 << 23
+"""Elements of an unfolded input handled at once."""
 
 
 def convolution_gradients(
@@ -45,9 +50,15 @@ def convolution_gradients(
     return grad_x, grad_weight
 
 
+def by_group(tokens: Tensor, groups: int) -> Tensor:
+    """``(tokens, columns)`` -> ``(groups, tokens, columns / groups)``."""
+    return tokens.unflatten(1, (groups, -1)).transpose(0, 1)
+
+
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
     """``nn.Conv2d`` with fake-quantized operands, ``(B, C, H, W)`` in and out."""
 
+    kind = 'conv'
     channel_axis = -3
 
     def input_scale_on_weight(self) -> Tensor:
@@ -75,9 +86,33 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         """Elements of one output channel's kernel."""
         return self.weight[0].numel()
 
+    def input_columns(self, x: Tensor) -> Iterator[Tensor]:
+        """Strips of output rows, so that the unfolded input stays small."""
+        x = x[None] if x.dim() == 3 else x
+        mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
+        x = F.pad(x, list(self._reversed_padding_repeated_twice), mode=mode)
+        (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
+        height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
+        width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
+        strip = max(1, _STRIP // max(len(x) * x.shape[1] * kh * kw * width, 1))
+        for top in range(0, height, strip):
+            count = min(strip, height - top)
+            parts = [
+                x[
+                    :,
+                    :,
+                    i * dh + top * sh : i * dh + (top + count - 1) * sh + 1 : sh,
+                    j * dw : j * dw + (width - 1) * sw + 1 : sw,
+                ]
+                for i in range(kh)
+                for j in range(kw)
+            ]
+            cols = torch.stack(parts, 2).flatten(1, 2)  # (B, C * kH * kW, count, width)
+            yield by_group(cols.permute(0, 2, 3, 1).flatten(0, 2), self.groups)
+
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C_in, H, W)`` -> ``(B, C_out, H', W')``."""
-        return self.quantized_product(x, self.bias)
+        return compute(self, x, self.bias)
 
 
 class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
@@ -86,6 +121,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     Its weight is ``(in, out / groups, kH, kW)``: groups share the output scales.
     """
 
+    kind = 'conv'
     weight_axis = 1
     channel_axis = -3
     _output_size: list[int] | None = None
@@ -143,6 +179,32 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
             self.dilation,  # type: ignore[arg-type]
         )
 
+    @property
+    def is_matrix_product(self) -> bool:
+        """Not where kernels overlap in the output."""
+        return (
+            tuple(self.stride) == tuple(self.kernel_size)
+            and set(self.padding) == {0}
+            and set(self.dilation) == {1}
+        )
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """As in the base class."""
+        rows = weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        return rows.transpose(1, 2)
+
+    def from_matrix(self, rows: Tensor) -> Tensor:
+        """As in the base class."""
+        return rows.transpose(1, 2).reshape(self.weight.shape)
+
+    def input_columns(self, x: Tensor) -> Iterator[Tensor]:
+        """Each pixel meets each kernel element once."""
+        yield by_group(x.flatten(2).transpose(1, 2).flatten(0, 1), self.groups)
+
+    def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
+        """Every input element meets one kernel of each output channel of its group."""
+        return inputs[0].numel() * self.weight[0].numel()
+
     def product_depth(self) -> int:
         """Upper bound: all input channels of a group times the kernel."""
         return self.in_channels // self.groups * self.weight[0, 0].numel()
@@ -150,4 +212,4 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``(B, C_in, H, W)`` -> ``(B, C_out, H', W')``."""
         self._output_size = output_size
-        return self.quantized_product(x, self.bias)
+        return compute(self, x, self.bias)

@@ -1,14 +1,13 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Which implementation the quantized operators train with; the numbers are the same."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..quantizers import FakeQuantizer, cpu_kernels
+from ..quantizers import cpu_kernels
 
 ENGINES = ('fused', 'reference')
 FFN_MODES = ('layers', 'recompute')
@@ -109,28 +108,3 @@ def set_engine(model: nn.Module, engine: str | Mapping[str, Any] | Engine) -> En
         if isinstance(module, EngineUser):
             module.engine = chosen
     return chosen
-
-
-def packs(
-    engine: Engine, *quantizers: FakeQuantizer, recomputed: Sequence[FakeQuantizer] = ()
-) -> bool:
-    """Whether an operator saves packed codes now: in training, with all operands quantized.
-
-    ``torch.compile`` traces the reference: it cannot see into the passes over codes, and
-    its own partitioner decides what the backward pass keeps.
-
-    Args:
-        engine: Of the operator.
-        quantizers: Of the operands whose codes are saved. Logarithmic codes cannot be: they
-            have no rounding residual.
-        recomputed: Of the operands that the backward pass computes again.
-    """
-    if torch.compiler.is_compiling() or any(q.spec.is_log for q in quantizers):
-        return False
-    active = all(q.is_active for q in (*quantizers, *recomputed))
-    return engine.is_fused and torch.is_grad_enabled() and active
-
-
-def needs_graph(*tensors: Tensor | None) -> bool:
-    """Whether a gradient is wanted for one of the tensors."""
-    return any(t is not None and t.requires_grad for t in tensors)

@@ -1,15 +1,17 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """QuantMatMul: a matrix product of two activations, as in attention."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer, PerChannel, PerRow
-from .engine import EngineUser, packs
-from .exact import accumulator_dtype, exact_total, use_codes
-from .fused_matmul import packed_matmul
+from .dispatch import compute
+from .operation import Operand, Operation
 
 
-class QuantMatMul(EngineUser, nn.Module):
+class QuantMatMul(Operation, nn.Module):
     """``lhs @ rhs`` with both operands fake-quantized.
 
     A scale must not vary along the summed dimension, or it could not be taken out
@@ -23,6 +25,10 @@ class QuantMatMul(EngineUser, nn.Module):
     Raises:
         ValueError: If a quantizer's axis is the summed one.
     """
+
+    kind = 'matmul'
+    lhs_quantizer: FakeQuantizer
+    rhs_quantizer: FakeQuantizer
 
     def __init__(self, lhs: FakeQuantizer, rhs: FakeQuantizer) -> None:
         super().__init__()
@@ -42,20 +48,32 @@ class QuantMatMul(EngineUser, nn.Module):
         self.rhs_quantizer = rhs
 
     @property
+    def quantizers(self) -> tuple[FakeQuantizer, FakeQuantizer]:
+        """Of both sides."""
+        return self.lhs_quantizer, self.rhs_quantizer
+
+    @property
     def is_float(self) -> bool:
         """Whether neither operand is quantized or observed."""
-        return not any(
-            q.enabled or q.observer is not None for q in (self.lhs_quantizer, self.rhs_quantizer)
-        )
+        return not any(q.enabled or q.observer is not None for q in self.quantizers)
+
+    def operands(self) -> dict[str, Operand]:
+        """``lhs`` and ``rhs``."""
+        sides = zip(('lhs', 'rhs'), self.quantizers, strict=True)
+        return {name: Operand(name, q, suffix=f'.{name}') for name, q in sides}
+
+    def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
+        """As in the base class."""
+        return output.numel() * inputs[0][-1]
+
+    def reference(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """``(..., N, K) @ (..., K, M)`` of values on their grids."""
+        return self.contract(self.lhs_quantizer(lhs), self.rhs_quantizer(rhs))
+
+    def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """The product itself."""
+        return lhs @ rhs
 
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """``(..., N, K) @ (..., K, M)`` -> ``(..., N, M)``."""
-        if packs(self.engine, self.lhs_quantizer, self.rhs_quantizer):
-            return packed_matmul(self.lhs_quantizer, self.rhs_quantizer, lhs, rhs)
-        if not use_codes(lhs, self.lhs_quantizer, self.rhs_quantizer):
-            return self.lhs_quantizer(lhs) @ self.rhs_quantizer(rhs)
-        left, left_scale = self.lhs_quantizer.codes(lhs)
-        right, right_scale = self.rhs_quantizer.codes(rhs)
-        dtype = accumulator_dtype(self.lhs_quantizer, self.rhs_quantizer, lhs.shape[-1])
-        total = exact_total(left.to(dtype) @ right.to(dtype), left.dtype)
-        return (total * (left_scale * right_scale)).to(lhs.dtype)
+        return compute(self, lhs, rhs)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..quantizers import FakeQuantizer
+from .attention import Attention
 from .linear import QuantLinear
 
 PARTS = ('q', 'k', 'v')
@@ -144,11 +145,17 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
         q = self._heads(self.in_proj_q(query))
         k = self._heads(self._extended(self.in_proj_k(key), self.bias_k))
         v = self._heads(self._extended(self.in_proj_v(value), self.bias_v))
-        logits = self.qk_matmul(q * self.head_dim**-0.5, k.transpose(-2, -1))
-        mask = self._additive_mask(attn_mask, key_padding_mask, logits)
-        if mask is not None:
-            logits = logits + F.pad(mask, (0, logits.shape[-1] - mask.shape[-1]))
-        weights = F.dropout(logits.softmax(dim=-1), self.dropout, self.training)
+
+        def masked(logits: Tensor) -> Tensor:
+            mask = self._additive_mask(attn_mask, key_padding_mask, logits)
+            if mask is None:
+                return logits
+            return logits + F.pad(mask, (0, logits.shape[-1] - mask.shape[-1]))
+
+        dropout = self.dropout if self.training else 0.0
+        attention = Attention(self.qk_matmul, self.pv_matmul, masked, dropout=dropout)
+        # product by product, not as one operation: the weights are handed out
+        weights = attention.weights(q * self.head_dim**-0.5, k.transpose(-2, -1))
         out = self.pv_matmul(weights, v).transpose(1, 2).flatten(2)  # (B, L, E)
         return self.out_proj(out), weights
 

@@ -5,6 +5,7 @@ The query takes part in three products: with the keys and with two tables of
 relative positions (arXiv 2112.01526, section 4.1). It is quantized once.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..quantizers import FakeQuantizer
-from .attention import attention_quantizers, can_pack_attention
-from .exact import accumulator_dtype, exact_total, use_codes
+from .attention import Attention
+from .backends.exact import accumulator_dtype, exact_total
+from .dispatch import compute
 from .float_matmul import FloatMatMul
-from .fused_attention import packed_attention
 from .matmul import QuantMatMul
+from .operation import Operand, Operation
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -47,10 +49,6 @@ def resized_table(table: Tensor, size: int) -> Tensor:
 
 class SharedQueryMatMul(QuantMatMul):
     """``lhs @ rhs`` whose left operand the caller has quantized with ``lhs_quantizer``."""
-
-    def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
-        """The product itself."""
-        return lhs @ rhs
 
     def forward(self, lhs: Tensor, rhs: Tensor, lhs_scale: Tensor | None = None) -> Tensor:
         """Product with the quantized ``rhs``.
@@ -165,34 +163,16 @@ class RelPosAttention(_Base):
         Returns:
             Shape of ``q``.
         """
-        if not can_pack_attention(self.qk_matmul, self.pv_matmul):
-            return self.pv_matmul(self.logits(q, k, size, key_size).softmax(dim=-1), v)
-        quantizers = attention_quantizers(self.qk_matmul, self.pv_matmul)
-        tables = []
-        if self.use_rel_pos:
-            products = (self.rel_h_matmul, self.rel_w_matmul)
-            for product, table in zip(products, self.tables(size, key_size), strict=True):
-                is_quantized = isinstance(product, QuantMatMul)
-                tables.append(product.rhs_quantizer(table) if is_quantized else table)
+        attention = _RelPosProducts(self, size, key_size)
+        return compute(attention, q, k.transpose(-2, -1), v)
 
-        def logits(q: Tensor, k: Tensor, *tables: Tensor) -> Tensor:
-            total = (q * self.scale) @ k
-            if not tables:
-                return total
-            grid = q.unflatten(2, size)
-            rel_h = self.rel_h_matmul.contract(grid, tables[0])
-            rel_w = self.rel_w_matmul.contract(grid, tables[1])
-            return self._positioned(total, rel_h, rel_w)
-
-        return packed_attention(quantizers, logits, q, k.transpose(-2, -1), v, tables)
-
-    def logits(self, q: Tensor, k: Tensor, size: Size, key_size: Size) -> Tensor:
-        """``(B, heads, H * W, Hk * Wk)`` from what ``attend`` gets."""
+    def logits(self, q: Tensor, keys: Tensor, size: Size, key_size: Size) -> Tensor:
+        """``(B, heads, H * W, Hk * Wk)`` from what ``attend`` gets, keys transposed."""
         query, scale = self._quantized_query(q)
         if scale is None:
-            logits = self.qk_matmul(query * self.scale, k.transpose(-2, -1))
+            logits = self.qk_matmul(query * self.scale, keys)
         else:
-            logits = self.qk_matmul(query, k.transpose(-2, -1), scale * self.scale)
+            logits = self.qk_matmul(query, keys, scale * self.scale)
         if not self.use_rel_pos:
             return logits
         grid = query.unflatten(2, size)  # (B, heads, H, W, D)
@@ -201,9 +181,9 @@ class RelPosAttention(_Base):
         rows, columns = self.tables(size, key_size)
         rel_h = self.rel_h_matmul(grid, rows, scale)
         rel_w = self.rel_w_matmul(grid, columns, scale)
-        return self._positioned(logits, rel_h, rel_w)
+        return self.positioned(logits, rel_h, rel_w)
 
-    def _positioned(self, logits: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
+    def positioned(self, logits: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
         """``with_positions`` of logits ``(B, heads, H * W, Hk * Wk)``."""
         keys = (rel_h.shape[-1], rel_w.shape[-1])
         grid = logits.unflatten(3, keys).unflatten(2, rel_h.shape[2:4])
@@ -216,8 +196,79 @@ class RelPosAttention(_Base):
         products = [self.qk_matmul]
         if self.use_rel_pos:
             products += [self.rel_h_matmul, self.rel_w_matmul]
-        tables = [m.rhs_quantizer for m in products if isinstance(m, QuantMatMul)]
-        quantizer = self.qk_matmul.lhs_quantizer
-        if use_codes(q, quantizer, *tables):
-            return quantizer.codes(q)
-        return quantizer(q), None
+        return compute(_SharedQuery([m for m in products if isinstance(m, QuantMatMul)]), q)
+
+
+class _SharedQuery(Operation):
+    """Quantization of queries that enter several products: all take codes, or none does.
+
+    Args:
+        products: That with the keys, then those with tables; all quantize their operands.
+    """
+
+    kind = 'shared_query'
+
+    def __init__(self, products: list[QuantMatMul]) -> None:
+        self.products = products
+        self.engine = products[0].engine
+
+    def operands(self) -> dict[str, Operand]:
+        """The query, and the other operand of each product."""
+        sides = [m.operands()['rhs'] for m in self.products]
+        others = {f'rhs{i}': side for i, side in enumerate(sides)}
+        return {'query': self.products[0].operands()['lhs'], **others}
+
+    def reference(self, q: Tensor) -> tuple[Tensor, None]:
+        """Values on the grid, and no scale."""
+        return self.products[0].lhs_quantizer(q), None
+
+
+class _RelPosProducts(Attention):
+    """The products of ``RelPosAttention`` on one input, as one operation.
+
+    The tables are operands of their own products, ``rel_h_matmul`` and ``rel_w_matmul``.
+
+    Args:
+        module: The attention.
+        size: ``(H, W)`` of the queries.
+        key_size: ``(Hk, Wk)``.
+    """
+
+    def __init__(self, module: RelPosAttention, size: Size, key_size: Size) -> None:
+        super().__init__(module.qk_matmul, module.pv_matmul)
+        self.module, self.size, self.key_size = module, size, key_size
+
+    def logits(self, q: Tensor, k: Tensor, *tables: Tensor) -> Tensor:
+        """From queries that are not scaled yet, transposed keys and tables on their grids."""
+        module = self.module
+        total = (q * module.scale) @ k
+        if not tables:
+            return total
+        grid = q.unflatten(2, self.size)
+        rel_h = module.rel_h_matmul.contract(grid, tables[0])
+        rel_w = module.rel_w_matmul.contract(grid, tables[1])
+        return module.positioned(total, rel_h, rel_w)
+
+    def extras_on_grid(self) -> list[Tensor]:
+        """Tables of rows and of columns, quantized unless a rule keeps their product float."""
+        module = self.module
+        if not module.use_rel_pos:
+            return []
+        products = (module.rel_h_matmul, module.rel_w_matmul)
+        return [
+            product.rhs_quantizer(table) if isinstance(product, QuantMatMul) else table
+            for product, table in zip(
+                products, module.tables(self.size, self.key_size), strict=True
+            )
+        ]
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """As in the base class."""
+        return self.module.logits(q, k, self.size, self.key_size).softmax(dim=-1)
+
+    def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
+        """Of all products."""
+        total = super().macs(inputs, output)
+        if not self.module.use_rel_pos:
+            return total
+        return total + inputs[0].numel() * sum(self.key_size)

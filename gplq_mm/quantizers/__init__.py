@@ -1,9 +1,10 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Floor 0: numbers. Uniform 2 to 8 bit quantizers in plain torch."""
 
-from .fake_quantizer import FakeQuantizer, UncalibratedError
+from .fake_quantizer import FakeQuantizer
 from .functional import dequantize, integer_range, quantize
 from .observers import OBSERVERS, Observer, build_observer, qparams_from_range, register_observer
+from .quantizer_state import UncalibratedError
 from .spec import Granularity, PerChannel, PerRow, PerTensor, QuantSpec
 
 __all__ = [

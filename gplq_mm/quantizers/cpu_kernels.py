@@ -16,13 +16,15 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .grid import Grid
 from .log_codes import thresholds, upper_bound
+
+if TYPE_CHECKING:
+    from .fake_quantizer import Grid
 
 SWITCH = 'GPLQ_CPU_KERNELS'
 """Environment variable: ``0`` keeps to torch."""
@@ -72,7 +74,7 @@ class Kernels:
         for function in self._functions.values():
             function.restype = None
 
-    def pack(self, x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+    def pack(self, x: Tensor, scale: Tensor, grid: 'Grid') -> tuple[Tensor, Tensor, Tensor | None]:
         """``(values, codes, fields)``; codes hold the fields too where they fit a byte."""
         x = _dense(x)
         values, codes = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
@@ -80,14 +82,14 @@ class Kernels:
         self._call('pack', _Layout(x, scale, grid), x, values, codes, field)
         return values, codes, field
 
-    def quantize(self, x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    def quantize(self, x: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
         """Values on the grid."""
         x = _dense(x)
         values = torch.empty_like(x)
         self._call('quantize', _Layout(x, scale, grid), x, values)
         return values
 
-    def unpack(self, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    def unpack(self, codes: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
         """Values of packed codes."""
         values = torch.empty_like(codes, dtype=torch.float32)
         self._call('unpack', _Layout(codes, scale, grid), codes, values)
@@ -99,7 +101,7 @@ class Kernels:
         field: Tensor | None,
         grad: Tensor,
         scale: Tensor,
-        grid: Grid,
+        grid: 'Grid',
         of_scale: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """``(grad_x, grad_scale)``; ``grad`` is overwritten."""
@@ -109,7 +111,7 @@ class Kernels:
         return grad, layout.total(sums) if of_scale else None
 
     def softmax_backward(
-        self, p: Tensor, grad: Tensor, scale: Tensor, grid: Grid, of_scale: bool
+        self, p: Tensor, grad: Tensor, scale: Tensor, grid: 'Grid', of_scale: bool
     ) -> tuple[Tensor, Tensor | None]:
         """``(grad_logits, grad_scale)``; ``grad`` is overwritten."""
         layout = _Layout(p, scale, grid)
@@ -134,7 +136,7 @@ class _Layout:
         grid: Codes allowed.
     """
 
-    def __init__(self, x: Tensor, scale: Tensor, grid: Grid) -> None:
+    def __init__(self, x: Tensor, scale: Tensor, grid: 'Grid') -> None:
         self.shape = scale.shape
         self.order, self.around = _around(x, scale)
         # all are kept alive while C looks at them

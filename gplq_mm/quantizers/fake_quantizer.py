@@ -1,33 +1,139 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""FakeQuantizer: the module that holds a scale and simulates integer codes."""
+"""FakeQuantizer: values and codes of a tensor, and its packed codes for the backward pass."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .grid import Grid, Operand, row_grid
+from . import cpu_kernels, packed_passes
+from .functional import positive_scale
 from .learned_scale import (
     centered_codes_ste,
     fake_quantize_ste,
     level_codes_ste,
-    lsq_grad_factor,
     positive_scale_ste,
     scale_gradient,
 )
-from .log_codes import default_levels
-from .observers import Observer
-from .row_range import ROW_SLACK, row_extent, row_zero_point
-from .spec import PerChannel, PerRow, QuantizerKind, QuantSpec, broadcast_shape
-from .stored_form import require_same_form, stored_spec
+from .quantizer_state import QuantizerState, UncalibratedError
+from .row_range import ROW_SLACK, row_extent, row_scale, row_zero_point
+from .spec import Granularity, PerChannel, PerRow, QuantSpec
 
 
-class UncalibratedError(RuntimeError):
-    """A quantizer was asked to quantize before it had a scale."""
+class Grid(NamedTuple):
+    """Codes allowed, and which values are in range.
+
+    Attributes:
+        qmin: Smallest code.
+        qmax: Largest code.
+        zero_point: Code of real zero: a number, or a tensor that broadcasts.
+        slack: Steps by which a value may lie outside the codes and still be in range; 0 as in
+            LSQ, 0.5 where the grid follows the values (``PerRow``).
+        levels: Table of integers of a logarithmic code; None for uniform codes.
+    """
+
+    qmin: int
+    qmax: int
+    zero_point: float | Tensor
+    slack: float = 0.0
+    levels: Tensor | None = None
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether a code fits half a byte."""
+        return self.qmax - self.qmin < 16
+
+    @property
+    def offset(self) -> int:
+        """What is added to a code so that it fits a signed half byte or byte."""
+        if self.qmin < 0:
+            return 0
+        return -8 if self.is_narrow else -128
+
+    @property
+    def bounds(self) -> tuple[float | Tensor, float | Tensor]:
+        """Exclusive bounds of ``x / scale``."""
+        low, high = self.qmin - self.zero_point, self.qmax - self.zero_point
+        return low - self.slack, high + self.slack
 
 
-class FakeQuantizer(nn.Module):
+class Steps(NamedTuple):
+    """Scale and codes of one tensor.
+
+    Attributes:
+        scale: Positive, broadcasts to the tensor.
+        grid: Codes allowed.
+    """
+
+    scale: Tensor
+    grid: Grid
+
+
+class PackedForm(NamedTuple):
+    """How a quantizer packs one tensor; its scale parameter is passed beside it.
+
+    Attributes:
+        grid: Codes allowed.
+        shape: Shape in which the scale broadcasts to the tensor.
+        factor: What LSQ multiplies the scale's gradient by.
+        rows: Spec of a quantizer whose scale follows each vector (``PerRow``), else None.
+    """
+
+    grid: Grid
+    shape: tuple[int, ...]
+    factor: float
+    rows: QuantSpec | None = None
+
+    def steps(self, x: Tensor, parameter: Tensor) -> Steps:
+        """Scale and codes for a tensor.
+
+        Args:
+            x: The tensor, float32.
+            parameter: Scale of the quantizer.
+        """
+        share = positive_scale(parameter)
+        if self.rows is None:
+            return Steps(share.view(self.shape), self.grid)
+        extent, middle = row_extent(x, self.rows)
+        scale = row_scale(share, extent)
+        if self.rows.symmetric:
+            return Steps(scale, self.grid)
+        zero_point = row_zero_point(scale, middle, self.rows)
+        return Steps(scale, self.grid._replace(zero_point=zero_point))
+
+    def kept(self, steps: Steps) -> tuple[Tensor | None, Tensor | None]:
+        """What a backward pass keeps of ``steps``: nothing that the parameter gives again."""
+        zero_point = steps.grid.zero_point
+        if self.rows is None:
+            return None, None
+        return steps.scale, zero_point if isinstance(zero_point, Tensor) else None
+
+    def kept_steps(self, kept: Sequence[Tensor | None], parameter: Tensor) -> Steps:
+        """Inverse of ``kept``."""
+        scale, zero_point = kept
+        if scale is None:
+            return Steps(positive_scale(parameter).view(self.shape), self.grid)
+        grid = self.grid if zero_point is None else self.grid._replace(zero_point=zero_point)
+        return Steps(scale, grid)
+
+    def gradient(self, grad: Tensor | None, parameter: Tensor, scale: Tensor) -> Tensor | None:
+        """Gradient of the parameter from that of the scale as it broadcast.
+
+        Args:
+            grad: Gradient of ``Steps.scale``, its shape.
+            parameter: Scale of the quantizer.
+            scale: ``Steps.scale``.
+        """
+        if grad is None:
+            return None
+        if self.rows is not None:  # scale = parameter * extent of the vector
+            share = positive_scale(parameter)
+            return torch.sum(grad * scale).div_(share).mul_(self.factor).view(parameter.shape)
+        return grad.mul(self.factor).view(parameter.shape)
+
+
+class FakeQuantizer(QuantizerState):
     """Quantize and dequantize a tensor on a grid of ``2 ** num_bits`` values a scale.
 
     It is in one of three conditions: observing (``observer`` is set; passes its
@@ -60,139 +166,12 @@ class FakeQuantizer(nn.Module):
         tensor([0.5000, 3.5000])
     """
 
-    scale: Tensor
-    zero_point: Tensor
-    quant_range: Tensor
-    calibrated: Tensor
-    levels: Tensor
-    row_axis: Tensor
-
-    def __init__(
-        self, spec: QuantSpec, size: int | None = None, kind: QuantizerKind = 'activation'
-    ) -> None:
-        super().__init__()
-        self.spec = spec
-        self.kind = kind
-        self.name = ''
-        self.role = ''
-        self.enabled = True
-        self.observer: Observer | None = None
-        shape = spec.granularity.scale_shape(size)
-        if spec.learn_scale:
-            self.scale = nn.Parameter(torch.ones(shape))
-        else:
-            self.register_buffer('scale', torch.ones(shape))
-        self.register_buffer('zero_point', torch.zeros(shape))
-        self.register_buffer('quant_range', torch.tensor(spec.quant_range, dtype=torch.int32))
-        self.register_buffer('calibrated', torch.tensor(False))
-        self._register_row_axis()
-        self._register_levels()
-        self._is_calibrated = False
-        self._offset: tuple[tuple[int, int], float | None] | None = None
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the scale was found (kept beside the buffer to spare a device sync)."""
-        return self._is_calibrated
+    _offset: tuple[tuple[int, int], float | None] | None = None
 
     @property
     def is_active(self) -> bool:
         """Whether a call quantizes now."""
         return self.enabled and self.observer is None and self._is_calibrated
-
-    @torch.no_grad()
-    def set_qparams(self, scale: Tensor, zero_point: Tensor) -> None:
-        """Store a scale and zero point and mark the quantizer calibrated.
-
-        Args:
-            scale: Positive, ``()``, ``(1,)`` or ``(size,)``.
-            zero_point: Integer values, same shape.
-
-        Raises:
-            ValueError: If a value is not finite or a scale is not positive.
-        """
-        if not (torch.isfinite(scale).all() and torch.isfinite(zero_point).all()):
-            raise ValueError(f'{self.name or "quantizer"}: scale or zero point is NaN or infinite')
-        if (scale <= 0).any():
-            raise ValueError(
-                f'{self.name or "quantizer"}: scale must be positive, got {scale.min()}'
-            )
-        self.scale.copy_(scale.reshape(self.scale.shape))
-        self.zero_point.copy_(zero_point.reshape(self.scale.shape))
-        self._set_calibrated(True)
-
-    @torch.no_grad()
-    def set_levels(self, levels: Tensor) -> None:
-        """Store the table of a logarithmic code.
-
-        Args:
-            levels: Integers, ``(2 ** num_bits,)``.
-        """
-        self.levels.copy_(levels)
-
-    def _register_row_axis(self) -> None:
-        """The axis of ``PerRow``, or none."""
-        if isinstance(self.spec.granularity, PerRow):
-            axis = torch.tensor(self.spec.granularity.axis, dtype=torch.int8)
-            self.register_buffer('row_axis', axis.to(self.zero_point.device))
-        else:
-            self._buffers.pop('row_axis', None)
-
-    def _register_levels(self) -> None:
-        """The table of a logarithmic code, or none."""
-        if self.spec.log_code is not None:
-            levels = default_levels(self.spec.log_code, self.spec.num_bits)
-            self.register_buffer('levels', levels.to(self.zero_point.device))
-        else:
-            self._buffers.pop('levels', None)
-
-    @torch.no_grad()
-    def set_spec(self, spec: QuantSpec) -> None:
-        """Change bits, symmetry or codes; the stored scale keeps its shape and value.
-
-        Args:
-            spec: Of the same granularity.
-        """
-        assert spec.granularity == self.spec.granularity
-        has_same_codes = (spec.log_code, spec.num_bits) == (self.spec.log_code, self.spec.num_bits)
-        self.spec = spec
-        self.quant_range.copy_(torch.tensor(spec.quant_range, dtype=torch.int32))
-        if not has_same_codes:
-            self._register_levels()
-
-    def take_form_of(self, state: Mapping[str, Any], prefix: str = '') -> None:
-        """Become the static, uniform quantizer that a stored state is of, if it is of one.
-
-        Checkpoints of the presets before ``PerRow`` hold one scale a tensor or a head where a
-        present recipe has one a channel or a vector. Their values are not loaded here, the
-        quantizer is uncalibrated after a change. Scale and zero point stay the same objects, so
-        that whatever holds them (an optimizer, DDP) stays right.
-
-        Args:
-            state: State dict.
-            prefix: Of the quantizer's keys in it, ``backbone.fc.input_quantizer.``.
-        """
-        axis = -3 if self.role == 'image' else None  # of ``(B, C, H, W)``
-        spec = stored_spec(self.spec, state, prefix, axis)
-        if self.kind == 'weight' or spec == self.spec:
-            return
-        shape = state[prefix + 'scale'].shape
-        self.spec = spec
-        with torch.no_grad():
-            self.scale.set_(self.scale.new_ones(shape))  # type: ignore[call-overload]
-            self.zero_point.set_(self.zero_point.new_zeros(shape))  # type: ignore[call-overload]
-        self.scale.grad = None
-        self._register_row_axis()
-        self._register_levels()
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the calibration (the scale's value stays)."""
-        self._set_calibrated(False)
-
-    def _set_calibrated(self, value: bool) -> None:
-        self.calibrated.fill_(value)
-        self._is_calibrated = value
 
     @property
     def follows_rows(self) -> bool:
@@ -214,21 +193,21 @@ class FakeQuantizer(nn.Module):
         shape = broadcast_shape(self.spec.granularity, x.dim())
         return scale.view(shape), self.zero_point.view(shape)
 
-    def operand(self, shape: torch.Size) -> Operand:
-        """How the quantizer applies to a tensor of ``shape``, for packed codes."""
+    def packed_form(self, shape: torch.Size) -> PackedForm:
+        """How the quantizer packs a tensor of ``shape``."""
         granularity, qmax = self.spec.granularity, self.spec.quant_range[1]
         over = broadcast_shape(granularity, len(shape))
         factor = lsq_grad_factor(shape.numel(), self.scale.numel(), qmax)
         grid = Grid(*self.spec.quant_range, 0.0, levels=self.levels if self.spec.is_log else None)
         if self.follows_rows:
-            return Operand(row_grid(grid), over, factor, self.spec)
+            return PackedForm(grid._replace(slack=ROW_SLACK), over, factor, self.spec)
         key = (self.zero_point.data_ptr(), self.zero_point._version)
         if self._offset is None or self._offset[0] != key:  # read once: it costs a device sync
             values = self.zero_point.unique()
             self._offset = key, float(values) if len(values) == 1 else None
         offset = self._offset[1]
         zero_point = self.zero_point.view(over) if offset is None else offset
-        return Operand(grid._replace(zero_point=zero_point), over, factor)
+        return PackedForm(grid._replace(zero_point=zero_point), over, factor)
 
     @property
     def slack(self) -> float:
@@ -276,16 +255,6 @@ class FakeQuantizer(nn.Module):
         bounds = self.spec.quant_range
         return fake_quantize_ste(x.float(), scale, zero_point, *bounds, self.slack).to(x.dtype)
 
-    def _observe(self, x: Tensor) -> None:
-        assert self.observer is not None
-        try:
-            self.observer.observe(x)
-        except ValueError as error:
-            raise ValueError(
-                f'{self.name or "quantizer"}: {error}; check the FP32 checkpoint and the '
-                'calibration images'
-            ) from error
-
     def _require_calibrated(self) -> None:
         if not self._is_calibrated:
             raise UncalibratedError(
@@ -293,30 +262,78 @@ class FakeQuantizer(nn.Module):
                 "by gplq_mm, or train with custom_hooks=[dict(type='gplq_mm.GPLQHook')]"
             )
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        loaded = state_dict.get(prefix + 'quant_range')
-        if self.kind == 'weight' and not bool(state_dict.get(prefix + 'calibrated', True)):
-            # a weight that is still float has no codes: stage 2 may give it other bits
-            state_dict[prefix + 'quant_range'] = self.quant_range
-        elif loaded is not None and loaded.tolist() != self.quant_range.tolist():
-            raise ValueError(
-                f'{prefix}quant_range: the checkpoint was quantized to the codes '
-                f'{loaded.tolist()}, this config asks for {self.quant_range.tolist()}; use the '
-                'recipe that the checkpoint was made with'
-            )
-        if self.kind == 'activation':
-            self.take_form_of(state_dict, prefix)
-            require_same_form(self.state_dict(), state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if prefix + 'calibrated' in state_dict:
-            self._is_calibrated = bool(self.calibrated)
 
-    def extra_repr(self) -> str:
-        """One line for ``print(model)``."""
-        spec = self.spec
-        sign = 'signed' if spec.signed else 'unsigned'
-        kind = 'symmetric' if spec.symmetric else 'asymmetric'
-        codes = '' if spec.codes == 'uniform' else f', {spec.codes}'
-        return f'{self.kind}, bits={spec.num_bits}, {sign}, {kind}, {spec.granularity}{codes}'
+def lsq_grad_factor(numel: int, num_scales: int, qmax: int) -> float:
+    """LSQ's gradient scale, ``1 / sqrt(elements per scale * qmax)``.
+
+    Args:
+        numel: Number of quantized elements.
+        num_scales: Number of scales that they share.
+        qmax: Largest code.
+
+    Examples:
+        >>> lsq_grad_factor(700, 1, 7)
+        0.014285714285714285
+    """
+    return 1.0 / (max(numel // max(num_scales, 1), 1) * max(qmax, 1)) ** 0.5
+
+
+def broadcast_shape(granularity: Granularity, ndim: int) -> tuple[int, ...]:
+    """Shape that a stored scale is viewed as, to broadcast over an ``ndim``-D tensor.
+
+    Examples:
+        >>> broadcast_shape(PerChannel(axis=1), 4), broadcast_shape(PerRow(), 4)
+        ((1, -1, 1, 1), ())
+    """
+    if not isinstance(granularity, PerChannel):
+        return ()
+    shape = [1] * ndim
+    shape[granularity.axis] = -1
+    return tuple(shape)
+
+
+def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[Tensor]]:
+    """Values of ``x`` on the grid, and the bytes that stand for them, see ``packed_codes``.
+
+    Args:
+        x: Real values in float32.
+        scale: Positive step size, broadcastable to ``x``.
+        grid: Codes allowed.
+
+    Returns:
+        ``(values, packed)``: values equal those of ``fake_quantize_ste`` bit for bit where
+        ``x`` is finite and are NaN elsewhere, in the layout of ``x / scale``; packed is one
+        int8 tensor of the same shape and layout, with a second, flat one of half the size
+        for more than 4 bits.
+
+    Examples:
+        >>> grid = Grid(-8, 7, 0.0)
+        >>> values, (packed,) = quantize_packed(torch.tensor([0.6, 9.0]), torch.tensor(0.5), grid)
+        >>> values, (packed >> 4).tolist(), (packed & 15).tolist()  # residual 0.2: level 8 + 3
+        (tensor([0.5000, 3.5000]), [1, 7], [11, 0])
+    """
+    if grid.levels is not None:
+        raise ValueError('logarithmic codes are computed again, not packed')
+    values, codes, field = passes_for(x, scale).pack(x, scale, grid)
+    return values, [codes] if field is None else [codes, _in_pairs(field)]
+
+
+def quantize_values(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    """Values of ``x`` on the grid, bit for bit those of ``fake_quantize_ste``, without a graph."""
+    return passes_for(x, scale).quantize(x, scale, grid)
+
+
+def passes_for(*tensors: Tensor) -> Any:
+    """Passes from C where they can read these tensors, the scale last; else those in torch."""
+    if cpu_kernels.load()[0] is None or tensors[0].device.type != 'cpu':
+        return packed_passes
+    return cpu_kernels.kernels_for(*tensors) or packed_passes
+
+
+def _in_pairs(field: Tensor) -> Tensor:
+    """Two fields a byte, in the order of memory."""
+    flat = packed_passes.flat(field)
+    if len(flat) % 2:
+        flat = torch.cat([flat, flat.new_zeros(1)])
+    pairs = flat.view(-1, 2)
+    return pairs[:, 0] + pairs[:, 1] * 16

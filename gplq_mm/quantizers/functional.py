@@ -6,6 +6,8 @@ integer (held in a float tensor), the *centred* code is ``code - zero_point``, a
 the dequantized value is ``centred * scale``. Real zero is always on the grid.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -41,9 +43,8 @@ def integer_range(num_bits: int, signed: bool) -> tuple[int, int]:
     return 0, 2**num_bits - 1
 
 
-def positive_scale(scale: Tensor) -> Tensor:
-    """Scale bounded below by ``SCALE_EPS`` (shape unchanged)."""
-    return scale.clamp_min(SCALE_EPS)
+positive_scale = partial(torch.clamp_min, min=SCALE_EPS)
+"""``positive_scale(scale)``: scale bounded below by ``SCALE_EPS``, shape unchanged."""
 
 
 def quantize(x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int) -> Tensor:

@@ -15,21 +15,6 @@ from .functional import positive_scale, quantize, sum_to_shape
 from .log_codes import quantize_to_levels, upper_bound
 
 
-def lsq_grad_factor(numel: int, num_scales: int, qmax: int) -> float:
-    """LSQ's gradient scale, ``1 / sqrt(elements per scale * qmax)``.
-
-    Args:
-        numel: Number of quantized elements.
-        num_scales: Number of scales that they share.
-        qmax: Largest code.
-
-    Examples:
-        >>> lsq_grad_factor(700, 1, 7)
-        0.014285714285714285
-    """
-    return 1.0 / (max(numel // max(num_scales, 1), 1) * max(qmax, 1)) ** 0.5
-
-
 def _inside(ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int, slack: float = 0.0) -> Tensor:
     """LSQ's in-range mask: the bounds apply to ``x / s`` before it is rounded.
 

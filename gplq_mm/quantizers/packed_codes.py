@@ -1,5 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Quantized tensors as integer codes: all that the backward pass of LSQ needs.
+"""Backward passes over packed codes, which ``fake_quantizer.quantize_packed`` makes.
+
+Packed codes are a quantized tensor as integers: all that the backward pass of LSQ needs.
 
 An element of at most 4 bits takes one byte: its code in the upper half, in the lower
 half a *field* with the rounding residual ``r - round(r)`` of ``r = x / scale`` in 15
@@ -15,51 +17,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cpu_kernels, packed_passes
-from .grid import Grid
+from . import packed_passes
+from .fake_quantizer import Grid, passes_for
 
 RESIDUAL_ERROR = 1 / (2 * packed_passes.FIELD_LEVELS)
 """Largest error of a stored rounding residual, in steps of the grid."""
 
 
-def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[Tensor]]:
-    """Values of ``x`` on the grid, and the bytes that stand for them in the backward pass.
-
-    Args:
-        x: Real values in float32.
-        scale: Positive step size, broadcastable to ``x``.
-        grid: Codes allowed.
-
-    Returns:
-        ``(values, packed)``: values equal those of ``fake_quantize_ste`` bit for bit where
-        ``x`` is finite and are NaN elsewhere, in the layout of ``x / scale``; packed is one
-        int8 tensor of the same shape and layout, with a second, flat one of half the size
-        for more than 4 bits.
-
-    Examples:
-        >>> grid = Grid(-8, 7, 0.0)
-        >>> values, (packed,) = quantize_packed(torch.tensor([0.6, 9.0]), torch.tensor(0.5), grid)
-        >>> values, (packed >> 4).tolist(), (packed & 15).tolist()  # residual 0.2: level 8 + 3
-        (tensor([0.5000, 3.5000]), [1, 7], [11, 0])
-    """
-    if grid.levels is not None:
-        raise ValueError('logarithmic codes are computed again, not packed')
-    library = cpu_kernels.kernels_for(x, scale)
-    passes = packed_passes if library is None else library
-    values, codes, field = passes.pack(x, scale, grid)
-    return values, [codes] if field is None else [codes, _in_pairs(field)]
-
-
-def quantize_values(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Values of ``x`` on the grid, bit for bit those of ``fake_quantize_ste``, without a graph."""
-    library = cpu_kernels.kernels_for(x, scale)
-    return (packed_passes if library is None else library).quantize(x, scale, grid)
-
-
 def unpack_values(packed: Sequence[Tensor], scale: Tensor, grid: Grid) -> Tensor:
     """The values that were packed, exactly, in float32."""
-    library = cpu_kernels.kernels_for(packed[0], scale)
-    return (packed_passes if library is None else library).unpack(packed[0], scale, grid)
+    return passes_for(packed[0], scale).unpack(packed[0], scale, grid)
 
 
 def packed_backward(
@@ -85,8 +52,7 @@ def packed_backward(
     grad = grad.float()
     if grad.stride() != codes.stride():
         grad = torch.empty_like(codes, dtype=grad.dtype).copy_(grad)
-    library = cpu_kernels.kernels_for(grad, codes, scale)
-    passes = packed_passes if library is None or not grad.numel() else library
+    passes = passes_for(grad, codes, scale) if grad.numel() else packed_passes
     return passes.backward(codes, field, grad, scale, grid, of_scale)
 
 
@@ -106,18 +72,8 @@ def softmax_backward(
         ``(grad_logits, grad_scale)``, both exact.
     """
     grad = grad.float()
-    library = cpu_kernels.kernels_for(probabilities, grad, scale)
-    passes = packed_passes if library is None or not grad.numel() else library
+    passes = passes_for(probabilities, grad, scale) if grad.numel() else packed_passes
     return passes.softmax_backward(probabilities, grad.contiguous(), scale, grid, of_scale)
-
-
-def _in_pairs(field: Tensor) -> Tensor:
-    """Two fields a byte, in the order of memory."""
-    flat = packed_passes.flat(field)
-    if len(flat) % 2:
-        flat = torch.cat([flat, flat.new_zeros(1)])
-    pairs = flat.view(-1, 2)
-    return pairs[:, 0] + pairs[:, 1] * 16
 
 
 def _from_pairs(pairs: Tensor, codes: Tensor) -> Tensor:

@@ -5,12 +5,15 @@ On a CPU they work on pieces that fit the cache, in place. Tensors are dense.
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .grid import Grid
 from .log_codes import quantize_to_levels, upper_bound
+
+if TYPE_CHECKING:
+    from .fake_quantizer import Grid
 
 FIELD_LEVELS = 15
 _MIDDLE = 8
@@ -19,7 +22,7 @@ _PIECE = 1 << 17
 """Elements a thread works on at a time: more calls below, more cache misses above."""
 
 
-def pack(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+def pack(x: Tensor, scale: Tensor, grid: 'Grid') -> tuple[Tensor, Tensor, Tensor | None]:
     """``(values, codes, fields)``; codes hold the fields too where they fit a byte."""
     values = x / scale
     codes = torch.empty_like(values, dtype=torch.int8)
@@ -33,20 +36,20 @@ def pack(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor |
     return values.mul_(scale), codes, None if grid.is_narrow else field
 
 
-def quantize(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+def quantize(x: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
     """Values on the grid."""
     if grid.levels is not None:
         return quantize_to_levels(x / scale, grid.levels).mul_(scale)
     return _rounded(x / scale, grid).mul_(scale)
 
 
-def unpack(codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+def unpack(codes: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
     """Values of packed codes."""
     return _centred(codes, grid).mul_(scale)
 
 
 def backward(
-    codes: Tensor, field: Tensor | None, grad: Tensor, scale: Tensor, grid: Grid, of_scale: bool
+    codes: Tensor, field: Tensor | None, grad: Tensor, scale: Tensor, grid: 'Grid', of_scale: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``(grad_x, grad_scale)``; ``grad`` is overwritten."""
     field = codes & 15 if field is None else field
@@ -68,7 +71,7 @@ def backward(
 
 
 def softmax_backward(
-    p: Tensor, grad: Tensor, scale: Tensor, grid: Grid, of_scale: bool
+    p: Tensor, grad: Tensor, scale: Tensor, grid: 'Grid', of_scale: bool
 ) -> tuple[Tensor, Tensor | None]:
     """``(grad_logits, grad_scale)``."""
     ratio = p / scale
@@ -95,7 +98,7 @@ def flat(x: Tensor) -> Tensor:
 
 
 def _pack(
-    values: Tensor, codes: Tensor, field: Tensor, grid: Grid, rounded: Tensor, residual: Tensor
+    values: Tensor, codes: Tensor, field: Tensor, grid: 'Grid', rounded: Tensor, residual: Tensor
 ) -> None:
     """Ratios to centred codes, in place, and their bytes; the last two are scratch."""
     torch.round(values, out=rounded)
@@ -113,14 +116,14 @@ def _pack(
         codes.copy_(rounded.add_(grid.offset))
 
 
-def _rounded(ratio: Tensor, grid: Grid) -> Tensor:
+def _rounded(ratio: Tensor, grid: 'Grid') -> Tensor:
     """Centred codes of ratios, in place."""
     ratio.round_().add_(grid.zero_point).clamp_(grid.qmin, grid.qmax)
     return ratio.sub_(grid.zero_point)
 
 
 def _backward_per_channel(
-    codes: Tensor, field: Tensor, grad: Tensor, scale: Tensor, grid: Grid
+    codes: Tensor, field: Tensor, grad: Tensor, scale: Tensor, grid: 'Grid'
 ) -> tuple[Tensor, Tensor]:
     residual = field.float()
     grad_x = _keep(grad, residual, torch.empty_like(grad))
@@ -129,7 +132,7 @@ def _backward_per_channel(
     return grad_x, slope.sum_to_size(scale.shape)
 
 
-def _inside_only(x: Tensor, ratio: Tensor, grid: Grid, out: Tensor) -> None:
+def _inside_only(x: Tensor, ratio: Tensor, grid: 'Grid', out: Tensor) -> None:
     """``out = x``, but 0 where the ratio is not strictly between the bounds."""
     low, high = grid.bounds
     if isinstance(grid.zero_point, Tensor):
@@ -143,7 +146,7 @@ def _keep(grad: Tensor, field: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.grad_input(grad, field, 0, grad_input=out)
 
 
-def _centred(codes: Tensor, grid: Grid) -> Tensor:
+def _centred(codes: Tensor, grid: 'Grid') -> Tensor:
     """Codes minus the zero point, float32."""
     centred = torch.empty_like(codes, dtype=torch.float32)
     for piece, code in _pieces(centred, codes):

@@ -2,6 +2,7 @@
 """What a quantizer is: bits, signedness, symmetry, granularity, observer."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -69,20 +70,6 @@ class PerRow:
 Granularity = PerTensor | PerChannel | PerRow
 
 
-def broadcast_shape(granularity: Granularity, ndim: int) -> tuple[int, ...]:
-    """Shape that a stored scale is viewed as, to broadcast over an ``ndim``-D tensor.
-
-    Examples:
-        >>> broadcast_shape(PerChannel(axis=1), 4), broadcast_shape(PerTensor(), 4)
-        ((1, -1, 1, 1), ())
-    """
-    if not isinstance(granularity, PerChannel):
-        return ()
-    shape = [1] * ndim
-    shape[granularity.axis] = -1
-    return tuple(shape)
-
-
 def reduce_dims(granularity: Granularity, x: torch.Tensor) -> torch.Tensor:
     """View of ``x`` as ``(scales, elements)``; per-tensor gives one row.
 
@@ -130,27 +117,27 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         integer_range(self.num_bits, self.signed)
-        if self.log_code is not None:
-            check_codes(self.log_code, self.num_bits)
+        if self.is_log:
+            check_codes(self.log_code or '', self.num_bits)
             if self.signed or not self.symmetric:
                 raise ValueError(
                     f'codes={self.codes!r} hold values from 0 on: write signed=False and '
                     'symmetric=True'
                 )
 
-    @property
+    @cached_property
     def log_code(self) -> str | None:
         """Name of the logarithmic code; None for uniform codes."""
         if self.codes == 'auto':
             return 'log2' if self.num_bits <= AUTO_LOG_BITS else None
         return None if self.codes == 'uniform' else self.codes
 
-    @property
+    @cached_property
     def is_log(self) -> bool:
         """Whether the codes are logarithmic."""
         return self.log_code is not None
 
-    @property
+    @cached_property
     def quant_range(self) -> tuple[int, int]:
         """``(qmin, qmax)``, inclusive."""
         return integer_range(self.num_bits, self.signed)

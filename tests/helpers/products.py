@@ -18,7 +18,7 @@ FORBIDDEN = ('scaled_dot_product', 'linear', 'matmul', 'einsum', 'mv', 'dot', 'a
 
 
 @dataclass
-class Product:
+class ExecutedProduct:
     """One executed product: operator, where, its operands."""
 
     operator: str
@@ -31,7 +31,7 @@ class Product:
 class Recorder:
     """What was executed while recording."""
 
-    products: list[Product] = field(default_factory=list)
+    products: list[ExecutedProduct] = field(default_factory=list)
     forbidden: list[str] = field(default_factory=list)
     trail: list[str] = field(default_factory=list)
 
@@ -48,7 +48,7 @@ class _Mode(TorchDispatchMode):
         where = self.recorder.trail[-1] if self.recorder.trail else ''
         if name in OPERANDS:
             lhs, rhs = (args[i].detach().clone() for i in OPERANDS[name])
-            self.recorder.products.append(Product(name, where, lhs, rhs))
+            self.recorder.products.append(ExecutedProduct(name, where, lhs, rhs))
         elif name.startswith(FORBIDDEN) or 'attention' in name:
             self.recorder.forbidden.append(f'{func} in {where}')
         return func(*args, **(kwargs or {}))
@@ -71,7 +71,7 @@ def record_products(model: nn.Module) -> Iterator[Recorder]:
             handle.remove()
 
 
-def is_allowed(product: Product, allowed: dict[str, str]) -> bool:
+def is_allowed(product: ExecutedProduct, allowed: dict[str, str]) -> bool:
     """Whether a product lies in a module that an allow-list names."""
     return any(fnmatchcase(product.module, pattern) for pattern in allowed)
 

@@ -29,7 +29,7 @@ from tests.helpers.mm_models import (
     vit_sam,
 )
 from tests.helpers.products import (
-    Product,
+    ExecutedProduct,
     Recorder,
     is_allowed,
     is_integer,
@@ -113,12 +113,14 @@ def record(model: nn.Module, case: str, x: Tensor) -> Recorder:
     return recorder
 
 
-def escaped(products: list[Product], is_fine: Callable[[Product], bool]) -> list[str]:
+def escaped(
+    products: list[ExecutedProduct], is_fine: Callable[[ExecutedProduct], bool]
+) -> list[str]:
     found = [p for p in products if not is_allowed(p, ALLOWED) and not is_fine(p)]
     return [f'{p.operator} in {p.module} of {tuple(p.lhs.shape)}' for p in found]
 
 
-def operand_quantizers(model: nn.Module, product: Product) -> tuple[Any, Any]:
+def operand_quantizers(model: nn.Module, product: ExecutedProduct) -> tuple[Any, Any]:
     """Quantizers of the two operands of a product."""
     module: Any = model.get_submodule(product.module)
     if hasattr(module, 'rhs_quantizer'):
@@ -126,7 +128,7 @@ def operand_quantizers(model: nn.Module, product: Product) -> tuple[Any, Any]:
     return module.input_quantizer, module.weight_quantizer
 
 
-def where_scales_are(product: Product, side: str, quantizer: Any) -> dict[str, Any]:
+def where_scales_are(product: ExecutedProduct, side: str, quantizer: Any) -> dict[str, Any]:
     """Arguments of `is_on_grid` for an operand: which of its values share a scale."""
     granularity = quantizer.spec.granularity
     if isinstance(granularity, PerRow):  # along the summed axis, however the batch was flattened
@@ -138,7 +140,7 @@ def where_scales_are(product: Product, side: str, quantizer: Any) -> dict[str, A
     return dict(axis=CHANNEL_AXIS[product.operator])
 
 
-def are_codes(model: nn.Module, product: Product) -> bool:
+def are_codes(model: nn.Module, product: ExecutedProduct) -> bool:
     """Whether both operands are integers of their widths, or levels of their tables."""
     for side, q in zip(('lhs', 'rhs'), operand_quantizers(model, product), strict=True):
         x = getattr(product, side)
@@ -150,7 +152,7 @@ def are_codes(model: nn.Module, product: Product) -> bool:
     return True
 
 
-def has_activations_on_grids(model: nn.Module, product: Product) -> bool:
+def has_activations_on_grids(model: nn.Module, product: ExecutedProduct) -> bool:
     """Whether the activations among the operands have few enough values a scale."""
     per_head = isinstance(
         operand_quantizers(model, product)[0].spec.granularity, PerChannel

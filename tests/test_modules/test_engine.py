@@ -3,13 +3,11 @@ import copy
 import pickle
 
 import pytest
-import torch
 from torch import nn
 
 from gplq_mm.conversion import convert_
 from gplq_mm.modules import Engine, resolve_engine, set_engine
-from gplq_mm.modules.engine import REFERENCE, EngineUser, packs
-from gplq_mm.quantizers import FakeQuantizer, QuantSpec
+from gplq_mm.modules.engine import REFERENCE, EngineUser
 
 
 def test_names_and_settings() -> None:
@@ -46,14 +44,3 @@ def test_every_operator_gets_it_and_copies_keep_it() -> None:
 def test_description_says_what_is_active() -> None:
     assert REFERENCE.description.startswith('engine reference')
     assert 'packed codes' in Engine().description and 'passes' in Engine().description
-
-
-def test_packs_only_in_training_with_active_quantizers() -> None:
-    quantizer = FakeQuantizer(QuantSpec())
-    assert not packs(Engine(), quantizer)
-    quantizer.set_qparams(torch.tensor(1.0), torch.tensor(0.0))
-    assert packs(Engine(), quantizer) and not packs(REFERENCE, quantizer)
-    with torch.no_grad():
-        assert not packs(Engine(), quantizer)
-    quantizer.enabled = False
-    assert not packs(Engine(), quantizer)

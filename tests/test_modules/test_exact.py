@@ -4,14 +4,13 @@ import itertools
 import pytest
 import torch
 
-from gplq_mm.modules.exact import (
+from gplq_mm.modules.backends.exact import (
     FLOAT32_EXACT,
     accumulator_bound,
     accumulator_dtype,
     max_code,
-    use_codes,
 )
-from gplq_mm.quantizers import FakeQuantizer, PerRow, QuantSpec, build_observer
+from gplq_mm.quantizers import FakeQuantizer, PerRow, QuantSpec
 from gplq_mm.quantizers.log_codes import candidate_bases, log_levels
 from tests.helpers.reference import BITS, SCHEMES, bounds
 
@@ -45,21 +44,6 @@ def test_float32_is_used_exactly_while_it_holds_the_worst_sum(bits):
     depth = FLOAT32_EXACT // ((2**bits - 1) * 128)
     assert accumulator_dtype(lhs, rhs, depth) == torch.float32
     assert accumulator_dtype(lhs, rhs, depth + 1) == torch.float64
-
-
-def test_codes_are_used_only_in_inference_with_all_operands_active():
-    x, on, off = torch.ones(2), quantizer(), quantizer(active=False)
-    assert not use_codes(x, on, on)  # gradients are on
-    with torch.no_grad():
-        assert use_codes(x, on, on)
-        assert not use_codes(x, on, off)
-        with torch.autocast('cpu', dtype=torch.bfloat16):
-            assert not use_codes(x, on, on)
-        observed, disabled = quantizer(), quantizer()
-        observed.observer, disabled.enabled = build_observer(on.spec), False
-        assert not use_codes(x, on, observed) and not use_codes(x, disabled, on)
-    with torch.inference_mode():
-        assert use_codes(x, on, on)
 
 
 @pytest.mark.parametrize('codes', [('log2', 2), ('log2', 4), ('log_sqrt2', 4), ('adalog', 4)])

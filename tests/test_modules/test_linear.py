@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gplq_mm.modules import QuantLinear, swap_class, weight_rows
-from gplq_mm.modules.exact import accumulator_dtype
+from gplq_mm.modules.backends.exact import accumulator_dtype
 from gplq_mm.quantizers import UncalibratedError
 from tests.helpers.layers import quantized, set_enabled, step
 from tests.helpers.reference import SCHEMES, centred, rescale

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gplq_mm.modules import QuantMatMul
-from gplq_mm.modules.exact import accumulator_dtype
+from gplq_mm.modules.backends.exact import accumulator_dtype
 from gplq_mm.quantizers import (
     FakeQuantizer,
     PerChannel,
@@ -85,11 +85,11 @@ def test_switched_off_it_is_the_float_product_bit_for_bit():
     set_enabled(matmul, False)
     assert matmul.is_float
 
-    class Product(torch.nn.Module):
+    class FloatProduct(torch.nn.Module):
         def forward(self, a, b):
             return a @ b
 
-    assert all(map(torch.equal, step(matmul, lhs, rhs), step(Product(), lhs, rhs)))
+    assert all(map(torch.equal, step(matmul, lhs, rhs), step(FloatProduct(), lhs, rhs)))
 
 
 def test_one_operand_may_be_switched_off():

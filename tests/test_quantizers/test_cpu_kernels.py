@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from gplq_mm.quantizers import cpu_kernels
-from gplq_mm.quantizers.grid import Grid
-from gplq_mm.quantizers.packed_codes import packed_backward, quantize_packed
+from gplq_mm.quantizers.fake_quantizer import Grid, quantize_packed
+from gplq_mm.quantizers.packed_codes import packed_backward
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from gplq_mm.quantizers import (
     UncalibratedError,
     build_observer,
 )
-from gplq_mm.quantizers.learned_scale import lsq_grad_factor
+from gplq_mm.quantizers.fake_quantizer import lsq_grad_factor
 from gplq_mm.quantizers.log_codes import candidate_bases, log_levels, quantize_to_levels
 from tests.helpers.reference import SCHEMES, calibrated, centred, steps
 

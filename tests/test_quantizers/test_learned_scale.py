@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gplq_mm.quantizers.fake_quantizer import lsq_grad_factor
 from gplq_mm.quantizers.functional import SCALE_EPS
 from gplq_mm.quantizers.learned_scale import (
     centered_codes_ste,
     fake_quantize_ste,
-    lsq_grad_factor,
     positive_scale_ste,
     scale_gradient,
 )

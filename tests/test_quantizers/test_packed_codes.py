@@ -6,14 +6,12 @@ import torch
 from torch import Tensor
 
 from gplq_mm.quantizers import PerRow, QuantSpec, cpu_kernels, integer_range
-from gplq_mm.quantizers.grid import Grid
+from gplq_mm.quantizers.fake_quantizer import Grid, quantize_packed, quantize_values
 from gplq_mm.quantizers.learned_scale import fake_quantize_ste, level_codes_ste
 from gplq_mm.quantizers.log_codes import default_levels
 from gplq_mm.quantizers.packed_codes import (
     RESIDUAL_ERROR,
     packed_backward,
-    quantize_packed,
-    quantize_values,
     softmax_backward,
     unpack_values,
 )

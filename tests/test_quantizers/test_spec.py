@@ -4,12 +4,12 @@ import dataclasses
 import pytest
 import torch
 
+from gplq_mm.quantizers.fake_quantizer import broadcast_shape
 from gplq_mm.quantizers.spec import (
     PerChannel,
     PerRow,
     PerTensor,
     QuantSpec,
-    broadcast_shape,
     reduce_dims,
 )
 

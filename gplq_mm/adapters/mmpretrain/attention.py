@@ -22,7 +22,7 @@ from ...conversion import (
 from ...modules import linear_with_bias, quantized_attention, swap_class
 from ...modules.attention import added
 from ...modules.dot_product_attention import DotProductAttention
-from ...modules.fused_ffn import SequentialFeedForward
+from ...modules.feed_forward import SequentialFeedForward
 from ...modules.window_attention import gathered_bias
 
 

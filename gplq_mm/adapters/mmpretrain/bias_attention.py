@@ -10,7 +10,7 @@ from torch import Tensor
 from ...conversion import register_attention, register_ffn
 from ...modules import quantized_attention
 from ...modules.attention import added
-from ...modules.fused_ffn import MlpFeedForward
+from ...modules.feed_forward import MlpFeedForward
 
 
 class BiasAttention:

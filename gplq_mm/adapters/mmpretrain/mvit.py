@@ -18,7 +18,7 @@ from ...conversion import (
     register_handler,
 )
 from ...modules import swap_class
-from ...modules.fused_ffn import MlpFeedForward
+from ...modules.feed_forward import MlpFeedForward
 from ...modules.rel_pos_attention import RelPosAttention, Size
 
 

@@ -8,7 +8,7 @@ from timm.models import beit, eva, vision_transformer
 from torch import Tensor
 
 from ...conversion import Context, register_ffn, register_roles, set_predictor_roles
-from ...modules.fused_ffn import FeedForward
+from ...modules.feed_forward import FeedForward
 
 PREDICTORS = r'^(head|head_dist|fc)$'
 """``VisionTransformer.head``, DeiT's ``head_dist``, ``ClassifierHead.fc``."""

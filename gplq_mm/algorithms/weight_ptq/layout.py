@@ -4,48 +4,27 @@
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...modules import QuantConv2d, QuantConvTranspose2d, QuantizedLayer
-from ...modules.exact import FLOAT32_EXACT, max_code
-
-_STRIP = 1 << 23
-"""Elements of an unfolded input handled at once."""
+from ...modules import QuantizedLayer
+from ...modules.backends.exact import FLOAT32_EXACT, max_code
 
 
 def is_matrix_product(layer: QuantizedLayer) -> bool:
     """Whether ``to_rows`` and ``columns`` fit: not for a transposed convolution that overlaps."""
-    if not isinstance(layer, QuantConvTranspose2d):
-        return True
-    return (
-        tuple(layer.stride) == tuple(layer.kernel_size)
-        and set(layer.padding) == {0}
-        and set(layer.dilation) == {1}
-    )
+    return layer.is_matrix_product
 
 
 def to_rows(layer: QuantizedLayer, weight: Tensor) -> Tensor:
-    """Weight as ``(groups, rows, columns)``; a row is summed with a column of the input.
-
-    Args:
-        layer: Linear, convolution or transposed convolution.
-        weight: Shape of ``layer.weight``.
-    """
-    groups = getattr(layer, 'groups', 1)
-    if isinstance(layer, QuantConvTranspose2d):  # (in, out / groups, kH, kW)
-        return weight.reshape(groups, weight.shape[0] // groups, -1).transpose(1, 2)
-    return weight.reshape(groups, weight.shape[0] // groups, -1)
+    """Weight, shape of ``layer.weight``, as ``(groups, rows, columns)``."""
+    return layer.to_matrix(weight)
 
 
 def from_rows(layer: QuantizedLayer, rows: Tensor) -> Tensor:
     """Inverse of ``to_rows``."""
-    if isinstance(layer, QuantConvTranspose2d):
-        rows = rows.transpose(1, 2)
-    return rows.reshape(layer.weight.shape)
+    return layer.from_matrix(rows)
 
 
 def rows_of_qparams(layer: QuantizedLayer, values: Tensor) -> Tensor:
@@ -53,48 +32,9 @@ def rows_of_qparams(layer: QuantizedLayer, values: Tensor) -> Tensor:
     return to_rows(layer, values.expand(layer.weight.shape))[..., :1].contiguous()
 
 
-def columns(layer: Any, x: Tensor) -> Iterator[Tensor]:
-    """Input as ``(groups, tokens, columns)``, in parts.
-
-    Args:
-        layer: As in ``to_rows``.
-        x: Input of the layer.
-    """
-    if isinstance(layer, QuantConvTranspose2d):  # each pixel meets each kernel element once
-        yield _by_group(x.flatten(2).transpose(1, 2).flatten(0, 1), layer.groups)
-    elif isinstance(layer, QuantConv2d):
-        yield from _unfolded(layer, x)
-    else:
-        yield x.reshape(1, -1, x.shape[-1])
-
-
-def _by_group(tokens: Tensor, groups: int) -> Tensor:
-    return tokens.unflatten(1, (groups, -1)).transpose(0, 1)
-
-
-def _unfolded(layer: QuantConv2d, x: Tensor) -> Iterator[Tensor]:
-    """Strips of output rows, so that the unfolded input stays small."""
-    x = x[None] if x.dim() == 3 else x
-    mode = 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode
-    x = F.pad(x, list(layer._reversed_padding_repeated_twice), mode=mode)
-    (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-    height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
-    width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
-    strip = max(1, _STRIP // max(len(x) * x.shape[1] * kh * kw * width, 1))
-    for top in range(0, height, strip):
-        count = min(strip, height - top)
-        parts = [
-            x[
-                :,
-                :,
-                i * dh + top * sh : i * dh + (top + count - 1) * sh + 1 : sh,
-                j * dw : j * dw + (width - 1) * sw + 1 : sw,
-            ]
-            for i in range(kh)
-            for j in range(kw)
-        ]
-        cols = torch.stack(parts, 2).flatten(1, 2)  # (B, C * kH * kW, count, width)
-        yield _by_group(cols.permute(0, 2, 3, 1).flatten(0, 2), layer.groups)
+def columns(layer: QuantizedLayer, x: Tensor) -> Iterator[Tensor]:
+    """Input of the layer as ``(groups, tokens, columns)``, in parts."""
+    return layer.input_columns(x)
 
 
 class CodeProducts:

@@ -10,74 +10,69 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantizers import FakeQuantizer
-from ..quantizers.first_order import first_order_only
-from ..quantizers.packed_codes import (
-    packed_backward,
-    quantize_packed,
-    quantize_values,
-    softmax_backward,
-    unpack_values,
-)
+from ....quantizers.fake_quantizer import quantize_packed, quantize_values
+from ....quantizers.first_order import first_order_only
+from ....quantizers.packed_codes import packed_backward, softmax_backward, unpack_values
+from ...dispatch import register_backend
 from .autocast import autocast_state
+from .linear import cannot_pack
 
 Logits = Callable[..., Tensor]
 _SAVED = (0, 1, 3)
 """Positions of q, k and v among the quantizers."""
 
 
-def packed_attention(
-    quantizers: Sequence[FakeQuantizer],
-    logits: Logits,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    extras: Sequence[Tensor] = (),
-) -> Tensor:
-    """``quantize(softmax(logits(quantize(q), quantize(k)))) @ quantize(v)``.
+def refusal(attention: Any, *inputs: Tensor) -> str:
+    """Why an attention is not taken; its two products are then computed one after the other."""
+    if attention.refusal:
+        return attention.refusal
+    q, k, probabilities, v = attention.quantizers
+    return cannot_pack([q, k, v], [probabilities])
+
+
+def packed_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``attention.reference(q, k, v)``: ``quantize(softmax(logits(q, k, ...))) @ quantize(v)``.
 
     Args:
-        quantizers: Active quantizers of q, k (transposed), the probabilities and v.
-        logits: ``logits(q, k, *extras)``. It may use no other tensor of the graph than its
-            arguments, and is called again in the backward pass.
+        attention: Its ``logits`` are called again in the backward pass; its ``extras`` are
+            saved as they are, they get gradients.
         q: Scaled queries, ``(B, heads, N, D)``.
         k: Transposed keys, ``(B, heads, D, M)``.
         v: Values, ``(B, heads, M, D')``.
-        extras: Further arguments of ``logits``; saved as they are, they get gradients.
 
     Returns:
         ``(B, heads, N, D')``.
     """
     shapes = (q.shape, k.shape, torch.Size((*q.shape[:-1], k.shape[-1])), v.shape)
-    operands = [x.operand(shape) for x, shape in zip(quantizers, shapes, strict=True)]
+    quantizers = attention.quantizers
+    forms = [x.packed_form(shape) for x, shape in zip(quantizers, shapes, strict=True)]
     scales = [quantizer.scale for quantizer in quantizers]
-    return _PackedAttention.apply(q, k, v, *scales, logits, operands, *extras)
+    extras = attention.extras_on_grid()
+    return _PackedAttention.apply(q, k, v, *scales, attention.logits, forms, *extras)
 
 
 class _PackedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        parameters, (logits, operands), extras = rest[:4], rest[4:6], rest[6:]
+        parameters, (logits, forms), extras = rest[:4], rest[4:6], rest[6:]
         values: list[Tensor] = []
         packed: list[Tensor] = []
         of_steps: list[Tensor | None] = []
         ends = [10]
         for x, index in zip((q, k, v), _SAVED, strict=True):
-            steps = operands[index].steps(x.float(), parameters[index])
+            steps = forms[index].steps(x.float(), parameters[index])
             on_grid, codes = quantize_packed(x.float(), *steps)
             values.append(on_grid.to(x.dtype))
             packed += codes
-            of_steps += operands[index].kept(steps)
+            of_steps += forms[index].kept(steps)
             ends.append(10 + len(packed))
-        ctx.logits, ctx.operands, ctx.dtypes = logits, operands, (q.dtype, k.dtype, v.dtype)
+        ctx.logits, ctx.forms, ctx.dtypes = logits, forms, (q.dtype, k.dtype, v.dtype)
         ctx.autocast = autocast_state(q)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*parameters, *of_steps, *packed, *extras)
         ctx.ends = ends
         weights = logits(values[0], values[1], *extras).softmax(dim=-1)
-        on_grid = quantize_values(
-            weights.float(), *operands[2].steps(weights.float(), parameters[2])
-        )
+        on_grid = quantize_values(weights.float(), *forms[2].steps(weights.float(), parameters[2]))
         return on_grid.to(weights.dtype) @ values[2]
 
     @staticmethod
@@ -86,7 +81,7 @@ class _PackedAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         parameters, extras = saved[:4], saved[ctx.ends[-1] :]
         steps = {
-            i: ctx.operands[i].kept_steps(saved[4 + 2 * n : 6 + 2 * n], parameters[i])
+            i: ctx.forms[i].kept_steps(saved[4 + 2 * n : 6 + 2 * n], parameters[i])
             for n, i in enumerate(_SAVED)
         }
         codes = {i: saved[ctx.ends[n] : ctx.ends[n + 1]] for n, i in enumerate(_SAVED)}
@@ -98,7 +93,7 @@ class _PackedAttention(torch.autograd.Function):
             )
             logits, back = _logits_with_graph(ctx.logits, q, k, extras, wanted)
             weights = logits.softmax(dim=-1)
-            steps[2] = ctx.operands[2].steps(weights.float(), parameters[2])
+            steps[2] = ctx.forms[2].steps(weights.float(), parameters[2])
             on_grid = quantize_values(weights.float(), *steps[2])
             grad = grad.contiguous()
             grad_v = on_grid.to(weights.dtype).transpose(-2, -1) @ grad
@@ -120,7 +115,7 @@ class _PackedAttention(torch.autograd.Function):
             grads.append(grad_x.to(dtype))
         of_scales = [
             o.gradient(grad_scales[i], parameters[i], steps[i].scale)
-            for i, o in enumerate(ctx.operands)
+            for i, o in enumerate(ctx.forms)
         ]
         return (*grads, *of_scales, None, None, *grad_extras)
 
@@ -140,3 +135,6 @@ def _logits_with_graph(
         return [next(found) if x.requires_grad else None for x in inputs]
 
     return out.detach(), back
+
+
+register_backend('packed', 'training', ['attention'], refusal, packed_attention)

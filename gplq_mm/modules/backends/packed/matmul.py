@@ -6,31 +6,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantizers import FakeQuantizer
-from ..quantizers.first_order import first_order_only
-from ..quantizers.functional import sum_to_shape
-from ..quantizers.grid import Operand
-from ..quantizers.packed_codes import packed_backward, quantize_packed, unpack_values
+from ....quantizers.fake_quantizer import PackedForm, quantize_packed
+from ....quantizers.first_order import first_order_only
+from ....quantizers.functional import sum_to_shape
+from ....quantizers.packed_codes import packed_backward, unpack_values
+from ...dispatch import register_backend
 from .autocast import autocast_state
+from .linear import cannot_pack
 
 
-def packed_matmul(
-    lhs_quantizer: FakeQuantizer, rhs_quantizer: FakeQuantizer, lhs: Tensor, rhs: Tensor
-) -> Tensor:
-    """``lhs_quantizer(lhs) @ rhs_quantizer(rhs)``; saves the codes of both.
+def refusal(operation: Any, lhs: Tensor, rhs: Tensor) -> str:
+    """Why a product is not taken."""
+    return cannot_pack(operation.quantizers)
+
+
+def packed_matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
+    """``operation.reference(lhs, rhs)``; saves the codes of both.
 
     Args:
-        lhs_quantizer: Active quantizer of ``lhs``.
-        rhs_quantizer: Active quantizer of ``rhs``.
+        operation: Both its quantizers are active.
         lhs: ``(..., N, K)``.
         rhs: ``(..., K, M)``; leading dimensions broadcast.
 
     Returns:
         ``(..., N, M)``.
     """
-    operands = lhs_quantizer.operand(lhs.shape), rhs_quantizer.operand(rhs.shape)
-    scales = lhs_quantizer.scale, rhs_quantizer.scale
-    return _PackedMatMul.apply(lhs, rhs, *scales, operands)
+    left, right = operation.quantizers
+    forms = left.packed_form(lhs.shape), right.packed_form(rhs.shape)
+    return _PackedMatMul.apply(lhs, rhs, left.scale, right.scale, forms)
 
 
 class _PackedMatMul(torch.autograd.Function):
@@ -41,15 +44,15 @@ class _PackedMatMul(torch.autograd.Function):
         rhs: Tensor,
         lhs_scale: Tensor,
         rhs_scale: Tensor,
-        operands: tuple[Operand, Operand],
+        forms: tuple[PackedForm, PackedForm],
     ) -> Tensor:
-        steps = operands[0].steps(lhs.float(), lhs_scale), operands[1].steps(rhs.float(), rhs_scale)
+        steps = forms[0].steps(lhs.float(), lhs_scale), forms[1].steps(rhs.float(), rhs_scale)
         left, left_packed = quantize_packed(lhs.float(), *steps[0])
         right, right_packed = quantize_packed(rhs.float(), *steps[1])
-        ctx.operands, ctx.split, ctx.dtypes = operands, len(left_packed), (lhs.dtype, rhs.dtype)
+        ctx.forms, ctx.split, ctx.dtypes = forms, len(left_packed), (lhs.dtype, rhs.dtype)
         ctx.autocast = autocast_state(lhs)
         ctx.set_materialize_grads(False)
-        of_steps = (*operands[0].kept(steps[0]), *operands[1].kept(steps[1]))
+        of_steps = (*forms[0].kept(steps[0]), *forms[1].kept(steps[1]))
         ctx.save_for_backward(lhs_scale, rhs_scale, *of_steps, *left_packed, *right_packed)
         return left.to(lhs.dtype) @ right.to(rhs.dtype)
 
@@ -57,8 +60,8 @@ class _PackedMatMul(torch.autograd.Function):
     @first_order_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         lhs_parameter, rhs_parameter, *rest = ctx.saved_tensors
-        lhs_steps = ctx.operands[0].kept_steps(rest[:2], lhs_parameter)
-        rhs_steps = ctx.operands[1].kept_steps(rest[2:4], rhs_parameter)
+        lhs_steps = ctx.forms[0].kept_steps(rest[:2], lhs_parameter)
+        rhs_steps = ctx.forms[1].kept_steps(rest[2:4], rhs_parameter)
         left, right = rest[4 : 4 + ctx.split], rest[4 + ctx.split :]
         with torch.autocast(**ctx.autocast):
             values = unpack_values(right, *rhs_steps).to(ctx.dtypes[1])
@@ -72,7 +75,10 @@ class _PackedMatMul(torch.autograd.Function):
             right, grad_rhs, rhs_steps.scale, rhs_steps.grid, ctx.needs_input_grad[3]
         )
         of_scales = (
-            ctx.operands[0].gradient(of_lhs, lhs_parameter, lhs_steps.scale),
-            ctx.operands[1].gradient(of_rhs, rhs_parameter, rhs_steps.scale),
+            ctx.forms[0].gradient(of_lhs, lhs_parameter, lhs_steps.scale),
+            ctx.forms[1].gradient(of_rhs, rhs_parameter, rhs_steps.scale),
         )
         return grad_lhs.to(ctx.dtypes[0]), grad_rhs.to(ctx.dtypes[1]), *of_scales, None
+
+
+register_backend('packed', 'training', ['matmul'], refusal, packed_matmul)

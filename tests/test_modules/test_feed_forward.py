@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from gplq_mm.modules import set_engine
-from gplq_mm.modules.fused_ffn import MlpFeedForward, SequentialFeedForward
+from gplq_mm.modules.feed_forward import MlpFeedForward, SequentialFeedForward
 from tests.helpers.layers import quantized
 from tests.helpers.saved import saved_bytes
 

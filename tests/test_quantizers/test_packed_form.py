@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gplq_mm.quantizers import FakeQuantizer, PerChannel, PerRow, PerTensor, QuantSpec
-from gplq_mm.quantizers.grid import Grid, row_grid
+from gplq_mm.quantizers.fake_quantizer import Grid
 from gplq_mm.quantizers.row_range import ROW_SLACK
 from tests.helpers.reference import SCHEMES, bounds, calibrated
 
@@ -25,10 +25,10 @@ def quantizer(bits, scheme, granularity, x, codes='uniform'):
     granularity=st.sampled_from(GRANULARITIES),
     seed=st.integers(0, 10**6),
 )
-def test_an_operand_has_the_scale_and_zero_point_of_the_reference(bits, scheme, granularity, seed):
+def test_a_form_has_the_scale_and_zero_point_of_the_reference(bits, scheme, granularity, seed):
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) + 0.3
     q = quantizer(bits, scheme, granularity, x)
-    steps = q.operand(x.shape).steps(x, q.scale.detach())
+    steps = q.packed_form(x.shape).steps(x, q.scale.detach())
     scale, zero_point = q.qparams(x)
     assert torch.equal(steps.scale, scale.detach())
     offset = torch.as_tensor(steps.grid.zero_point)
@@ -42,10 +42,10 @@ def test_an_operand_has_the_scale_and_zero_point_of_the_reference(bits, scheme, 
 def test_what_is_kept_gives_the_steps_again(granularity, scheme):
     x = torch.randn(SHAPE)
     q = quantizer(4, scheme, granularity, x)
-    operand, parameter = q.operand(x.shape), q.scale.detach()
-    steps = operand.steps(x, parameter)
-    kept = operand.kept(steps)
-    again = operand.kept_steps(kept, parameter)
+    form, parameter = q.packed_form(x.shape), q.scale.detach()
+    steps = form.steps(x, parameter)
+    kept = form.kept(steps)
+    again = form.kept_steps(kept, parameter)
     assert torch.equal(again.scale, steps.scale)
     assert torch.equal(*(torch.as_tensor(s.grid.zero_point) for s in (again, steps)))
     follows = isinstance(granularity, PerRow)
@@ -56,14 +56,14 @@ def test_what_is_kept_gives_the_steps_again(granularity, scheme):
 def test_the_parameters_gradient_is_autograds(granularity):
     x = torch.randn(SHAPE)
     q = quantizer(4, (True, False), granularity, x)
-    operand = q.operand(x.shape)
-    grad = torch.randn_like(operand.steps(x, q.scale.detach()).scale)
+    form = q.packed_form(x.shape)
+    grad = torch.randn_like(form.steps(x, q.scale.detach()).scale)
     q.qparams(x)[0].backward(grad)
-    steps = operand.steps(x, q.scale.detach())
-    found = operand.gradient(grad, q.scale.detach(), steps.scale)
+    steps = form.steps(x, q.scale.detach())
+    found = form.gradient(grad, q.scale.detach(), steps.scale)
     assert found.shape == q.scale.shape
     torch.testing.assert_close(found, q.scale.grad, rtol=1e-5, atol=1e-6)
-    assert operand.gradient(None, q.scale, steps.scale) is None
+    assert form.gradient(None, q.scale, steps.scale) is None
 
 
 @pytest.mark.parametrize('bits', range(2, 9))
@@ -78,14 +78,14 @@ def test_a_code_with_its_offset_fits_its_signed_bits(bits, signed):
 def test_slack_widens_the_bounds_on_both_sides():
     grid = Grid(-8, 7, 2.0)
     assert grid.bounds == (-10.0, 5.0)
-    assert row_grid(grid).bounds == (-10.5, 5.5)
-    per_channel = row_grid(grid._replace(zero_point=torch.tensor([2.0, 0.0])))
+    assert grid._replace(slack=ROW_SLACK).bounds == (-10.5, 5.5)
+    per_channel = grid._replace(zero_point=torch.tensor([2.0, 0.0]), slack=ROW_SLACK)
     assert [b.tolist() for b in per_channel.bounds] == [[-10.5, -8.5], [5.5, 7.5]]
 
 
-def test_an_operand_of_logarithmic_codes_has_their_table():
+def test_a_form_of_logarithmic_codes_has_their_table():
     x = torch.rand(SHAPE)
     q = quantizer(4, (False, True), PerRow(-1), x, 'log2')
-    grid = q.operand(x.shape).grid
+    grid = q.packed_form(x.shape).grid
     assert grid.levels is q.levels
-    assert quantizer(4, (False, True), PerRow(-1), x).operand(x.shape).grid.levels is None
+    assert quantizer(4, (False, True), PerRow(-1), x).packed_form(x.shape).grid.levels is None

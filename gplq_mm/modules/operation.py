@@ -1,0 +1,111 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Operation: what a computation with quantized operands can be asked for.
+
+Cost, sensitivity, PTQ and export ask these questions and need not know the classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..quantizers import FakeQuantizer
+from .engine import EngineUser
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One input of an operation that is quantized.
+
+    Attributes:
+        name: In the operation: ``input``, ``weight``, ``lhs``, ``rhs``. Its quantizer is the
+            operation's ``<name>_quantizer``.
+        quantizer: Its quantizer.
+        weight: Values that the operation holds; None for an activation.
+        suffix: What a recipe's rule appends to the operation's name: nothing for a layer,
+            ``.lhs`` or ``.rhs`` for a matrix product.
+    """
+
+    name: str
+    quantizer: FakeQuantizer
+    weight: Tensor | None = None
+    suffix: str = ''
+
+    @property
+    def kind(self) -> str:
+        """``weight`` or ``activation``."""
+        return self.quantizer.kind
+
+    @property
+    def role(self) -> str:
+        """What it is, one of ``recipe.ROLES``."""
+        return self.quantizer.role
+
+    @property
+    def shape(self) -> torch.Size | None:
+        """Shape of a weight; that of an activation changes from call to call."""
+        return None if self.weight is None else self.weight.shape
+
+
+class Codes(NamedTuple):
+    """A tensor as integers.
+
+    Attributes:
+        codes: Centred integer codes, or levels of a logarithmic code, float32.
+        scale: Broadcasts to the codes; ``codes * scale`` is the tensor on its grid.
+    """
+
+    codes: Tensor
+    scale: Tensor
+
+
+class Operation(EngineUser):
+    """Base of computations with quantized operands.
+
+    ``dispatch.compute`` runs one with the backend that fits the call. ``reference`` says what
+    the numbers are, every backend gives the same ones.
+    """
+
+    kind: ClassVar[str]
+    """``linear``, ``conv``, ``matmul``, ``attention``, ``ffn`` or ``shared_query``."""
+
+    @property
+    def quantizers(self) -> Sequence[FakeQuantizer]:
+        """Quantizers of all operands, in the order of ``operands``."""
+        return [operand.quantizer for operand in self.operands().values()]
+
+    def operands(self) -> dict[str, Operand]:
+        """Quantized operands by name, inputs in the order of the call."""
+        raise NotImplementedError
+
+    def codes(self, *inputs: Tensor) -> dict[str, Codes]:
+        """Integer codes and scales of the given inputs and of a weight, by operand name.
+
+        Args:
+            *inputs: As for ``reference``; without any, the codes of a layer's weight alone.
+
+        Raises:
+            UncalibratedError: If one of them has no scale yet.
+        """
+        operands = zip(self.operands().values(), inputs, strict=False)
+        return {o.name: Codes(*o.quantizer.codes(x)) for o, x in operands}
+
+    def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
+        """Multiply-accumulates of one call.
+
+        Args:
+            inputs: Shapes of the inputs.
+            output: Shape of the output.
+        """
+        raise NotImplementedError
+
+    def reference(self, *inputs: Any) -> Any:
+        """The operation on values on their grids, as torch's autograd differentiates it."""
+        raise NotImplementedError
+
+
+def operations(model: nn.Module) -> dict[str, Operation]:
+    """Layers and matrix products with quantized operands by name, in model order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Operation)}
