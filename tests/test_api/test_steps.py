@@ -167,7 +167,7 @@ def test_stage_2_is_that_of_the_algorithms(reference: PlainViT) -> None:
 
 
 def test_fine_tuning_aims_at_the_teacher_where_there_is_one() -> None:
-    recipe = dict(weight=dict(ptq=['mse', dict(type='finetune', lr=0.01)]), **MINMAX)
+    recipe = {**MINMAX, 'weight': dict(ptq=['mse', dict(type='finetune', lr=0.01)])}
     model = calibrated(recipe)
     other = copy.deepcopy(model)
     assert gplq_mm.quantize_weights(model, X.split(8), teacher=plain_vit()).notes == []
