@@ -13,7 +13,7 @@ from torch import nn
 
 from ..conversion import quantizers
 
-TRAIN = ('all', 'attention', 'projection', 'none')
+TRAIN = ('all', 'attention', 'projection', 'vectors', 'none')
 _ATTENTION = ('attn', 'attention', 'self_attn', 'cross_attn')
 _PROJECTION = ('proj', 'out_proj')
 
@@ -26,8 +26,8 @@ def choose_trained_(model: nn.Module, train: str | Sequence[str]) -> list[str]:
     Args:
         model: Converted model; changed in place.
         train: ``all``; ``attention`` for all weights inside attention modules;
-            ``projection`` for their output projections; ``none`` for the scales alone; or
-            shell patterns of parameter names.
+            ``projection`` for their output projections; ``vectors`` for biases, normalization
+            and LayerScale; ``none`` for the scales alone; or shell patterns of parameter names.
 
     Returns:
         Names of the weights that train.
@@ -37,7 +37,10 @@ def choose_trained_(model: nn.Module, train: str | Sequence[str]) -> list[str]:
     """
     scales = {id(p) for q in quantizers(model).values() for p in q.parameters()}
     weights = {n: p for n, p in model.named_parameters() if id(p) not in scales}
-    chosen = _chosen(list(weights), train)
+    if train == 'vectors':
+        chosen = {name for name, parameter in weights.items() if parameter.dim() == 1}
+    else:
+        chosen = _chosen(list(weights), train)
     for name, parameter in weights.items():
         if name not in chosen:
             parameter.requires_grad_(False)

@@ -30,7 +30,7 @@ def quantize_weights(
         loader: Images, see ``gplq_mm.calibrate``; GPTQ, which our presets use, needs them.
         forward_loop: In place of a loader, see ``gplq_mm.calibrate``.
         teacher: The float model, whose features ``finetune`` aims at; those of the stage-1
-            model without it. Give a loader of more images then: it takes up to 1 024.
+            model without it. Give a loader of more images then: it takes up to 512.
 
     Returns:
         Error of each layer's weight (``result.summary``), and what compensation found.

@@ -50,8 +50,10 @@ class OptimSettings(Section):
     weight_decay: float = setting('decay of the weights', minimum=0)
     scale_weight_decay: float = setting('decay of the scales, for absolute steps', minimum=0)
     betas: tuple[float, float] | Literal['auto'] = setting("Adam's betas", minimum=0, below=1)
-    train: Literal['all', 'attention', 'projection', 'none'] | tuple[str, ...] = setting(
-        'weights that train, or patterns of their names; scales always do', 'all'
+    train: Literal['all', 'attention', 'projection', 'vectors', 'none'] | tuple[str, ...] = setting(
+        'weights that train (vectors: biases, normalization, LayerScale), or patterns of their '
+        'names; scales always do',
+        'all',
     )
     drop_rates: Literal['keep', 'off', 'auto'] = setting(
         "dropout and stochastic depth: the float model's, or none", 'keep'

@@ -55,6 +55,7 @@ def scales(model: nn.Module) -> set[str]:
         ('all', r'.*'),
         ('attention', r'\d\.attn\.(qkv|proj)\.(weight|bias)'),
         ('projection', r'\d\.attn\.proj\.(weight|bias)'),
+        ('vectors', r'.*(norm\.weight|bias)'),
         ('none', r'nothing'),
         (['*.norm.*', '1.ffn.weight'], r'\d\.norm\..*|1\.ffn\.weight'),
     ],
