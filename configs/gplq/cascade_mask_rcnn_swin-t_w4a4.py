@@ -1,4 +1,4 @@
-# Cascade Mask R-CNN, Swin-T, COCO. Float: 50.4 box / 43.7 mask AP. `load_from` is the file that
+# Cascade Mask R-CNN, Swin-T, COCO. Float: 50.4 box / 43.7 mask AP. `load_from` is the file
 # `python tools/model_converters/swin_to_gplq.py` writes for Swin's own public checkpoint.
 _base_ = [
     './_base_/cascade_mask_rcnn_swin-t_coco.py',

@@ -1,4 +1,4 @@
-# DeiT III-B, ImageNet-1k. Float (its paper): 83.8 top-1. `load_from` is the file that
+# DeiT III-B, ImageNet-1k. Float (its paper): 83.8 top-1. `load_from` is the file
 # `python tools/model_converters/timm_to_mmpretrain.py` writes for its public checkpoint,
 # https://dl.fbaipublicfiles.com/deit/deit_3_base_224_1k.pth, with --config THIS_CONFIG.
 _base_ = [

@@ -1,4 +1,4 @@
-# GPLQ as in the paper (arXiv 2506.11784): signed per-channel activations, one image per GPU, one epoch
+# GPLQ of the paper (arXiv 2506.11784): signed per-channel activations, one image per GPU, one epoch
 # of AdamW at a constant 5e-6 without weight decay (the recipe's own).
 _base_ = './mask_rcnn_swin-t_w4a4.py'
 model = dict(recipe='gplq_w4a4_paper')

@@ -1,4 +1,4 @@
-# Mask R-CNN, plain ViT-B (ViTDet), COCO. Float: 51.6 box / 45.7 mask AP. `load_from` is the file that
+# Mask R-CNN, plain ViT-B (ViTDet), COCO. Float: 51.6 box / 45.7 mask AP. `load_from` is the file
 # `python tools/model_converters/vitdet_to_gplq.py` writes for mmdet's public checkpoint.
 _base_ = [
     './_base_/mask_rcnn_vit-b_coco.py',

@@ -1,4 +1,4 @@
-# ViT-S/16, ImageNet-1k. Float (timm): 81.4 top-1. `load_from` is the file that
+# ViT-S/16, ImageNet-1k. Float (timm): 81.4 top-1. `load_from` is the file
 # `python tools/model_converters/timm_to_mmpretrain.py` writes for timm's public checkpoint.
 _base_ = [
     './_base_/vit-s_imagenet.py',

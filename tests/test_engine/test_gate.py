@@ -90,7 +90,9 @@ def test_ruined_scales_stop_and_their_role_is_named_first(
 
     monkeypatch.setattr('gplq_mm.engine.session.check_start', ruined)
     settings = {**RECIPE, 'base': 'w8a8', 'gate': {'max_feature_error': 0.005}}
-    with pytest.raises(ValueError, match=r'the largest error: post_gelu \(feature error .* 2 operands'):
+    with pytest.raises(
+        ValueError, match=r'the largest error: post_gelu \(feature error .* 2 operands'
+    ):
         calibrated(gplq_config(project, fp32, tmp_path, settings))
 
 
