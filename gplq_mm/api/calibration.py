@@ -122,11 +122,13 @@ def passes(
     return images.run_pass(model), few.run_pass(model)
 
 
-def _require_enough(images: CalibrationBatches, wanted: int, settings: CalibrationSettings) -> None:
+def _require_enough(
+    images: CalibrationBatches, requested: int, settings: CalibrationSettings
+) -> None:
     found = len(images.images)
-    if found < wanted and not settings.all_if_fewer:
+    if found < requested and not settings.all_if_fewer:
         raise ValueError(
-            f'the recipe asks for {wanted} calibration images, the loader gives {found}; give '
+            f'the recipe asks for {requested} calibration images, the loader gives {found}; give '
             f'more, or write recipe=dict(calibration=dict(num_images={found}))'
         )
     batches = -(-found // images.batch_size)

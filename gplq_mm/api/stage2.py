@@ -40,8 +40,8 @@ def quantize_weights(
         number = state.recipe.after_training.num_images
         if number is not None:  # the recipe's number, or all
             settings = settings.change(all_if_fewer=True)
-        wanted = number or settings.num_images
-        run_pass, _ = passes(model, loader, forward_loop, settings, wanted)
+        requested = number or settings.num_images
+        run_pass, _ = passes(model, loader, forward_loop, settings, requested)
     result = run_stage2(model, state.recipe, run_pass, logger=LOGGER, seed=settings.seed)
     state.stage = STAGE2
     return result

@@ -91,5 +91,5 @@ def as_table(findings: Sequence[Finding], runs: dict[str, bool]) -> str:
     lines += ['', *(f'{task}: {"can run" if can else "CANNOT RUN"}' for task, can in runs.items())]
     mends = dict.fromkeys(f.mend for f in findings if f.mend)
     if mends:
-        lines += ['', 'to mend it:', *(f'  {mend}' for mend in mends)]
+        lines += ['', 'to fix it:', *(f'  {mend}' for mend in mends)]
     return '\n'.join(lines)

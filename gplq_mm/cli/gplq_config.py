@@ -101,7 +101,7 @@ def is_classifier(cfg: Config) -> bool:
 def epochs_of_stage1(cfg: Config) -> tuple[int, str]:
     """Number of epochs of a classifier, with the reason: one, or enough for a few hundred steps.
 
-    A detector has thousands of tokens an image; a classifier with few images has to see them
+    A detector has thousands of tokens per image; a classifier with few images has to see them
     repeatedly (measured: ``docs/accuracy_trials.md``).
     """
     try:

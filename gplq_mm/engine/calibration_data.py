@@ -89,8 +89,8 @@ class CalibrationSet:
             ValueError: As for the class.
         """
         other = copy.copy(self)
-        wanted = min(most, len(self.dataset)) if num_images is None else num_images
-        other._choose(wanted, batch_size, section)
+        requested = min(most, len(self.dataset)) if num_images is None else num_images
+        other._choose(requested, batch_size, section)
         return other
 
     def others(self, batches: int) -> list[Any]:

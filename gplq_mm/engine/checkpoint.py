@@ -191,8 +191,8 @@ def _require_same_recipe(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
     )
 
 
-def _differences(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    found = recipe_difference(made_with, wanted)
+def _differences(made_with: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    found = recipe_difference(made_with, expected)
     return [d for d in found if not d.startswith(_TRAINING_ONLY)]
 
 

@@ -104,7 +104,7 @@ class Gate:
                 self._outputs(self.images.load(0))  # the same batch on all ranks
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a project's own model raises
+        except Exception as error:  # a project's model may raise anything
             return repr(error)
         return None
 

@@ -50,7 +50,7 @@ def _flip_model(cfg: Config) -> ConfigDict:
     network = cfg.model.get('model') or cfg.model
     if 'tta_model' not in cfg and (network.get('roi_head') or network).get('mask_head') is not None:
         raise ConfigError(
-            '--tta: mmdet merges boxes, not masks; give a tta_model of your own in the config, or '
+            '--tta: mmdet merges boxes, not masks; give your own tta_model in the config, or '
             'test without --tta'
         )
     nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)

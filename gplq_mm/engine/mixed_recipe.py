@@ -107,8 +107,8 @@ def assign(run: SensitivityRun, budget: Budget) -> dict[str, int]:
 
 def uniform(run: SensitivityRun, weight: int, activation: int) -> dict[str, int]:
     """Bits by key of a uniform setting; operands that a rule pins keep their bits."""
-    wanted = {'weight': weight, 'activation': activation}
-    return {k: o.num_bits if o.pinned else wanted[o.kind] for k, o in run.operands.items()}
+    by_kind = {'weight': weight, 'activation': activation}
+    return {k: o.num_bits if o.pinned else by_kind[o.kind] for k, o in run.operands.items()}
 
 
 def mean_bits(run: SensitivityRun, bits: Mapping[str, int], kind: str) -> float | None:
@@ -275,7 +275,7 @@ def _bops_of(run: SensitivityRun, text: str) -> float:
         return float(text) * 1e9
     except ValueError:
         raise ValueError(
-            f'--bops {text!r}: write billions of bit operations an image, such as 12.5, or a '
+            f'--bops {text!r}: write billions of bit operations per image, such as 12.5, or a '
             'uniform setting, such as w3a3'
         ) from None
 

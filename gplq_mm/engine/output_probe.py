@@ -32,8 +32,8 @@ class OutputProbe:
     def __init__(self, model: Any, images: CalibrationSet) -> None:
         self.model = model
         self.metric, self.outputs_of = build_comparison(model, 'sqnr')
-        wanted = DETECTOR_IMAGES if model.gplq.is_detector else CLASSIFIER_IMAGES
-        self.batches = images.others(-(-wanted // len(images.batches[0])))
+        requested = DETECTOR_IMAGES if model.gplq.is_detector else CLASSIFIER_IMAGES
+        self.batches = images.others(-(-requested // len(images.batches[0])))
         self.before = self._first_outputs()
 
     def sqnr_db(self) -> float | None:
@@ -50,7 +50,7 @@ class OutputProbe:
         was_training = self.model.training
         try:
             return self._outputs()
-        except Exception as error:  # whatever a project's own head raises
+        except Exception as error:  # a project's head may raise anything
             print_log(f'output SQNR is left out: {error!r}', logger='current')
             self.model.train(was_training)
             return []

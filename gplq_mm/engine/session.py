@@ -172,7 +172,7 @@ class GPLQSession:
             self.report.update('stage2', feature_error=error)
             print_log(f'feature error after both stages: {error:.3g}', logger='current')
 
-    def _score_fp32(self, wanted: bool, float_state: Mapping[str, torch.Tensor]) -> None:
+    def _score_fp32(self, scored: bool, float_state: Mapping[str, torch.Tensor]) -> None:
         calibrated = {k: v.clone() for k, v in self.model.state_dict().items() if k in float_state}
         self.model.load_state_dict(float_state, strict=False)  # calibration fits weights
         set_quantization(self.model, False)
@@ -180,7 +180,7 @@ class GPLQSession:
         metrics: dict[str, float] = {}
         with StageMeter() as meter:
             meter.sample_after(self.model.register_forward_hook)
-            if wanted and self.runner.val_loop is not None:
+            if scored and self.runner.val_loop is not None:
                 metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
         set_quantization(self.model, True)
         self.model.load_state_dict(calibrated, strict=False)

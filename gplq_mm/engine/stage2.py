@@ -41,12 +41,14 @@ def stage2_set(cfg: Config, recipe: RecipeLike, calibration: CalibrationSet) -> 
         recipe: Resolved recipe; ``stage2.num_images`` decides.
         calibration: Used if the recipe gives no number.
     """
-    wanted = as_recipe(recipe).after_training.num_images
-    if wanted is None or wanted == len(calibration.indices):
+    requested = as_recipe(recipe).after_training.num_images
+    if requested is None or requested == len(calibration.indices):
         return calibration
-    number = min(wanted, len(calibration.dataset))
-    if number < wanted:
-        print_log(f'stage 2: {wanted} images asked for, the training set has {number}', 'current')
+    number = min(requested, len(calibration.dataset))
+    if number < requested:
+        print_log(
+            f'stage 2: {requested} images asked for, the training set has {number}', 'current'
+        )
     return CalibrationSet.of_recipe(cfg, recipe, number)
 
 

@@ -146,8 +146,8 @@ class BitSteps:
         added = ', '.join(f'{role} {bits} bits' for role, bits in now['bits'].items())
         print_log(
             f'gate: {added}: feature error {before["feature_error"]:.2g} -> '
-            f'{now["feature_error"]:.2g}, {now["bops"] / 1e9:.4g} G bit operations in place of '
-            f'{first["bops"] / 1e9:.4g} G, {now["model_bytes"] / 2**20:.2f} MiB in place of '
+            f'{now["feature_error"]:.2g}, {now["bops"] / 1e9:.4g} G bit operations instead of '
+            f'{first["bops"] / 1e9:.4g} G, {now["model_bytes"] / 2**20:.2f} MiB instead of '
             f'{first["model_bytes"] / 2**20:.2f}',
             logger='current',
         )

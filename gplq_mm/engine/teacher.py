@@ -72,8 +72,8 @@ def pca_images(calibration: CalibrationSet) -> Images:
     """
 
     def images(num_images: int | None) -> CalibrationSet:
-        wanted = min(PCA_IMAGES, len(calibration.dataset)) if num_images is None else num_images
-        batch = max(1, min(PCA_BATCH, wanted // world()[1]))  # a batch for every rank
+        requested = min(PCA_IMAGES, len(calibration.dataset)) if num_images is None else num_images
+        batch = max(1, min(PCA_BATCH, requested // world()[1]))  # a batch for every rank
         return calibration.sample(num_images, batch, PCA_IMAGES, 'mimic')
 
     return images

@@ -46,7 +46,7 @@ class GPLQState:
 
 _NESTED = (
     "GPLQ: with model=..., mmdet's init_detector does not find cfg.model.backbone; call it with "
-    'cfg_options={}, or write the flat form: float_type=... in place of _delete_ and model'
+    'cfg_options={}, or write the flat form: float_type=... instead of _delete_ and model'
 )
 
 

@@ -41,8 +41,8 @@ def resolve_mimic(
             model cannot use.
     """
     given = mimic_terms(mimic)
-    wanted = [t for term in given for t in _expanded(term, is_detector, has_penultimate)]
-    found = [_term(term, is_detector) for term in wanted]
+    concrete = [t for term in given for t in _expanded(term, is_detector, has_penultimate)]
+    found = [_term(term, is_detector) for term in concrete]
     terms = [term for term in found if term is not None]
     if not terms:
         return None
@@ -58,7 +58,7 @@ def resolve_mimic(
 
 
 def _expanded(term: MimicTerm, is_detector: bool, has_penultimate: bool) -> list[MimicTerm]:
-    """The terms that ``auto`` stands for."""
+    """The terms that replace ``auto`` and ``paper``."""
     if term.type != 'auto':
         return [term]
     if is_detector:

@@ -47,12 +47,12 @@ class LogitsTerm:
 
     def __call__(self, student: Recording, teacher: Recording) -> Tensor:
         """The unweighted loss of a student's and a teacher's forward pass, a scalar."""
-        ours, theirs = student.logits(), teacher.logits()
+        student_values, teacher_values = student.logits(), teacher.logits()
         losses = [
             (self.of_several if student.is_multi_label(task) else self.of_one)(
-                ours[task], theirs[task]
+                student_values[task], teacher_values[task]
             )
-            for task in theirs
+            for task in teacher_values
         ]
         return torch.stack(losses).sum()
 
@@ -112,8 +112,8 @@ class PCATerm:
                 "the PCA basis was never fitted; add custom_hooks=[dict(type='gplq_mm.GPLQHook')]"
             )
         layer = self.settings['layer']
-        ours, theirs = student.samples(layer), teacher.samples(layer)
-        return self._loss.to(ours.device)(ours, theirs)
+        student_values, teacher_values = student.samples(layer), teacher.samples(layer)
+        return self._loss.to(student_values.device)(student_values, teacher_values)
 
 
 def build_term(settings: Mapping[str, Any]) -> FeatureTerm | LogitsTerm | PCATerm:

@@ -71,7 +71,7 @@ def _of_width(width: float, is_former: bool) -> dict[tuple[str, str], Any]:
 
 
 def settle_auto(recipe: RecipeLike, is_detector: bool, width: float | None = None) -> Recipe:
-    """The recipe with numbers in place of ``auto``.
+    """The recipe with ``auto`` replaced by numbers.
 
     Args:
         recipe: As for ``as_recipe``.

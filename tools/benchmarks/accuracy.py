@@ -195,8 +195,8 @@ class Benchmark:
         names = ('model', 'dataset', *(('seed',) if row.is_transfer else ()))
         key = [*(row.key[name] for name in names), row.job['checkpoint_sha256']]
         for known in self.rows.values():
-            theirs = [*(known[name] for name in names), known.get('checkpoint_sha256')]
-            if theirs == key and known['fp32'] is not None:
+            known_key = [*(known[name] for name in names), known.get('checkpoint_sha256')]
+            if known_key == key and known['fp32'] is not None:
                 return known['fp32']
         return None
 
@@ -223,8 +223,8 @@ class Benchmark:
 
 def chosen(rows: list[dict[str, Any]], planned: list[Row]) -> Iterator[dict[str, Any]]:
     """The stored rows that the command line selects."""
-    wanted = {row_key(row.key) for row in planned}
-    return (row for row in rows if row_key(row) in wanted)
+    selected = {row_key(row.key) for row in planned}
+    return (row for row in rows if row_key(row) in selected)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -44,8 +44,8 @@ class Recipe:
 
     def preset(self, bits: str) -> str:
         """Name of the preset that the recipe starts from at these bits."""
-        wanted = f'gplq_{bits}_paper' if self.family == 'paper' else bits
-        return wanted if wanted in PRESETS else {'paper': PAPER, 'ours': 'w4a4'}[self.family]
+        preset = f'gplq_{bits}_paper' if self.family == 'paper' else bits
+        return preset if preset in PRESETS else {'paper': PAPER, 'ours': 'w4a4'}[self.family]
 
     def resolve(self, bits: str, batch_size: int) -> dict[str, Any]:
         """The full GPLQ recipe at `bits`.

@@ -39,11 +39,11 @@ import json, sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pip._vendor.packaging.requirements import Requirement
 for line in json.loads(sys.argv[1]):
-    wanted = Requirement(line)
+    required = Requirement(line)
     try:
-        found = distribution(wanted.name)
+        found = distribution(required.name)
         complete = found.read_text('INSTALLER') and found.read_text('RECORD')
-        if not complete or not wanted.specifier.contains(found.version, prereleases=True):
+        if not complete or not required.specifier.contains(found.version, prereleases=True):
             print(line)
     except PackageNotFoundError:
         print(line)
@@ -66,16 +66,16 @@ class Step:
 
     Attributes:
         title: Description, with its duration.
-        wanted: Requirement lines that it installs.
+        requirements: Requirement lines that it installs.
         smoke: Code that must run in the environment afterwards.
-        pip: Arguments of `pip install`; `wanted` if empty.
+        pip: Arguments of `pip install`; `requirements` if empty.
         environ: Gives the variables for `pip` and `smoke`; called when the step runs.
         adopt: Whether `smoke` alone decides, so that another version than the pinned one is kept.
         repeat: Whether it always runs: only the stamp tells if its sources changed.
     """
 
     title: str
-    wanted: tuple[str, ...]
+    requirements: tuple[str, ...]
     smoke: str
     pip: tuple[str, ...] = ()
     environ: Callable[[Environment], dict[str, str]] = lambda environment: {}
@@ -126,7 +126,7 @@ class Environment:
 
     def unmet(self, step: Step) -> str | None:
         """List the requirement lines that are not met; None if the environment does not run yet."""
-        return self.ask(UNMET, json.dumps(step.wanted))
+        return self.ask(UNMET, json.dumps(step.requirements))
 
     def works(self, step: Step) -> bool:
         """Run a step's smoke code."""
@@ -143,7 +143,7 @@ class Environment:
 
     def pip_line(self, step: Step, *options: str) -> list[str]:
         """Compose the command of a step."""
-        words = step.pip or step.wanted
+        words = step.pip or step.requirements
         return [*self.pip, 'install', '--no-input', '-c', str(REFERENCE), *options, *words]
 
     def install(self, step: Step) -> None:
@@ -159,22 +159,22 @@ class Environment:
         if options:
             self.forget_wheels(step)
         self.run(self.pip_line(step, *options), step.environ(self))
-        self.mend_opencv()
+        self.repair_opencv()
         if not self.works(step) and 'Building wheel' not in self.read_log():
             say('      a wheel cached by pip does not work here: building again')
             self.forget_wheels(step)
             self.run(self.pip_line(step, '--force-reinstall'), step.environ(self))
-            self.mend_opencv()
+            self.repair_opencv()
         if not self.works(step):
             sys.exit(f'installed, but this does not run in {self.python}:\n{step.smoke}')
 
     def forget_wheels(self, step: Step) -> None:
         """Delete the wheels that pip built for a step and cached."""
-        for line in step.wanted:
+        for line in step.requirements:
             name = distribution_name(line)
             subprocess.run([*self.pip, 'cache', 'remove', name], capture_output=True)
 
-    def mend_opencv(self) -> None:
+    def repair_opencv(self) -> None:
         """Install OpenCV's headless build if libGL is missing (servers, containers)."""
         if self.ask(UNMET, '["opencv-python"]') != '' or self.ask('import cv2') is not None:
             return
