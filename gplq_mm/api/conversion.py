@@ -21,7 +21,7 @@ def quantize(
     strict: bool = False,
     engine: str | Mapping[str, Any] | Engine = 'fused',
 ) -> CoverageReport:
-    """Attach quantizers to a float model, in place; its output is unchanged until calibration.
+    """Attach quantizers to a float model, in place. It has to be calibrated before it runs.
 
     Classes of layers are swapped in place: the model keeps its type and keys, and quantizer
     state is added. Operations that stay float are logged as warnings of the logger ``gplq_mm``.

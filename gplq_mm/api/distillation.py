@@ -183,7 +183,7 @@ def distill(
 ) -> Distillation:
     """The loss terms that the recipe's ``mimic`` describes, for any training loop.
 
-    For a classifier with the ``wXaY`` presets: divergence of the class distributions, and the
+    For a classifier with a preset such as w4a4: divergence of the class distributions, and the
     relative error of the penultimate feature (the input of the layers that compute the scores).
     Create it once, before the loop::
 

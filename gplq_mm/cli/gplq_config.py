@@ -20,7 +20,7 @@ from ..recipe.auto_settings import AUTO, MEASURED_ITERATIONS
 
 HOOK = "dict(type='gplq_mm.GPLQHook')"
 MOST_EPOCHS = 20
-"""Most epochs, for a classifier with very few images; ten were measured
+"""Largest number of epochs, for a classifier with very few images; ten were measured
 (``docs/accuracy_trials.md``)."""
 
 

@@ -107,7 +107,7 @@ class CalibrationSet:
         return [self.collate([self.dataset[i] for i in part]) for part in parts[rank::ranks]]
 
     def following(self, num_images: int) -> 'CalibrationSet':
-        """The next images of the random order; the same number with any number of ranks.
+        """The next images of the random order; the number counts over all ranks.
 
         Args:
             num_images: Largest number of images; the first ones of this set if the training set has

@@ -103,8 +103,9 @@ def load_config(path: str | Path) -> Config:
 def set_resume(cfg: Config, resume: str | None) -> str | None:
     """Decide what a training starts from.
 
-    MMEngine ignores ``load_from`` with ``resume`` and starts from random weights if the work
-    dir has no checkpoint; here ``load_from`` is used then.
+    With ``resume`` and an empty ``load_from`` MMEngine resumes from the latest checkpoint of the
+    work dir, or starts from random weights if there is none. Here a given ``load_from`` is used if
+    there is none.
 
     Args:
         cfg: Config with its ``work_dir``; changed in place.
