@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """GPLQ: quantization of vision transformers, with torch alone or inside the OpenMMLab libraries.
 
-Importing this package needs no library at all, its functions need torch (``docs/api.md``).
-Whatever knows another library is imported when a config or a model names it.
+Importing the package needs no other library; its functions need torch (``docs/api.md``). Code that
+needs another library is imported when a config or a model uses it.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -13,7 +13,7 @@ from gplq_mm.version import __version__
 COMMANDS = {
     'init': 'write a GPLQ config for a trained float model',
     'recipe': 'print a preset with a comment for each key, or a JSON schema of recipes',
-    'doctor': 'list the installed libraries, what clashes, and the line that mends it',
+    'doctor': 'list the installed libraries, conflicts, and the command that fixes each',
 }
 
 
@@ -21,7 +21,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
     """Build the parser; only the chosen sub-command is imported.
 
     Args:
-        command: First word of the command line, which need not be a sub-command.
+        command: First word of the command line; it may be no sub-command.
     """
     parser = argparse.ArgumentParser(prog='python -m gplq_mm')
     parser.add_argument('--version', action='version', version=__version__)
@@ -36,7 +36,7 @@ def build_parser(command: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sub-command; a user's mistake ends in one line, not in a traceback.
+    """Run a sub-command; an error of the user is reported in one line without a traceback.
 
     Args:
         argv: Command line without the program; `sys.argv[1:]` if None.

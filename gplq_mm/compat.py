@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which of the libraries we build upon are there, fit each other, and how to mend it if not.
+"""Check which required libraries are installed and compatible, and how to fix what is not.
 
 Everything is found by import and by feature, never by distribution name: `mmcv` may come from
 `mmcv`, `mmcv-full` or a source tree, and only `import mmcv.ops` tells whether it has operators.
@@ -24,14 +24,14 @@ _ASKS_FOR = re.compile(r'[Pp]lease install (\w+)\s*(>=[^,\s]+),\s*(<[\w.]*\w)')
 
 @dataclass(frozen=True)
 class Finding:
-    """State of one component.
+    """State of one library.
 
     Attributes:
         name: Import name, or `python`.
-        version: What it calls its version; empty where it is missing.
+        version: Its own version string; empty if it is missing.
         state: `ok`, `missing` or `clashes`.
-        why: Reason for the state, or a remark on a component that is ok.
-        mend: Shell line that mends it; empty where it is ok.
+        why: Reason for the state, or a remark if it is ok.
+        mend: Shell command that fixes it; empty if it is ok.
     """
 
     name: str
@@ -47,9 +47,9 @@ class Component:
 
     Attributes:
         name: Import name.
-        install: Shell line that installs a version which fits the others.
-        probe: Called with the imported module; returns a remark, raises where a feature fails.
-        repair: Shell line for the case that it is there and does not work; `install` if empty.
+        install: Shell command that installs a version compatible with the others.
+        probe: Called with the imported module; returns a remark, raises if a feature fails.
+        repair: Shell command if it is installed and does not work; `install` if empty.
     """
 
     name: str
@@ -81,7 +81,7 @@ def _probe_torchvision(torchvision: ModuleType) -> str:
 
 
 def _probe_numpy(numpy: ModuleType) -> str:
-    if is_installed('torch'):  # a torch built for numpy 1 cannot read arrays of numpy 2
+    if is_installed('torch'):  # a torch built for NumPy 1 cannot read arrays of NumPy 2
         import_module('torch').from_numpy(numpy.zeros(1))
     return ''
 
@@ -91,12 +91,12 @@ def _probe_mmcv(mmcv: ModuleType) -> str:
 
     Raises:
         ImportError: There are no operators, or they were built for another torch.
-        RuntimeError: torch sees a GPU, the operators know the CPU only.
+        RuntimeError: torch has a GPU, the operators support the CPU only.
     """
     ops = import_module('mmcv.ops')
     cuda = ops.get_compiling_cuda_version()
     if cuda == 'not available' and import_module('torch').cuda.is_available():
-        raise RuntimeError('torch sees a GPU, but the operators were built for the CPU only')
+        raise RuntimeError('torch has a GPU, but the operators were built for the CPU only')
     return f'operators: {"CPU" if cuda == "not available" else f"CUDA {cuda}"}'
 
 
@@ -120,7 +120,7 @@ def _probe_mmpretrain(mmpretrain: ModuleType) -> str:
 
 
 def _import_beside_transformers(name: str) -> None:
-    """Models of mmpretrain 1.2, none of which is there where the multimodal ones fail.
+    """Import the models of mmpretrain 1.2: all fail to import if its multimodal models fail.
 
     Raises:
         RuntimeError: No model of the library can be imported.
@@ -130,7 +130,7 @@ def _import_beside_transformers(name: str) -> None:
     except (ImportError, TypeError) as error:
         version = _distribution_version('transformers')
         raise RuntimeError(
-            f'{name} does not import beside transformers {version} ({error}). '
+            f'{name} does not import with transformers {version} ({error}). '
             'Please install transformers>=4.28, <4.50.'
         ) from error
 
@@ -148,14 +148,14 @@ COMPONENTS = (
 
 
 def mending_line(message: str, default: str) -> str:
-    """Turn an OpenMMLab version assertion into the pip line that satisfies it.
+    """Turn an OpenMMLab version assertion into the pip command that satisfies it.
 
     Args:
-        message: Text of the assertion that `mmdet/__init__.py` or `mmpretrain/__init__.py` makes.
-        default: Line to use where the text asks for nothing.
+        message: Text of the assertion in `mmdet/__init__.py` or `mmpretrain/__init__.py`.
+        default: Command if the text requires no version.
 
     Returns:
-        A shell line.
+        A shell command.
 
     Example:
         >>> mending_line('MMEngine==1.0 is used. Please install mmengine>=0.7.1, <1.0.0.', '')
@@ -170,7 +170,7 @@ def mending_line(message: str, default: str) -> str:
 
 
 def inspect_component(component: Component) -> Finding:
-    """Import a component, run its probe, and report whatever comes of it.
+    """Import a component, run its probe, and report the result.
 
     Args:
         component: Entry of `COMPONENTS`.
@@ -182,14 +182,14 @@ def inspect_component(component: Component) -> Finding:
         module = import_module(name)
         version = str(getattr(module, '__version__', '')) or _distribution_version(name)
         return Finding(name, version, OK, component.probe(module))
-    except Exception as error:  # a broken binary raises anything: OSError, RuntimeError, ...
+    except Exception as error:  # a broken binary can raise anything: OSError, RuntimeError, ...
         text = ' '.join(str(error).split())
         why = f'{type(error).__name__}: {text}'
         return Finding(name, _distribution_version(name), CLASHES, why, _mend(component, error))
 
 
 def _mend(component: Component, error: Exception) -> str:
-    """Choose the shell line for a component that is there and fails to import."""
+    """Choose the shell command for a component that is installed and fails to import."""
     default = component.repair or component.install
     if isinstance(error, ModuleNotFoundError) and error.name:
         root = error.name.split('.')[0]
@@ -200,7 +200,7 @@ def _mend(component: Component, error: Exception) -> str:
 
 
 def _distribution_version(name: str) -> str:
-    """Version from the metadata: what is left to ask where the import fails."""
+    """Version from the metadata, for a library that fails to import."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -211,13 +211,13 @@ def check_versions(*names: str) -> None:
     """Refuse versions that cannot work together, before any long work.
 
     Args:
-        names: Import names that must be there, such as `'mmdet'`. The others are looked at only
-            where they are installed.
+        names: Import names that are required, such as `'mmdet'`. Others are only checked if they
+            are installed.
 
     Raises:
-        ValueError: A name is none of `COMPONENTS`.
-        ImportError: Something needed is missing, or something installed clashes; the message has
-            one line for each, with the shell line that mends it.
+        ValueError: A name is not in `COMPONENTS`.
+        ImportError: A required library is missing, or an installed one is incompatible; the message
+            has one line for each, with the shell command that fixes it.
     """
     known = [component.name for component in COMPONENTS]
     unknown = [name for name in names if name not in known]
@@ -226,5 +226,5 @@ def check_versions(*names: str) -> None:
     findings = [inspect_component(component) for component in COMPONENTS]
     bad = [f for f in findings if f.state == CLASHES or (f.state == MISSING and f.name in names)]
     if bad:
-        lines = [f'{f.name} {f.version}: {f.why}\n  mend: {f.mend}' for f in bad]
+        lines = [f'{f.name} {f.version}: {f.why}\n  fix: {f.mend}' for f in bad]
         raise ImportError('the installed libraries do not fit:\n' + '\n'.join(lines))

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""`python -m gplq_mm.doctor`, short for `python -m gplq_mm doctor`."""
+"""`python -m gplq_mm.doctor`, short form of `python -m gplq_mm doctor`."""
 
 import sys
 

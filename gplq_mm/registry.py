@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Child registries of MMEngine's, so that `type='gplq_mm.X'` works in any config.
 
-MMEngine imports ``gplq_mm.registry`` by itself when a config names the scope
+MMEngine imports ``gplq_mm.registry`` automatically when a config names the scope
 ``gplq_mm``, and each registry then imports its ``locations``; no
 ``custom_imports`` line is needed.
 """

@@ -1,4 +1,4 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The one place that states the version."""
+"""The version of the package; no other file states it."""
 
 __version__ = '0.1.0'

@@ -63,7 +63,7 @@ def test_models_that_fail_beside_transformers_are_told_before_any_work(
     (component,) = (c for c in compat.COMPONENTS if c.name == 'mmpretrain')
     finding = inspect_component(component)
     assert finding.state == CLASHES
-    assert 'beside transformers' in finding.why
+    assert 'with transformers' in finding.why
     assert finding.mend == "pip install 'transformers>=4.28,<4.50'"
 
 
@@ -71,7 +71,7 @@ def test_missing_is_an_error_only_where_named(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(compat, 'COMPONENTS', (FITS, ABSENT))
     check_versions()
     check_versions('json')
-    with pytest.raises(ImportError, match='mend: pip install no-such-module'):
+    with pytest.raises(ImportError, match='fix: pip install no-such-module'):
         check_versions('no_such_module')
 
 
@@ -81,8 +81,8 @@ def test_clash_is_always_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
         check_versions('no_such_module')
     text = str(error.value)
     assert ASSERTION[0] in text
-    assert f'mend: {ASSERTION[1]}' in text
-    assert 'mend: pip install no-such-module' in text
+    assert f'fix: {ASSERTION[1]}' in text
+    assert 'fix: pip install no-such-module' in text
     assert 'json' not in text
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Show GPLQ end to end on handwritten digits, with nothing to download.
+"""Run GPLQ end to end on handwritten digits, without a download.
 
-Five steps, each a command that can be run alone: make the data, train a tiny ViT Mask R-CNN in
+Five steps, each a command that can be run alone: create the data, train a tiny ViT Mask R-CNN in
 float (kept for later runs), quantize it with GPLQ, print the comparison, draw the predictions.
 """
 
@@ -55,15 +55,15 @@ def run(number: int, *command: str | Path) -> None:
 
 
 def fingerprint() -> str:
-    """Return a hash of all that decides the float model: the resolved config and the data."""
-    from mmengine.config import Config  # slow: only once the arguments are known to be good
+    """Return a hash of the float model's resolved config and data."""
+    from mmengine.config import Config  # slow import: only after the arguments are checked
 
     config = Config.fromfile(ROOT / FLOAT_CONFIG).dump()
     return hashlib.sha256((config + (ROOT / CONVERTER).read_text()).encode()).hexdigest()
 
 
 def finished_float(work_dir: Path) -> Path | None:
-    """Return the float checkpoint if an earlier run finished it and nothing changed since."""
+    """Return the float checkpoint if an earlier run finished it and nothing has changed."""
     record = work_dir / 'demo.json'
     if not record.exists():
         return None
@@ -73,7 +73,7 @@ def finished_float(work_dir: Path) -> Path | None:
 
 
 def train_float(work_dir: Path) -> Path:
-    """Train the float model, or take the one that is there; return its checkpoint."""
+    """Train the float model, or reuse the existing one; return its checkpoint."""
     checkpoint = finished_float(work_dir)
     if checkpoint:
         print(f'      already trained: {checkpoint} (--fresh trains again)')
@@ -97,7 +97,7 @@ def quantize(work_dir: Path, checkpoint: Path) -> dict:
 
 
 def comparison(report: dict) -> str:
-    """Return the table of the three models, one row a quantity."""
+    """Return the table of the three models, one row per quantity."""
     from gplq_mm.evaluation.report import format_table
 
     rows = [[name, *(show(report[stage]) for stage in STAGES)] for name, show in ROWS.items()]
@@ -105,7 +105,7 @@ def comparison(report: dict) -> str:
 
 
 def draw(out: Path, float_checkpoint: Path, gplq_dir: Path) -> None:
-    """Draw what the three models predict on the first validation images."""
+    """Draw the predictions of the three models on the first validation images."""
     models = {
         'FP32': (FLOAT_CONFIG, float_checkpoint),
         'W32A4': (GPLQ_CONFIG, gplq_dir / 'gplq_stage1.pth'),
@@ -123,7 +123,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--work-dir',
         type=Path,
         default=Path('work_dirs/demo'),
-        help='where all results go; seen from the repository root',
+        help='folder of all results, relative to the repository root',
     )
     parser.add_argument('--fresh', action='store_true', help='train the float model again')
     return parser.parse_args(argv)
@@ -133,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the five steps."""
     args = parse_args(argv)
     os.chdir(ROOT)
-    # a second thread gains a fifth on idle cores, and on shared ones makes it several times slower
+    # a second thread is 20 % faster on idle cores and several times slower on shared ones
     os.environ.setdefault('OMP_NUM_THREADS', '1')
     begin = time.monotonic()
     float_dir, gplq_dir = args.work_dir / 'float', args.work_dir / 'w4a4'
@@ -142,11 +142,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             shutil.rmtree(folder, ignore_errors=True)
     announce(1, f'Handwritten digits in COCO format, in {DATA}')
     run(1, CONVERTER, '--out', DATA)
-    announce(2, 'Float training of a tiny ViT Mask R-CNN from scratch: some minutes')
+    announce(2, 'Float training of a tiny ViT Mask R-CNN from scratch: a few minutes')
     checkpoint = train_float(float_dir)
     announce(3, 'GPLQ: calibration, stage 1 (activations), stage 2 (weights)')
     report = quantize(gplq_dir, checkpoint)
-    announce(4, f'What it cost and what it kept (from {gplq_dir}/gplq_report.json)')
+    announce(4, f'Accuracy, size and time (from {gplq_dir}/gplq_report.json)')
     print(comparison(report))
     announce(5, 'Predictions side by side')
     picture = args.work_dir / 'predictions.png'

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Draw the predictions of several detectors side by side: a row an image, a column a model."""
+"""Draw the predictions of several detectors: one row per image, one column per model."""
 
 import argparse
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def predict(
         device: Where to run it.
 
     Returns:
-        One drawing ``(H, W, 3)`` uint8 RGB an image.
+        One drawing ``(H, W, 3)`` uint8 RGB per image.
     """
     model = init_detector(config, checkpoint, device=device)
     settings = {**model.cfg.visualizer, 'vis_backends': [], 'name': checkpoint}
@@ -43,7 +43,7 @@ def predict(
     drawings = []
     for image in images:
         sample = inference_detector(model, image)
-        np.random.seed(0)  # mmdet jitters the colours of masks: alike for every model
+        np.random.seed(0)  # mmdet draws mask colours at random: the same for every model
         visualizer.add_datasample(
             'demo', mmcv.bgr2rgb(image), sample, draw_gt=False, pred_score_thr=score_thr
         )
@@ -55,7 +55,7 @@ def side_by_side(columns: dict[str, list[np.ndarray]]) -> np.ndarray:
     """Arrange drawings in a grid with a title above each column.
 
     Args:
-        columns: For each title its drawings, all ``(H, W, 3)`` uint8 RGB and equally many.
+        columns: For each title its drawings, all ``(H, W, 3)`` uint8 RGB, the same number each.
 
     Returns:
         The grid ``(BAR + rows * (H + GAP), columns * (W + GAP), 3)`` uint8 RGB.
@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         action='append',
         required=True,
         metavar=('TITLE', 'CONFIG', 'CHECKPOINT'),
-        help='a column; give it once a model',
+        help='a column; give it once per model',
     )
     parser.add_argument('--out', type=Path, required=True, help='PNG file to write')
     parser.add_argument('--score-thr', type=float, default=0.5)

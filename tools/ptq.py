@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Stage 2 alone: quantize the weights of a stage-1 checkpoint, score it, write the final one.
+"""Stage 2 only: quantize the weights of a stage-1 checkpoint, score it, write the final one.
 
-Several algorithms are compared in one table, each from the same checkpoint; `+` joins those
-that run one after the other. The rows lie in the work dir, in gplq_stage2.json.
+Several algorithms are compared in one table, each from the same checkpoint; `+` joins algorithms
+that run one after another. The rows are stored in gplq_stage2.json in the work dir.
 
 Example:
     python tools/ptq.py CONFIG work_dirs/x/gplq_stage1.pth --ptq mse gptq gptq+bias_correction
@@ -25,7 +25,7 @@ from gplq_mm.engine.ptq_comparison import PTQComparison
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description='GPLQ stage 2 alone')
+    parser = argparse.ArgumentParser(description='GPLQ stage 2 only')
     add_arguments(parser)
     parser.add_argument('checkpoint', help='stage-1 checkpoint: gplq_stage1.pth')
     parser.add_argument(
@@ -33,12 +33,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='+',
         metavar='NAME',
         default=[None],
-        help="weight algorithm in place of the recipe's, or several joined by + that run one after "
-        'the other (repq+gptq), with options if need be: "gptq(asymmetric=True)"; with more than '
+        help="weight algorithm instead of the recipe's, or several joined by + that run one after "
+        'another (repq+gptq), with options if needed: "gptq(asymmetric=True)"; with more than '
         'one NAME each starts from the checkpoint',
     )
     parser.add_argument(
-        '--bits', type=int, help="weight bits in place of the recipe's, 2 to 8; rules' bits stay"
+        '--bits',
+        type=int,
+        help="weight bits instead of the recipe's, 2 to 8; bits of rules do not change",
     )
     parser.add_argument(
         '--out', metavar='FILE', help='final checkpoint; gplq_final.pth in the work dir by default'
@@ -47,11 +49,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def check(cfg: Config, args: argparse.Namespace) -> None:
-    """Refuse what would fail after a long start.
+    """Check the arguments before the long start-up.
 
     Raises:
-        ConfigError: If the config is no GPLQ config, ``--out`` stands for several files, an
-            algorithm is unknown, or the checkpoint or the data is not there.
+        ConfigError: If the config is no GPLQ config, ``--out`` is given for several
+            algorithms, an algorithm is unknown, or the checkpoint or the data does not exist.
     """
     if not is_gplq(cfg):
         raise ConfigError(

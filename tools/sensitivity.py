@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which layers suffer most from few bits, and bits for each of them under a budget.
+"""Measure how much few bits increase the error of each layer, and assign bits under a budget.
 
 Examples:
     python tools/sensitivity.py CONFIG work_dirs/x/gplq_stage1.pth --kind weight \
@@ -45,28 +45,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='weight, activation or both (default); weight alone after stage 1',
     )
     parser.add_argument('--num-images', type=int, help="images; the recipe's calibration number")
-    parser.add_argument('--batch-size', type=int, help='images a forward pass')
-    parser.add_argument('--seed', type=int, default=0, help='of the choice of images')
+    parser.add_argument('--batch-size', type=int, help='images per forward pass')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the choice of images')
     parser.add_argument(
         '--include-pinned',
         action='store_true',
-        help="measure and assign what a rule of the recipe gives bits to, e.g. the presets' 8-bit "
+        help="also measure and assign operands whose bits a rule sets, e.g. the presets' 8-bit "
         'first and last layer',
     )
     parser.add_argument('--calibrate', action='store_true', help='calibrate a float checkpoint')
     parser.add_argument(
-        '--overwrite', action='store_true', help='throw away a measurement with other settings'
+        '--overwrite', action='store_true', help='replace a measurement with other settings'
     )
     budget = parser.add_argument_group('budget of an assignment (none: measure only)')
     budget.add_argument('--mean-weight-bits', type=float, metavar='BITS')
     budget.add_argument('--mean-activation-bits', type=float, metavar='BITS')
-    budget.add_argument('--bops', metavar='G', help='billions an image, or those of e.g. w3a3')
+    budget.add_argument('--bops', metavar='G', help='billions per image, or those of e.g. w3a3')
     budget.add_argument('--out', metavar='FILE.py', help=f'config; {RECIPE_NAME} in the work dir')
     return parser.parse_args(argv)
 
 
 def options_of(args: argparse.Namespace) -> SensitivityOptions:
-    """What the command line asks to measure."""
+    """The measurement that the command line describes."""
     for name in ('num_images', 'batch_size'):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -85,11 +85,11 @@ def options_of(args: argparse.Namespace) -> SensitivityOptions:
 
 
 def check(cfg: Config, args: argparse.Namespace) -> None:
-    """Refuse what would fail after a long start.
+    """Check the arguments before the long start-up.
 
     Raises:
-        ConfigError: If the config is no GPLQ config, ``--out`` is no Python file or has no
-            budget, or the checkpoint or the data is not there.
+        ConfigError: If the config is no GPLQ config, ``--out`` is no Python file or has
+            no budget, or the checkpoint or the data does not exist.
     """
     if not is_gplq(cfg):
         raise ConfigError(
@@ -110,7 +110,7 @@ def budget_of(args: argparse.Namespace) -> Budget:
 
 
 def without_mimicking(cfg: Config) -> None:
-    """Build the model without stage 1's teacher: a loss here is the task's alone."""
+    """Build the model without stage 1's teacher: the loss here is the task loss only."""
     recipe = cfg.model.get('recipe', 'w4a4')
     cfg.model.recipe = {**({'base': recipe} if isinstance(recipe, str) else recipe), 'mimic': None}
 

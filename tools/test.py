@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Score a checkpoint by config, quantized or float. For mmdet and mmpretrain configs alike.
+"""Score a quantized or float checkpoint with its config, of mmdet or mmpretrain.
 
 Example:
     python tools/test.py configs/gplq/mask_rcnn_swin-t_w4a4.py work_dirs/x/gplq_final.pth
@@ -42,16 +42,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--show', action='store_true', help='show predictions in a window')
     parser.add_argument('--show-dir', help='draw predictions into this folder')
-    parser.add_argument('--wait-time', type=float, default=2.0, help='seconds a window stays')
+    parser.add_argument(
+        '--wait-time', type=float, default=2.0, help='seconds that a window is shown'
+    )
     parser.add_argument('--tta', action='store_true', help='test-time augmentation')
     return parser.parse_args(argv)
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Refuse an output file that could not be written after the test.
+    """Refuse an output file that cannot be written after the test.
 
     Raises:
-        ConfigError: If its ending does not fit.
+        ConfigError: If its suffix does not fit the content.
     """
     endings = ('.pkl', '.pickle') if args.out_item == 'pred' else ('.json', '.yaml', '.pkl')
     if args.out and not args.out.endswith(endings):
@@ -61,7 +63,7 @@ def check_out(args: argparse.Namespace) -> None:
 
 
 def dump_predictions(runner: Runner, cfg: Config, path: str) -> None:
-    """Let the test write its predictions, masks as run lengths where mmdet gives masks."""
+    """Write the test's predictions, mmdet's masks as run lengths."""
     kind = 'mmdet.DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
     runner.test_evaluator.metrics.append(METRICS.build(dict(type=kind, out_file_path=path)))
 

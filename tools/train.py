@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Train by config: GPLQ's two stages, or a float model. For mmdet and mmpretrain configs alike.
+"""Train a config of mmdet or mmpretrain: GPLQ's two stages, or a float model.
 
 Example:
     python tools/train.py configs/gplq/mask_rcnn_swin-t_w4a4.py --cfg-options data_root=data/coco
@@ -39,7 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         nargs='?',
         const='auto',
         metavar='CHECKPOINT',
-        help='go on from a checkpoint; without a path, from the latest in the work dir',
+        help='resume from a checkpoint; without a path, from the latest in the work dir',
     )
     parser.add_argument('--amp', action='store_true', help='automatic mixed precision')
     parser.add_argument(
@@ -52,8 +52,8 @@ def set_amp(cfg: Config) -> None:
     """Turn on automatic mixed precision, dynamic loss scale unless the config gives one.
 
     Raises:
-        ConfigError: If there is no accelerator and the optimizer is not GPLQ's, which has
-            bfloat16 there; MMEngine alone has no mixed precision on a CPU.
+        ConfigError: If there is no accelerator and the optimizer is not GPLQ's. GPLQ's supports
+            bfloat16 on a CPU; MMEngine alone has no mixed precision there.
     """
     if get_device() == 'cpu' and cfg.optim_wrapper.get('constructor') != CONSTRUCTOR:
         raise ConfigError(
@@ -68,7 +68,7 @@ def set_auto_scale_lr(cfg: Config) -> None:
     """Turn on MMEngine's scaling of the learning rate.
 
     Raises:
-        ConfigError: If the config does not say for which batch size its learning rate is.
+        ConfigError: If the config does not give the batch size of its learning rate.
     """
     if not cfg.get('auto_scale_lr', {}).get('base_batch_size'):
         raise ConfigError(
@@ -79,7 +79,7 @@ def set_auto_scale_lr(cfg: Config) -> None:
 
 
 def check(cfg: Config) -> None:
-    """Refuse what would fail after a long start."""
+    """Check the arguments before the long start-up."""
     check_data(cfg, ('train', 'val'))
     if cfg.get('resume') and cfg.get('load_from'):
         check_checkpoint(cfg.load_from)

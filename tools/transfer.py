@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Linear probes on another data set: a quantized backbone beside the FP32 one it was made of.
+"""Linear probes on another data set: a quantized backbone compared with its FP32 backbone.
 
 Without --train the features of unaugmented images are extracted once, which takes seconds; with
 --train both probes are trained as the config says, augmentation and stochastic depth included.
@@ -28,20 +28,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Transfer of a quantized backbone')
     add_arguments(parser)
     parser.add_argument('checkpoint', help='gplq_final.pth of a GPLQ run')
-    parser.add_argument(
-        '--fp32', metavar='PATH', help='FP32 checkpoint; the recorded one if absent'
-    )
+    parser.add_argument('--fp32', metavar='PATH', help='FP32 checkpoint; default: the recorded one')
     parser.add_argument('--train', action='store_true', help='train as the config says')
     parser.add_argument('--seeds', type=int, nargs='+', default=[0], help='one probe each')
-    parser.add_argument('--epochs', type=int, help="in place of the config's")
-    parser.add_argument(
-        '--out', metavar='FILE.json', help='transfer.json in the work dir if absent'
-    )
+    parser.add_argument('--epochs', type=int, help="instead of the config's")
+    parser.add_argument('--out', metavar='FILE.json', help='default: transfer.json in the work dir')
     return parser.parse_args(argv)
 
 
 def check(cfg: Config, args: argparse.Namespace) -> None:
-    """Refuse what would fail after a long start.
+    """Check the arguments before the long start-up.
 
     Raises:
         ConfigError: If the config is no probe, or a file is missing.

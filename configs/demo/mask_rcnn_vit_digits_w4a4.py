@@ -1,4 +1,4 @@
-# GPLQ W4A4 of the digits detector. `load_from` is what training the float config leaves.
+# GPLQ W4A4 of the digits detector. `load_from` is the trained float config's checkpoint.
 _base_ = './mask_rcnn_vit_digits.py'
 load_from = 'work_dirs/demo/float/epoch_6.pth'
 model = dict(type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4')

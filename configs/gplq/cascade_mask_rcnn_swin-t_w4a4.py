@@ -1,5 +1,5 @@
-# Cascade Mask R-CNN, Swin-T, COCO. Float: 50.4 box / 43.7 mask AP. `load_from` is what
-# `python tools/model_converters/swin_to_gplq.py` makes of Swin's own public checkpoint.
+# Cascade Mask R-CNN, Swin-T, COCO. Float: 50.4 box / 43.7 mask AP. `load_from` is the file
+# `python tools/model_converters/swin_to_gplq.py` writes for Swin's own public checkpoint.
 _base_ = [
     './_base_/cascade_mask_rcnn_swin-t_coco.py',
     './_base_/stage1_detection.py',

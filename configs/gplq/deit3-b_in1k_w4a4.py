@@ -1,5 +1,5 @@
-# DeiT III-B, ImageNet-1k. Float (its paper): 83.8 top-1. `load_from` is what
-# `python tools/model_converters/timm_to_mmpretrain.py` makes of its public checkpoint,
+# DeiT III-B, ImageNet-1k. Float (its paper): 83.8 top-1. `load_from` is the file
+# `python tools/model_converters/timm_to_mmpretrain.py` writes for its public checkpoint,
 # https://dl.fbaipublicfiles.com/deit/deit_3_base_224_1k.pth, with --config THIS_CONFIG.
 _base_ = [
     './_base_/deit3-b_imagenet.py',

@@ -1,5 +1,5 @@
-# DeiT III-S, ImageNet-1k. Float (its paper): 81.4 top-1. `load_from` is what
-# `python tools/model_converters/timm_to_mmpretrain.py` makes of its public checkpoint,
+# DeiT III-S, ImageNet-1k. Float (its paper): 81.4 top-1. `load_from` is the file
+# `python tools/model_converters/timm_to_mmpretrain.py` writes for its public checkpoint,
 # https://dl.fbaipublicfiles.com/deit/deit_3_small_224_1k.pth, with --config THIS_CONFIG.
 _base_ = [
     './_base_/deit3-s_imagenet.py',

@@ -1,5 +1,5 @@
-# Mask R-CNN, plain ViT-B (ViTDet), COCO. Float: 51.6 box / 45.7 mask AP. `load_from` is what
-# `python tools/model_converters/vitdet_to_gplq.py` makes of mmdet's public checkpoint.
+# Mask R-CNN, plain ViT-B (ViTDet), COCO. Float: 51.6 box / 45.7 mask AP. `load_from` is the file
+# `python tools/model_converters/vitdet_to_gplq.py` writes for mmdet's public checkpoint.
 _base_ = [
     './_base_/mask_rcnn_vit-b_coco.py',
     './_base_/stage1_detection.py',

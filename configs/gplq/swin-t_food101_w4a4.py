@@ -1,6 +1,6 @@
 # Swin-T fine-tuned on Food-101: give its FP32 checkpoint
-# with --cfg-options load_from=PATH. Another backbone: put its config in the first base's place.
-# A set is small: ten epochs are still minutes.
+# with --cfg-options load_from=PATH. Another backbone: replace the first base by its config.
+# The data sets are small: ten epochs take minutes.
 _base_ = [
     './_base_/swin-t.py',
     './_base_/food101.py',

@@ -1,5 +1,5 @@
-# ViT-S/16, ImageNet-1k. Float (timm): 81.4 top-1. `load_from` is what
-# `python tools/model_converters/timm_to_mmpretrain.py` makes of timm's public checkpoint.
+# ViT-S/16, ImageNet-1k. Float (timm): 81.4 top-1. `load_from` is the file
+# `python tools/model_converters/timm_to_mmpretrain.py` writes for timm's public checkpoint.
 _base_ = [
     './_base_/vit-s_imagenet.py',
     './_base_/stage1_classification.py',

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 4: handlers of other libraries' classes, one adapter a library."""
+"""Floor 4: handlers of other libraries' classes, one adapter per library."""
 
 from importlib import import_module
 from importlib.util import find_spec
@@ -15,7 +15,7 @@ ADAPTERS = {
 """Adapter -> module that must be importable for it."""
 MM_LIBRARIES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'projects')
 PLAIN_ADAPTERS = ('timm', 'torchvision')
-"""Adapters of libraries without MMEngine, by the library's name: loaded for models of theirs."""
+"""Adapters of libraries without MMEngine, by the library's name; loaded for their models."""
 
 
 def load_adapters() -> list[str]:
@@ -31,10 +31,10 @@ def load_adapters() -> list[str]:
 
 
 def load_adapters_of(model: nn.Module) -> list[str]:
-    """Register the handlers of the libraries whose classes, or subclasses of them, a model has.
+    """Register the handlers of the libraries whose classes (or subclasses) a model uses.
 
     Args:
-        model: Any torch module; no library is imported that it does not use.
+        model: Any torch module; only libraries that it uses are imported.
 
     Returns:
         Names of the adapters that were loaded.
@@ -49,7 +49,7 @@ def load_adapters_of(model: nn.Module) -> list[str]:
 
 
 def _is_importable(name: str) -> bool:
-    """Whether a module is found; its parent packages are imported, itself it is not."""
+    """Whether a module can be found; its parent packages are imported, the module is not."""
     try:
         return find_spec(name) is not None
     except ImportError:

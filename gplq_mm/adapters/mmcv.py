@@ -21,7 +21,7 @@ from ..modules.feed_forward import SequentialFeedForward
 
 
 class QuantFFNLayers(SequentialFeedForward, Sequential):
-    """``FFN.layers`` as one operator, where the engine says so."""
+    """``FFN.layers`` as one operator, if the engine fuses it."""
 
 
 class QuantMMCVLinear(QuantLinear, wrappers.Linear):
@@ -43,18 +43,18 @@ register_layer(wrappers.ConvTranspose2d, QuantMMCVConvTranspose2d)
 
 @register_handler(MultiheadAttention)
 def pass_through(module: Any, name: str, context: Context) -> None:
-    """The wrapper multiplies nothing itself: its child ``attn`` is torch's attention."""
+    """The wrapper has no matrix product of its own: its child ``attn`` is torch's attention."""
 
 
 @register_roles(FFN)
 def give_ffn_roles(module: Any, name: str, context: Context) -> None:
-    """``post_gelu`` or ``post_relu`` behind the FFN's activation."""
+    """Set ``post_gelu`` or ``post_relu`` after the FFN's activation function."""
     set_ffn_roles(module.layers, child_name(name, 'layers'), context)
 
 
 @register_handler(FFN)
 def convert_ffn(module: Any, name: str, context: Context) -> None:
-    """Its layers are children; their container may run them as one operator."""
+    """The layers are children; their container may run them as one operator."""
     swap_class(module.layers, QuantFFNLayers)
 
 
@@ -63,5 +63,5 @@ if find_spec('mmcv._ext') is not None:  # mmcv-lite has no operators
 
     @register_handler(MultiScaleDeformableAttention)
     def keep_sampling_float(module: Any, name: str, context: Context) -> None:
-        """Its four Linear children are quantized, the sampling operator is not."""
+        """The four Linear children are quantized, the sampling operator is not."""
         context.skip(child_name(name, 'sampling'), 'deformable sampling is no matrix product')

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""mmdet: Swin's window attention, and which layers of a head predict."""
+"""mmdet: Swin's window attention, and the roles of the layers in detection heads."""
 
 from typing import Any
 
@@ -34,12 +34,12 @@ register_attention({WindowMSA: QuantWindowMSA})
 
 @register_handler(ShiftWindowMSA, ChannelAttention)
 def pass_through(module: Any, name: str, context: Context) -> None:
-    """They multiply nothing themselves: their children ``w_msa`` and ``fc`` have handlers."""
+    """Wrappers without own matmul: their children ``w_msa`` and ``fc`` have handlers."""
 
 
 @register_roles(
     BaseDenseHead, BaseMaskHead, BBoxHead, DETRHead, FCNMaskHead, MaskIoUHead, MaskPointHead
 )
 def give_predictor_roles(module: Any, name: str, context: Context) -> None:
-    """``predictor`` to the layers that give classes, boxes and masks."""
+    """Set ``predictor`` for the layers that predict classes, boxes and masks."""
     set_predictor_roles(module, name, context, PREDICTORS)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""mmdet's ``projects/ViTDet``, importable where its repository is the working directory."""
+"""mmdet's ``projects/ViTDet``, importable if its repository is the working directory."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ class QuantAttention(RelPosAttention, Attention):
 
 @register_handler(Attention)
 def convert_attention(module: Any, name: str, context: Context) -> None:
-    """Both matmuls and both relative position products."""
+    """Quantize both matmuls and both relative position products."""
     swap_class(module, QuantAttention)
     attach_rel_pos_matmuls(module, name, context)
 
 
 class QuantMlp(MlpFeedForward, Mlp):
-    """``Mlp`` as one operator, where the engine says so."""
+    """``Mlp`` as one operator, if the engine fuses it."""
 
 
 register_ffn(Mlp, QuantMlp)

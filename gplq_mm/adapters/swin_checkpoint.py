@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Weights of detectors trained with Swin's own code for mmdet's `SwinTransformer`.
+"""Convert detectors trained with Swin's own code to mmdet's `SwinTransformer`.
 
 The source is `Swin-Transformer-Object-Detection` (Liu et al., arXiv 2103.14030), whose Cascade Mask
-R-CNNs are what post-training papers start from. Neck and heads have mmdet's names already. In the
-backbone the names differ, and the order in which a patch merging layer stacks four neighbours.
+R-CNNs are the usual FP32 models of post-training papers. Neck and heads have mmdet's names. The
+backbone differs in its names and in the order of the four neighbours in a patch merging layer.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ BACKBONE_RENAMES = (
 
 
 def rename_key(key: str) -> str:
-    """Translate one name; those of the neck and the heads stay.
+    """Translate one name; names of neck and heads do not change.
 
     Args:
         key: Name in the source's state dict.
@@ -41,18 +41,18 @@ def rename_key(key: str) -> str:
 def convert_swin_state_dict(
     source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Rename and reorder a Swin detector's state dict until it is the target's.
+    """Rename and reorder a Swin detector's state dict to match the target's.
 
     Args:
-        source: State dict of a detector of Swin's own code.
+        source: State dict of a detector trained with Swin's own code.
         target: State dict of mmdet's detector; only names and shapes are read.
 
     Returns:
         A state dict with the target's names, shapes and order.
 
     Raises:
-        ValueError: If any name is left over, missing or of another shape; the first 12 of each
-            kind are named.
+        ValueError: If any name is unexpected, missing or of another shape; the message has the
+            first 12 of each kind.
     """
     weights = {
         rename_key(key): reorder_neighbours(value) if '.downsample.' in key else value

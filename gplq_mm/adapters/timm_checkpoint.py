@@ -1,14 +1,14 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Weights of timm's ViT, DeiT (distilled, III) and Swin for mmpretrain's classifiers.
+"""Convert timm's ViT, DeiT (distilled, III) and Swin weights to mmpretrain's classifiers.
 
-The networks compute the same; q, k and v stand in the same order. Names differ, the heads' with the
-target, and in Swin the order in which a patch merging layer stacks four neighbours. The layout of
-Swin's own and DeiT's public files is understood too: there a merging layer belongs to the stage
-before it, constant buffers are stored, and all is wrapped into ``{'model': ...}``.
+The networks are the same, with q, k and v in the same order. The names differ (those of heads
+depend on the target), and in Swin the order of the four neighbours in a patch merging layer. The
+layout of Swin's and DeiT's public files is supported too: a merging layer belongs to the stage
+before it, constant buffers are stored, and everything is inside ``{'model': ...}``.
 
-DeiT III goes into ``VisionTransformer`` with layer scale, its class token given a position of
-zero. mmpretrain 1.2.0 has a class ``DeiT3``, but its blocks normalise the FFN's input by ``ln1``
-and never use ``ln2``: with the published weights it is another network.
+DeiT III is converted to ``VisionTransformer`` with LayerScale; its class token gets a position
+embedding of zero. mmpretrain 1.2.0 has a class ``DeiT3``, but its blocks normalise the FFN's input
+by ``ln1`` and never use ``ln2``: with the published weights it is another network.
 """
 
 import re
@@ -44,7 +44,7 @@ _MERGING = re.compile(r'^layers\.(\d+)\.downsample\.')
 
 
 def rename_key(key: str) -> str:
-    """Translate one name; names that depend on the target, and unknown ones, stay.
+    """Translate one name; unknown names and those that depend on the target do not change.
 
     Args:
         key: Name in timm's state dict.
@@ -62,19 +62,19 @@ def rename_key(key: str) -> str:
 def convert_timm_state_dict(
     source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Rename and reorder a timm state dict until it is the target's.
+    """Rename and reorder a timm state dict to match the target's.
 
     Args:
         source: State dict of a timm model, or ``{'model': ...}`` around one.
         target: State dict of mmpretrain's float classifier. Names and shapes are read, and
-            Swin's constant position index is taken over.
+            Swin's constant position index is copied.
 
     Returns:
         A state dict with the target's names, shapes and order.
 
     Raises:
-        ValueError: If any name is left over, missing or of another shape, or a constant buffer
-            of the source is another one than the target's; the first 12 of each kind are named.
+        ValueError: If any name is unexpected, missing or of another shape, or a constant buffer of
+            the source differs from the target's; the message has the first 12 of each kind.
     """
     source = _unwrap(source)
     shift = 0 if any(key.startswith('layers.0.downsample.') for key in source) else -1
@@ -104,7 +104,7 @@ def _unwrap(source: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _names_by_target(target: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Rules for the last norm and the head, whose names depend on the kind of model."""
+    """Renaming rules for the last norm and the head, whose names depend on the model class."""
     norm = next((k for k in target if re.match(r'backbone\.(norm\d|ln1)\.', k)), 'backbone.ln1.x')
     head = 'head.layers.head' if 'head.layers.head.weight' in target else 'head.fc'
     return [
@@ -115,14 +115,14 @@ def _names_by_target(target: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 
 def _with_class_position(found: Tensor, like: Tensor | None) -> Tensor:
-    """``(1, N, C)`` -> ``(1, 1 + N, C)`` where the target gives its class token a position."""
+    """``(1, N, C)`` -> ``(1, 1 + N, C)`` if the target's class token has a position embedding."""
     if like is None or like.shape[1] != found.shape[1] + 1:
         return found
     return torch.cat((torch.zeros_like(found[:, :1]), found), dim=1)
 
 
 def _check_constant(key: str, value: Tensor, target: Mapping[str, Tensor]) -> None:
-    """Refuse a position index that is not the target's; attention masks follow from the image."""
+    """Refuse a position index unlike the target's; attention masks depend on the image only."""
     own = target.get(rename_key(key))
     if own is not None and not (own.shape == value.shape and torch.equal(own, value.to(own.dtype))):
         raise ValueError(

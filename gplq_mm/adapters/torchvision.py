@@ -27,7 +27,7 @@ from ..modules.window_attention import MAX_LOG_SCALE, biased, scaled_and_biased
 
 
 class ShiftedWindows:
-    """Mixin: shifted windows of a map, attention inside each, with both products as modules.
+    """Mixin: attention inside shifted windows of a feature map, with both products as modules.
 
     Source: Swin Transformer (arXiv 2103.14030), section 3.2.
     """
@@ -89,7 +89,7 @@ class QuantShiftedWindowAttentionV2(ShiftedWindows, ShiftedWindowAttentionV2):
     """``ShiftedWindowAttentionV2`` (cosine attention) with quantized matmuls."""
 
     def projected(self, x: Tensor) -> Tensor:
-        """As in the first version, without a bias of the keys."""
+        """As in the first version, without a bias for the keys."""
         if self.qkv.bias is None:
             return self.qkv(x)
         bias = self.qkv.bias.clone()
@@ -97,7 +97,7 @@ class QuantShiftedWindowAttentionV2(ShiftedWindows, ShiftedWindowAttentionV2):
         return linear_with_bias(self.qkv, x, bias)
 
     def logit_terms(self, q: Tensor, k: Tensor) -> tuple[Any, ...]:
-        """Normalized queries and keys, a learned factor a head, and the position bias."""
+        """Normalized queries and keys, a learned factor per head, and the position bias."""
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         factor = torch.clamp(self.logit_scale, max=MAX_LOG_SCALE).exp()
         return q, k, scaled_and_biased, (factor, self.get_relative_position_bias())
@@ -106,11 +106,11 @@ class QuantShiftedWindowAttentionV2(ShiftedWindows, ShiftedWindowAttentionV2):
 def shift_mask(
     x: Tensor, windows: tuple[int, int], size: tuple[int, int], shift: list[int]
 ) -> Tensor:
-    """-100 between tokens that the shift brought into one window, else 0.
+    """Mask of -100 between tokens that only the shift brings into one window, else 0.
 
     Args:
-        x: Gives type and device.
-        windows: Their number, vertically and horizontally.
+        x: Tensor with the type and device of the mask.
+        windows: Number of windows, vertically and horizontally.
         size: Height and width of a window in tokens.
         shift: Tokens, vertically and horizontally.
 
@@ -135,5 +135,5 @@ register_roles(MLP)(set_ffn_roles)
 
 @register_roles(VisionTransformer, SwinTransformer)
 def give_predictor_roles(module: Any, name: str, context: Context) -> None:
-    """``predictor`` to the layer that gives the class scores."""
+    """Set ``predictor`` for the layer that computes the class scores."""
     set_predictor_roles(module, name, context, r'^(head|heads)$')

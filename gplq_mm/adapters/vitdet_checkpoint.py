@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Weights of mmdet's `projects/ViTDet` for a detector with the backbone `mmpretrain.ViTSAM`.
+"""Convert mmdet's `projects/ViTDet` to a detector with the backbone `mmpretrain.ViTSAM`.
 
-Both are the same network: the blocks, the neck and the heads compute the same numbers. Only the
-backbone's names differ, and the position embedding, which the source stores at the pretraining
-resolution with a class token in front, and ViTSAM at the detector's own resolution.
+Both are the same network. Only the backbone's names and the position embedding differ: the source
+stores it at the pretraining resolution with a class token in front, ViTSAM at the detector's
+resolution.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ BACKBONE_RENAMES = (
 
 
 def rename_key(key: str) -> str:
-    """Translate one name; those of the neck and the heads stay.
+    """Translate one name; names of neck and heads do not change.
 
     Args:
         key: Name in the source's state dict.
@@ -75,8 +75,8 @@ def resize_relative_positions(table: Tensor, length: int) -> Tensor:
     """Interpolate a table of relative positions, as both networks do when sizes differ.
 
     Args:
-        table: ``(2 * S - 1, head_dim)``: one vector a distance along one axis.
-        length: Number of distances wanted.
+        table: ``(2 * S - 1, head_dim)``: one vector per distance along one axis.
+        length: Number of distances required.
 
     Returns:
         Table ``(length, head_dim)``.
@@ -94,19 +94,19 @@ def resize_relative_positions(table: Tensor, length: int) -> Tensor:
 def convert_vitdet_state_dict(
     source: Mapping[str, Tensor], target: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Rename and reshape a ViTDet state dict until it is the target's.
+    """Rename and reshape a ViTDet state dict to match the target's.
 
     Args:
         source: State dict of mmdet's ViTDet Mask R-CNN.
         target: State dict of the float target; only names and shapes are read, so a model on the
-            ``meta`` device will do.
+            ``meta`` device is enough.
 
     Returns:
         A state dict with the target's names, shapes and order.
 
     Raises:
-        ValueError: If any name is left over, missing or of another shape; the first 12 of each
-            kind are named.
+        ValueError: If any name is unexpected, missing or of another shape; the message has the
+            first 12 of each kind.
     """
     renamed = {rename_key(key): value for key, value in source.items()}
     fitted = {
@@ -118,7 +118,7 @@ def convert_vitdet_state_dict(
 
 
 def _fit(key: str, value: Tensor, like: Tensor) -> Tensor:
-    """Bring the two kinds of position table to the target's resolution."""
+    """Resize both kinds of position table to the target's resolution."""
     if key.endswith('.pos_embed') and value.dim() == 3 and like.dim() == 4:
         return resize_position_embedding(value, (like.shape[1], like.shape[2]))
     if key.endswith(('.rel_pos_h', '.rel_pos_w')):

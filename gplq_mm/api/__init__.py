@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 5: quantization of any torch module without MMEngine; its names stand in ``gplq_mm``."""
+"""Floor 5: quantization of any torch module without MMEngine, exported by ``gplq_mm``."""
 
 from .calibration import CalibrationResult, calibrate
 from .checkpoint import load, save

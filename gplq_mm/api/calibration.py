@@ -24,11 +24,11 @@ RunPass = Callable[[], None]
 
 @dataclass(frozen=True)
 class CalibrationResult:
-    """What calibration found.
+    """Result of a calibration.
 
     Attributes:
         quantizers: Number of quantizers calibrated.
-        layers: Input scales and fits of weights by layer.
+        layers: Input scales and fitted weights by layer.
     """
 
     quantizers: int
@@ -43,20 +43,20 @@ def calibrate(
 ) -> CalibrationResult:
     """Set the range of every activation, then input scales and weights layer by layer, in place.
 
-    The recipe says on how many images, in what batches (the loader's own do not matter), and
+    The recipe gives the number of images, the batch size (the loader's own is not used), and
     whether input scales are searched (``migrate``) and weights fitted (``compensate``). The
-    images are held in memory: every pass sees the same. With a process group each rank is
-    given the same loader, and takes its share of the batches.
+    images are held in memory, so every pass sees the same ones. With a process group each rank
+    gets the same loader and takes its share of the batches.
 
     Args:
-        model: Of ``gplq_mm.quantize``, not calibrated.
+        model: Model of ``gplq_mm.quantize``, not calibrated.
         loader: Yields tensors ``(B, ...)``; tuples or lists, of which the first element is
             used; or dicts of tensors, which become the model's keyword arguments.
-        forward_loop: In place of a loader: ``forward_loop(model)`` calls the model over the
-            images, the same ones in every call, and does not use what the model returns.
+        forward_loop: Instead of a loader: ``forward_loop(model)`` calls the model for all
+            images, the same ones in every call; it must not use the model's output.
 
     Returns:
-        What was found.
+        Number of quantizers, and the results by layer.
 
     Raises:
         ValueError: If the model is not quantized or already calibrated, the loader is empty,
@@ -72,7 +72,7 @@ def calibrate(
         2
     """
     state = require_stage(model, (CONVERTED,))
-    settings: Any = state.recipe.calibration  # its auto is settled
+    settings: Any = state.recipe.calibration  # auto is replaced by numbers
     every, some = passes(model, loader, forward_loop, settings, settings.num_images)
     number, layers = calibrate_activations(model, every), LayerwiseResult()
     if settings.migrate or settings.compensate:
@@ -97,17 +97,17 @@ def passes(
     settings: Any,
     num_images: int,
 ) -> tuple[RunPass, RunPass]:
-    """Passes over all images, and over those of the layerwise calibration.
+    """Functions that run the model over all images, and over those of the layerwise calibration.
 
     Args:
         model: Quantized model.
         loader: See ``calibrate``.
-        forward_loop: See ``calibrate``; both passes are it.
-        settings: ``CalibrationSettings`` of the recipe, its ``auto`` settled.
-        num_images: Images to take of the loader.
+        forward_loop: See ``calibrate``; used for both passes.
+        settings: ``CalibrationSettings`` of the recipe, without ``auto``.
+        num_images: Images to take from the loader.
 
     Raises:
-        ValueError: If neither or both of loader and loop are given, or the loader does not do.
+        ValueError: If neither or both of loader and loop are given, or the loader is not usable.
     """
     if (loader is None) == (forward_loop is None):
         raise ValueError('give images in one of two forms: loader, or forward_loop=...')
@@ -122,17 +122,19 @@ def passes(
     return images.run_pass(model), few.run_pass(model)
 
 
-def _require_enough(images: CalibrationBatches, wanted: int, settings: CalibrationSettings) -> None:
+def _require_enough(
+    images: CalibrationBatches, requested: int, settings: CalibrationSettings
+) -> None:
     found = len(images.images)
-    if found < wanted and not settings.all_if_fewer:
+    if found < requested and not settings.all_if_fewer:
         raise ValueError(
-            f'the recipe asks for {wanted} calibration images, the loader gives {found}; give '
+            f'the recipe asks for {requested} calibration images, the loader gives {found}; give '
             f'more, or write recipe=dict(calibration=dict(num_images={found}))'
         )
     batches = -(-found // images.batch_size)
     if batches < world()[1]:
         raise ValueError(
-            f'{batches} calibration batch(es) cannot be dealt to {world()[1]} ranks; give more '
-            'images'
+            f'{batches} calibration batch(es) cannot be distributed over {world()[1]} ranks; '
+            'give more images'
         )
     LOGGER.info('images: %d in batches of %d', found, images.batch_size)

@@ -18,15 +18,15 @@ KEY = 'gplq'
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write a calibrated model's weights, quantizers and recipe, whole or not at all.
+    """Write a calibrated model's weights, quantizers and recipe atomically.
 
     Args:
-        model: Of ``gplq_mm.quantize``, calibrated.
-        path: File; one that is there is replaced when the new one is complete.
+        model: Model of ``gplq_mm.quantize``, calibrated.
+        path: Output file; an existing one is replaced when the new one is complete.
 
     Raises:
         ValueError: If the model is not quantized or not calibrated.
-        OSError: If the file cannot be written; what stood there stays.
+        OSError: If the file cannot be written; an existing file does not change.
     """
     state = require_stage(model, (CALIBRATED, STAGE1, STAGE2))
     about = {
@@ -42,12 +42,12 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def load(path: str | Path, float_model: nn.Module, recipe: RecipeLike | None = None) -> nn.Module:
-    """Quantize a float model as a checkpoint says, and give it the checkpoint's weights.
+    """Quantize a float model with a checkpoint's recipe and load the checkpoint's weights.
 
     Args:
-        path: File of ``gplq_mm.save``; read with ``weights_only=True``, nothing in it is run.
-        float_model: Of the same architecture, with any weights; changed in place.
-        recipe: What the checkpoint has to be made with; None to take its own.
+        path: File of ``gplq_mm.save``; read with ``weights_only=True``, so no code in it runs.
+        float_model: Model of the same architecture, with any weights; changed in place.
+        recipe: Recipe that the checkpoint must have been made with; None: the checkpoint's own.
 
     Returns:
         ``float_model``, quantized, in evaluation mode.
@@ -55,7 +55,7 @@ def load(path: str | Path, float_model: nn.Module, recipe: RecipeLike | None = N
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no file of ``gplq_mm.save``, or made with another recipe or for
-            another model; ``float_model`` is unchanged where the recipe or the file is wrong.
+            another model; ``float_model`` is unchanged if the recipe or the file is wrong.
     """
     checkpoint = load_file(path)
     about = _about(checkpoint, path)
@@ -85,7 +85,7 @@ def _about(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def _require_recipe(made_with: Mapping[str, Any], recipe: RecipeLike, path: str | Path) -> None:
-    """Compare recipes; what ``auto`` was settled to, and the scope, may stand in one only."""
+    """Compare recipes; values of ``auto`` and the scope may be in one of them only."""
     found = recipe_difference(made_with, resolve_recipe(recipe))
     differences = [d for d in found if not d.endswith("'auto'") and 'all_if_fewer' not in d]
     if differences:

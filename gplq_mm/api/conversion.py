@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""``gplq_mm.quantize``: a float model gets its quantizers."""
+"""``gplq_mm.quantize``: attach quantizers to a float model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,26 +21,27 @@ def quantize(
     strict: bool = False,
     engine: str | Mapping[str, Any] | Engine = 'fused',
 ) -> CoverageReport:
-    """Attach quantizers to a float model, in place; it computes nothing else until calibrated.
+    """Attach quantizers to a float model, in place. It has to be calibrated before it runs.
 
-    Classes are swapped in place: the model is still what it was, with the same keys plus
-    quantizer state. What stays float is logged as a warning of the logger ``gplq_mm``. Keep a
-    ``copy.deepcopy`` from before this call as the teacher of stage 1.
+    Classes of layers are swapped in place: the model keeps its type and keys, and quantizer
+    state is added. Operations that stay float are logged as warnings of the logger ``gplq_mm``.
+    Keep a ``copy.deepcopy`` from before this call as the teacher of stage 1.
 
     Args:
-        model: Any torch module; transformers of timm and torchvision, mmpretrain and mmdet
-            have their attention products quantized too, and so has ``nn.MultiheadAttention``.
+        model: Any torch module; the attention products of timm's, torchvision's, mmpretrain's
+            and mmdet's transformers and of ``nn.MultiheadAttention`` are quantized too.
         recipe: Preset such as ``w4a4``, or a dict of changes to one (``README.md``, Recipes).
         strict: Raise if an unknown layer or attention class stays float.
-        engine: ``fused`` or ``reference``: how training is computed, not what.
+        engine: ``fused`` or ``reference``: how a training step is computed, not its result.
 
     Returns:
-        What is quantized (``coverage.counts``), and what stays float and why
+        Quantized operations (``coverage.counts``), and those that stay float, with the reason
         (``coverage.kept_float``).
 
     Raises:
         ValueError: If the model is already quantized, has nothing to quantize, or the recipe
-            does not fit it. After an error from ``strict`` or a rule build the model anew.
+            does not fit it. After an error from ``strict`` or a rule, build the model
+                again.
 
     Examples:
         >>> import gplq_mm
@@ -70,4 +71,4 @@ def _log_coverage(model: nn.Module, coverage: CoverageReport, recipe: Recipe) ->
         log = LOGGER.info if reason == TURNED_OFF else LOGGER.warning
         log('%s stays float: %s', name or type(model).__name__, reason)
     if recipe.gate is not None and recipe.gate.action == 'add_bits':
-        LOGGER.warning('recipe.gate is for runs of MMEngine: no bits are added here')
+        LOGGER.warning('recipe.gate works in MMEngine runs only: no bits are added here')

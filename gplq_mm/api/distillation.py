@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""``gplq_mm.distill``: the loss that keeps a quantized model near its float teacher."""
+"""``gplq_mm.distill``: the loss that compares a quantized model with its float teacher."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -24,15 +24,15 @@ class OutputRecording(Recording):
     """One forward pass of any torch module.
 
     Attributes:
-        score_inputs: Inputs of the layers that give the class scores, by name.
-        multi_label: Whether each logit is a probability of its own.
+        score_inputs: Inputs of the layers that compute the class scores, by name.
+        multi_label: Whether each logit is a separate probability (sigmoid).
     """
 
     score_inputs: dict[str, Tensor] = field(default_factory=dict)
     multi_label: bool = False
 
     def levels(self, layer: str | None) -> list[Tensor]:
-        """Feature maps of a layer; what the score layers are given for ``penultimate``."""
+        """Feature maps of a layer; for ``penultimate`` the inputs of the score layers."""
         if layer != PENULTIMATE:
             return super().levels(layer)
         parts: list[Tensor] = []
@@ -42,17 +42,17 @@ class OutputRecording(Recording):
         return parts if len(parts) == 1 else [torch.cat(parts, -1)]
 
     def is_multi_label(self, task: str) -> bool:
-        """Whether each logit of a task is a probability of its own."""
+        """Whether each logit of a task is a separate probability (sigmoid)."""
         return self.multi_label
 
 
 class Distillation:
-    """Loss of a quantized model against its float teacher, see ``distill``.
+    """Loss between a quantized model and its float teacher, see ``distill``.
 
     Attributes:
-        output: What the model gave in the last call, with its graph: the task loss needs no
-            forward pass of its own.
-        task_weight: Factor that the recipe gives the task loss.
+        output: Output of the model in the last call, with its graph: the task loss needs no
+            second forward pass.
+        task_weight: The recipe's factor of the task loss.
     """
 
     output: Any = None
@@ -85,7 +85,7 @@ class Distillation:
             Scalar: the recipe's terms, each with its weight.
 
         Raises:
-            ValueError: If a term compares what the model does not have.
+            ValueError: If the model does not have the features that a term compares.
         """
         if self._terms is None:
             self._terms = self._prepare(inputs)
@@ -121,7 +121,7 @@ class Distillation:
         return terms
 
     def _feature_module(self, terms: list[Any]) -> str | None:
-        """Module whose output ``layer=None`` of a feature term means: neck or backbone."""
+        """Module whose output a feature term with ``layer=None`` compares: neck or backbone."""
         if not any('layer' in t.settings and t.settings['layer'] is None for t in terms):
             return None
         for name in ('neck', 'backbone'):
@@ -129,7 +129,7 @@ class Distillation:
                 return name
         raise ValueError(
             f'{type(self.model).__name__} has no backbone; write recipe=dict(mimic=dict('
-            "type='feature', layer=NAME)) with the name of a module that gives a feature map"
+            "type='feature', layer=NAME)) with the name of a module that returns a feature map"
         )
 
     def _recording(self, model: nn.Module) -> OutputRecording:
@@ -183,19 +183,19 @@ def distill(
 ) -> Distillation:
     """The loss terms that the recipe's ``mimic`` describes, for any training loop.
 
-    For a classifier of our presets: divergence of the class distributions, and the relative
-    error of the penultimate feature (the input of the layers that give the scores). Make it
-    once, before the loop::
+    For a classifier with a preset such as w4a4: divergence of the class distributions, and the
+    relative error of the penultimate feature (the input of the layers that compute the scores).
+    Create it once, before the loop::
 
         mimic = gplq_mm.distill(model, teacher)
         for x, y in loader:
             loss = mimic(x) + F.cross_entropy(mimic.output, y)
 
     Args:
-        model: Of ``gplq_mm.quantize``, calibrated.
+        model: Model of ``gplq_mm.quantize``, calibrated.
         teacher: The float model: a ``copy.deepcopy`` from before ``quantize``. It is frozen.
         loader: Images for the basis of ``mimic=dict(type='pca')``; see ``gplq_mm.calibrate``.
-        multi_label: Whether each logit is a probability of its own (sigmoid).
+        multi_label: Whether each logit is a separate probability (sigmoid).
 
     Returns:
         A function of one batch: ``mimic(x)`` runs both models and returns a scalar.
@@ -208,10 +208,10 @@ def distill(
 
 
 def score_layers(model: nn.Module, teacher: nn.Module, inputs: Inputs) -> list[str]:
-    """Names of the layers that give the class scores, in both models.
+    """Names of the layers that compute the class scores, in both models.
 
-    Those of the role ``predictor``, which adapters give; in other models the Linear layers
-    whose output is the model's.
+    Layers with the role ``predictor``, which adapters set; in other models the Linear layers
+    whose output is the model's output.
     """
     found = [n for n, q in quantizers(model, 'activation').items() if q.role == 'predictor']
     names = {name for name, _ in teacher.named_modules()}
@@ -240,7 +240,7 @@ def _keep_output(outputs: dict[str, Any], name: str, _: Any, __: Any, output: An
 
 @contextmanager
 def _inputs_kept(layers: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[None]:
-    """While open, the latest input of each layer goes into ``found``."""
+    """Context manager: the latest input of each layer goes into ``found``."""
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: Any, args: tuple[Any, ...]) -> None:

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What a loader yields, and how a model is called with it."""
+"""Batches that a loader yields, and calls of a model with them."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ _YIELDS = (
 
 
 def model_inputs(batch: Any) -> Inputs:
-    """What a model is called with: a batch, or the first element of a tuple or list.
+    """The model's input: a batch, or the first element of a tuple or list.
 
     Raises:
-        ValueError: If that is no tensor and no dict.
+        ValueError: If that is neither a tensor nor a dict.
     """
     first = batch[0] if isinstance(batch, tuple | list) and batch else batch
     if isinstance(first, Tensor | Mapping):
@@ -35,7 +35,7 @@ def model_inputs(batch: Any) -> Inputs:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """The tensors of a batch on a device; nested dicts, tuples and lists are gone through."""
+    """The tensors of a batch on a device; also in nested dicts, tuples and lists."""
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, Mapping):
@@ -53,18 +53,18 @@ def call_model(model: nn.Module, inputs: Inputs) -> Any:
 
 @dataclass(frozen=True)
 class CalibrationBatches:
-    """Images held in memory, so that every pass sees the same, cut into batches.
+    """Images held in memory and cut into batches, so that every pass sees the same ones.
 
     Attributes:
         images: Each ``(1, ...)``, or a dict of such tensors.
-        batch_size: Images a forward pass.
+        batch_size: Images per forward pass.
     """
 
     images: list[Inputs]
     batch_size: int
 
     def batches(self) -> list[Inputs]:
-        """This rank's share; images of another shape begin another batch."""
+        """This rank's share of the batches; images of another shape start another batch."""
         groups: list[list[Inputs]] = []
         for image in self.images:
             is_full = not groups or len(groups[-1]) == self.batch_size
@@ -75,7 +75,7 @@ class CalibrationBatches:
         return [_joined(group) for group in groups[rank::ranks]]
 
     def first(self, number: int) -> 'CalibrationBatches':
-        """The images that come first."""
+        """The first images."""
         return CalibrationBatches(self.images[:number], self.batch_size)
 
     def run_pass(self, model: nn.Module) -> Callable[[], None]:
@@ -94,14 +94,14 @@ def collect(loader: Iterable[Any], num_images: int, batch_size: int) -> Calibrat
 
     Args:
         loader: See ``gplq_mm.calibrate``.
-        num_images: Images to take, or all where there are fewer.
-        batch_size: Images a forward pass, whatever the loader's own batches.
+        num_images: Images to take, or all if there are fewer.
+        batch_size: Images per forward pass; the loader's own batch size is not used.
 
     Raises:
         ValueError: If the loader is empty or yields something else.
     """
     if isinstance(loader, Tensor):
-        raise ValueError('loader is a tensor, whose rows are no batches; write x.split(8)')
+        raise ValueError('loader is a tensor, whose rows are not batches; write x.split(8)')
     images: list[Inputs] = []
     for batch in loader:
         images += _single(model_inputs(batch))
@@ -113,7 +113,7 @@ def collect(loader: Iterable[Any], num_images: int, batch_size: int) -> Calibrat
 
 
 def loop_pass(model: nn.Module, forward_loop: ForwardLoop) -> Callable[[], None]:
-    """A function that runs a loop of the user's, without gradients."""
+    """A function that runs the user's loop, without gradients."""
 
     def run() -> None:
         with torch.no_grad(), evaluating(model):
@@ -137,7 +137,7 @@ def _single(inputs: Inputs) -> list[Inputs]:
 
 
 def _form(image: Inputs) -> Any:
-    """Equal for images that fit into one batch."""
+    """Key that is equal for images of one batch."""
     if isinstance(image, Tensor):
         return image.shape, image.dtype
     return {key: _form(value) for key, value in image.items()}

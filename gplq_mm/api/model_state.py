@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What a quantized model knows of itself, and in which order its stages come."""
+"""State of a quantized model (recipe, coverage, stage), and the order of the stages."""
 
 import logging
 from dataclasses import dataclass
@@ -12,18 +12,19 @@ from ..modules import Engine
 from ..recipe import Recipe
 
 CONVERTED, CALIBRATED, STAGE1, STAGE2 = STAGES = ('converted', 'calibrated', 'stage1', 'stage2')
-"""In the order in which a model goes through them; a training loop of one's own is not noticed."""
+"""Stages of a model in order; only ``train_stage1`` sets ``stage1``, a custom training loop does
+not."""
 LOGGER = logging.getLogger('gplq_mm')
 
 
 @dataclass
 class QuantizationState:
-    """What ``gplq_mm.quantize`` notes in a model (attribute ``gplq``).
+    """State that ``gplq_mm.quantize`` stores in a model (attribute ``gplq``).
 
     Attributes:
-        recipe: The resolved recipe, its ``auto`` settled.
-        coverage: What is quantized and what stays float.
-        engine: What training steps are computed with.
+        recipe: The resolved recipe, without ``auto``.
+        coverage: Operations that are quantized and that stay float.
+        engine: Engine that computes training steps.
         is_detector: Whether the settings are those of a detector.
         stage: One of ``STAGES``.
     """
@@ -39,7 +40,7 @@ def state_of(model: nn.Module) -> QuantizationState:
     """State of a quantized model.
 
     Raises:
-        ValueError: If ``gplq_mm.quantize`` did not make it.
+        ValueError: If the model is not from ``gplq_mm.quantize``.
     """
     state = getattr(model, 'gplq', None)
     if not isinstance(state, QuantizationState):
@@ -50,10 +51,11 @@ def state_of(model: nn.Module) -> QuantizationState:
 
 
 def require_stage(model: nn.Module, allowed: tuple[str, ...]) -> QuantizationState:
-    """State of a model that is in one of some stages.
+    """State of a model in one of the given stages.
 
     Raises:
-        ValueError: If it is not quantized or in another stage; the call to make is named.
+        ValueError: If the model is not quantized or in another stage; the message names the call
+            to make.
     """
     state = state_of(model)
     if state.stage in allowed:
@@ -64,11 +66,11 @@ def require_stage(model: nn.Module, allowed: tuple[str, ...]) -> QuantizationSta
         )
     if state.stage == STAGE2:
         raise ValueError(
-            'the weights are already quantized; go on from the calibrated model, for instance '
+            'the weights are already quantized; continue from the calibrated model, for instance '
             'from a copy.deepcopy of it or from gplq_mm.load'
         )
     raise ValueError(
-        'the model is already calibrated, and calibration fits its weights; begin again with '
+        'the model is already calibrated, and calibration fits its weights; start again with '
         'gplq_mm.quantize of the float model to calibrate on other images'
     )
 

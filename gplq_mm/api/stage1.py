@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""``gplq_mm.train_stage1``: quantization-aware training with float weights, the plain case."""
+"""``gplq_mm.train_stage1``: quantization-aware training with float weights, in a simple loop."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,24 +21,27 @@ from .inputs import call_model, model_inputs, to_device
 from .model_state import CALIBRATED, LOGGER, STAGE1, device_of, require_stage, state_of
 
 TaskLoss = Callable[[Any, Any], Tensor]
-"""Loss of the model's output and what stands beside the inputs in a batch."""
+"""Loss of the model's output and the targets of a batch."""
 
 
 def stage1_optimizer(model: nn.Module, steps: int) -> Optimizer:
-    """AdamW as the recipe describes it: weights, scales, biases and gains in groups of their own.
+    """AdamW with the recipe's settings: one group each for weights, scales, biases and gains.
 
     Args:
-        model: Of ``gplq_mm.quantize``.
-        steps: Optimizer steps of the whole training: few of them are taken smaller.
+        model: Model of ``gplq_mm.quantize``.
+        steps: Optimizer steps of the whole training; a short training has a smaller learning
+            rate.
 
     Returns:
-        An optimizer for any training loop; scales, biases and gains step in proportion to
-        themselves where the recipe says so.
+        An optimizer for any training loop; scales, biases and gains take steps
+        relative to their size if the recipe says so.
 
     Raises:
         ValueError: If the model is not calibrated, or nothing trains.
     """
-    optim: Any = require_stage(model, (CALIBRATED, STAGE1)).recipe.optim  # its auto is settled
+    optim: Any = require_stage(
+        model, (CALIBRATED, STAGE1)
+    ).recipe.optim  # auto is replaced by numbers
     groups = parameter_groups(model, optim, optim.lr)
     betas = tuple(optim.betas)
     built = AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay, betas=betas)
@@ -59,16 +62,16 @@ def train_stage1(
     task_loss: TaskLoss | None = F.cross_entropy,
     multi_label: bool = False,
 ) -> list[float]:
-    """Train a calibrated model near its teacher: AdamW, the learning rate falls by a cosine.
+    """Train a calibrated model with its teacher: AdamW, learning rate with a cosine schedule.
 
     Args:
-        model: Of ``gplq_mm.quantize``, calibrated; changed in place.
+        model: Model of ``gplq_mm.quantize``, calibrated; changed in place.
         teacher: The float model, see ``gplq_mm.distill``.
         loader: Has a length, and yields ``(inputs, targets)``, both on any device.
-        epochs: Passes over it. About 390 steps are what the presets' learning rate of a small
-            classifier was chosen for.
-        task_loss: Of the model's output and the targets; None to follow the teacher alone, with
-            a loader that yields what ``gplq_mm.calibrate`` takes.
+        epochs: Passes over the loader. The presets' learning rate of a small classifier was
+            chosen for about 390 steps.
+        task_loss: Function of the model's output and the targets; None to train with the teacher
+            only, with a loader as for ``gplq_mm.calibrate``.
         multi_label: See ``gplq_mm.distill``.
 
     Returns:
@@ -135,7 +138,7 @@ class _Objective:
         if not isinstance(batch, tuple | list) or len(batch) != 2:
             raise ValueError(
                 f'the loader yields {type(batch).__name__} without targets; it has to yield '
-                '(inputs, targets), or write task_loss=None to follow the teacher alone'
+                '(inputs, targets), or write task_loss=None to train with the teacher only'
             )
         return self.task_loss(output, to_device(batch[1], device_of(self.model)))
 
@@ -144,7 +147,7 @@ def _mean(losses: list[Tensor], epoch: int) -> float:
     mean = float(torch.stack(losses).mean())
     if mean != mean or mean in (float('inf'), float('-inf')):
         raise ValueError(
-            f'the loss of epoch {epoch + 1} is {mean}; lower recipe.optim.lr, or look for NaN in '
+            f'the loss of epoch {epoch + 1} is {mean}; lower recipe.optim.lr, or check for NaN in '
             'the images'
         )
     LOGGER.info('stage 1, epoch %d: mean loss %.4g', epoch + 1, mean)

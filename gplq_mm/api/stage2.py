@@ -23,32 +23,32 @@ def quantize_weights(
     forward_loop: ForwardLoop | None = None,
     teacher: nn.Module | None = None,
 ) -> Stage2Result:
-    """Put the weights on their grid, in place, as the recipe's ``weight.ptq`` says.
+    """Quantize the weights, in place, with the recipe's ``weight.ptq``.
 
     Args:
-        model: Of ``gplq_mm.quantize``, calibrated, trained or not.
-        loader: Images, see ``gplq_mm.calibrate``; GPTQ, which our presets use, needs them.
-        forward_loop: In place of a loader, see ``gplq_mm.calibrate``.
-        teacher: The float model, whose features ``finetune`` aims at; those of the stage-1
-            model without it. Give a loader of more images then: it takes up to 512.
+        model: Model of ``gplq_mm.quantize``, calibrated, trained or not.
+        loader: Images, see ``gplq_mm.calibrate``; GPTQ, which the ``wXaY`` presets use, needs them.
+        forward_loop: Instead of a loader, see ``gplq_mm.calibrate``.
+        teacher: The float model, whose features are the target of ``finetune``; those of the
+            stage-1 model without it. ``finetune`` takes up to 512 images of the loader.
 
     Returns:
-        Error of each layer's weight (``result.summary``), and what compensation found.
+        Error of each layer's weight (``result.summary``), and the result of compensation.
 
     Raises:
         ValueError: If the model is not calibrated or its weights are quantized already, the
-            algorithm needs images and gets none, the loader does not do, or a weight is NaN or
-            infinite.
+            algorithm needs images and gets none, the loader is not usable, or a weight is NaN or
+                infinite.
     """
     state = require_stage(model, (CALIBRATED, STAGE1))
-    settings: Any = state.recipe.calibration  # its auto is settled
+    settings: Any = state.recipe.calibration  # auto is replaced by numbers
     run_pass = more_images = None
     if loader is not None or forward_loop is not None:
         number = state.recipe.after_training.num_images
-        if number is not None:  # as many as the recipe says, or all
+        if number is not None:  # the recipe's number, or all
             settings = settings.change(all_if_fewer=True)
-        wanted = number or settings.num_images
-        run_pass, _ = passes(model, loader, forward_loop, settings, wanted)
+        requested = number or settings.num_images
+        run_pass, _ = passes(model, loader, forward_loop, settings, requested)
     if loader is not None:
         more_images = partial(_more_images, model, loader, settings.batch_size)
     result = run_stage2(

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""`python -m gplq_mm doctor`: what is installed, what clashes, and the line that mends it."""
+"""`python -m gplq_mm doctor`: installed libraries, conflicts, and commands that fix them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Parser of this sub-command.
     """
-    parser.add_argument('--json', action='store_true', help='print JSON in place of the table')
+    parser.add_argument('--json', action='store_true', help='print JSON instead of a table')
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         args: Parsed command line.
 
     Returns:
-        0 if detection and classification can both run, else 1.
+        0 if both detection and classification can run, else 1.
     """
     findings = [inspect_python(), *(inspect_component(part) for part in COMPONENTS)]
     runs = what_runs(findings)
@@ -56,7 +56,7 @@ def inspect_python() -> Finding:
 
 
 def what_runs(findings: Sequence[Finding]) -> dict[str, bool]:
-    """Tell for detection and for classification whether all they need is ok.
+    """Whether detection and classification can run: all required components are ok.
 
     Args:
         findings: One for each component.
@@ -76,7 +76,7 @@ def as_json(findings: Sequence[Finding], runs: dict[str, bool]) -> str:
 
 
 def as_table(findings: Sequence[Finding], runs: dict[str, bool]) -> str:
-    """Format the report as a table, the mending lines below it.
+    """Format the report as a table, followed by the commands that fix it.
 
     Args:
         findings: One for each component.
@@ -91,5 +91,5 @@ def as_table(findings: Sequence[Finding], runs: dict[str, bool]) -> str:
     lines += ['', *(f'{task}: {"can run" if can else "CANNOT RUN"}' for task, can in runs.items())]
     mends = dict.fromkeys(f.mend for f in findings if f.mend)
     if mends:
-        lines += ['', 'to mend it:', *(f'  {mend}' for mend in mends)]
+        lines += ['', 'to fix it:', *(f'  {mend}' for mend in mends)]
     return '\n'.join(lines)

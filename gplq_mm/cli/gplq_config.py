@@ -20,7 +20,8 @@ from ..recipe.auto_settings import AUTO, MEASURED_ITERATIONS
 
 HOOK = "dict(type='gplq_mm.GPLQHook')"
 MOST_EPOCHS = 20
-"""Of a classifier with very few images; ten were measured (``docs/accuracy_trials.md``)."""
+"""Largest number of epochs, for a classifier with very few images; ten were measured
+(``docs/accuracy_trials.md``)."""
 
 
 def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path) -> str:
@@ -28,10 +29,10 @@ def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path)
 
     Args:
         cfg: The float config, read.
-        base: Where the float config lies.
-        checkpoint: Trained float model, as the user wrote it.
+        base: Path of the float config.
+        checkpoint: Trained float model, as given by the user.
         recipe: Name of a preset.
-        out: Where the text will lie.
+        out: Path of the new config.
     """
     lines = [
         f'# GPLQ {recipe} of {Path(base).name}: written by python -m gplq_mm init',
@@ -44,37 +45,37 @@ def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path)
         *_schedule_lines(cfg, recipe),
         "optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')",
     ]
-    if cfg.get('work_dir'):  # theirs holds the float model's checkpoints
+    if cfg.get('work_dir'):  # the project's work dir has the float model's checkpoints
         lines.append(f'work_dir = {str(Path("work_dirs") / out.stem)!r}')
     return '\n'.join(lines) + '\n'
 
 
 def _hooks_lines(cfg: Config) -> list[str]:
-    """`custom_hooks`, the project's own kept (a list replaces the base's) but for its EMA."""
+    """`custom_hooks`: the project's own hooks without its EMA (a list replaces the base's list)."""
     types = [str(hook.get('type')) for hook in cfg.get('custom_hooks') or []]
     if any('EMAHook' in kind for kind in types):
         kept = "*(h for h in _base_.custom_hooks if 'EMAHook' not in str(h['type']))"
         return [
-            "# no EMAHook: over one epoch an average as slow as the base's stays at the start",
+            "# no EMAHook: over one epoch an average as slow as the base's stays near the start",
             f'custom_hooks = [{kept}, {HOOK}]',
         ]
     return [f'custom_hooks = [{"*_base_.custom_hooks, " if types else ""}{HOOK}]']
 
 
 def _label_lines(cfg: Config) -> list[str]:
-    """Of a classifier: no Mixup or CutMix, and learning rates that are for 128 images."""
+    """Lines for a classifier: no Mixup or CutMix, and learning rates for 128 images."""
     lines = []
     if 'augments' in (cfg.model.get('train_cfg') or {}):
-        lines.append("model['train_cfg'] = None  # no Mixup: scales are learned on plain images")
+        lines.append("model['train_cfg'] = None  # no Mixup: scales are learned on unmixed images")
     if is_classifier(cfg) and cfg.get('auto_scale_lr'):
         lines.append("auto_scale_lr = dict(base_batch_size=128)  # of the recipe's learning rates")
     return lines
 
 
 def _schedule_lines(cfg: Config, recipe: str) -> list[str]:
-    """Stage 1 with a cosine, counted as the project counts: in epochs or in iterations.
+    """Stage 1 with a cosine schedule, in the project's unit: epochs or iterations.
 
-    The cosine ends where training ends, so that a longer run needs one number.
+    The cosine ends with the training, so a longer run changes one number.
     """
     repeats = is_classifier(cfg) and as_recipe(recipe).optim.lr_iterations == AUTO
     if not is_iteration_based(cfg):
@@ -98,16 +99,16 @@ def is_classifier(cfg: Config) -> bool:
 
 
 def epochs_of_stage1(cfg: Config) -> tuple[int, str]:
-    """Epochs of a classifier, and why: one, or as many as give it some hundred steps.
+    """Number of epochs of a classifier, with the reason: one, or enough for a few hundred steps.
 
-    A detector has thousands of tokens an image; a classifier with few images needs them
+    A detector has thousands of tokens per image; a classifier with few images has to see them
     repeatedly (measured: ``docs/accuracy_trials.md``).
     """
     try:
         iterations = iterations_of_one_epoch(cfg, download=False)
-    except Exception as error:  # whatever a project's own data set raises: init needs no data
+    except Exception as error:  # a project's data set may raise anything: init needs no data
         why = type(error.__cause__ or error).__name__
-        few = f'more where an epoch has far fewer than {MEASURED_ITERATIONS} iterations'
+        few = f'more if an epoch has far fewer than {MEASURED_ITERATIONS} iterations'
         return 1, f'training set not read ({why}): {few}'
     epochs = min(max(1, round(MEASURED_ITERATIONS / iterations)), MOST_EPOCHS)
     return epochs, f'of {iterations} iterations' if epochs > 1 else ''
@@ -126,7 +127,7 @@ def iterations_of_one_epoch(cfg: Config, download: bool = True) -> int:
 
     Args:
         cfg: The float config.
-        download: Whether a data set that downloads what is not there may do so.
+        download: Whether a data set may download missing files.
 
     Raises:
         ConfigError: If the training set cannot be read.
@@ -139,15 +140,15 @@ def iterations_of_one_epoch(cfg: Config, download: bool = True) -> int:
             dataset = DATASETS.build(given)
     except FileNotFoundError as error:
         raise ConfigError(
-            f'the config counts iterations, and how many make one epoch the training set tells, '
-            f'which is not there: {error}'
+            f'the config counts iterations; the length of an epoch is that of the training set, '
+            f'which cannot be read: {error}'
         ) from error
     batch = cfg.train_dataloader.get('batch_size') or cfg.train_dataloader.batch_sampler.batch_size
     return math.ceil(len(dataset) / batch)
 
 
 def _arguments(kind: Any) -> Collection[str]:
-    """Names of a data set's arguments; none for an unknown one."""
+    """Names of a data set's arguments; empty for an unknown type."""
     if isinstance(kind, str):
         with DATASETS.switch_scope_and_registry(None) as registry:
             kind = registry.get(kind)

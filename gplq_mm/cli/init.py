@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         0.
 
     Raises:
-        ConfigError: If a file is missing, OUT is there already, the config is a GPLQ config, or
+        ConfigError: If a file is missing, OUT exists already, the config is a GPLQ config, or
             the checkpoint does not fit the float model.
         ValueError: If the recipe is unknown.
     """
@@ -63,33 +63,33 @@ def run(args: argparse.Namespace) -> int:
         base = write_flat(cfg, args.out)
         cfg = load_config(base)
     args.out.write_text(config_text(cfg, base, args.checkpoint, args.recipe, args.out))
-    Config.fromfile(args.out)  # what was written can be read
+    Config.fromfile(args.out)  # check that the config can be read
     sys.stdout.write(f'wrote {args.out}; next: python tools/train.py {args.out}\n')
     return 0
 
 
 def check_out(args: argparse.Namespace) -> None:
-    """Refuse to write over what is there.
+    """Refuse to overwrite a file.
 
     Raises:
-        ConfigError: If OUT is no Python file, is there already, or is the float config.
+        ConfigError: If OUT is no Python file, exists already, or is the float config.
     """
     if args.out.suffix != '.py':
         raise ConfigError(f'-o {args.out}: a config is a Python file, write -o {args.out}.py')
     if args.out.resolve() == Path(args.config).resolve():
         raise ConfigError(f'-o {args.out} is the float config itself; write another name')
     if args.out.exists() and not args.force:
-        raise ConfigError(f'{args.out} is there already; --force overwrites it')
+        raise ConfigError(f'{args.out} exists already; --force overwrites it')
 
 
 def read_float_config(config: str) -> Config:
-    """Read a config file, or one that ships inside an installed library.
+    """Read a config file, or one that is part of an installed library.
 
     Args:
         config: Path, or a name such as `mmdet::retinanet/retinanet_r50_fpn_1x_coco.py`.
 
     Raises:
-        ConfigError: If it cannot be found, or the installed libraries clash.
+        ConfigError: If it cannot be found, or the installed libraries are incompatible.
     """
     try:
         check_versions()
@@ -138,7 +138,7 @@ def is_lazy(config: str) -> bool:
 
 
 def write_flat(cfg: Config, out: Path) -> str:
-    """Write a config of the import style flat beside OUT, so that `_base_` can name it."""
+    """Write a config of the import style as a flat file that `_base_` can name."""
     base = out.with_name(f'{out.stem}_float.py')
     cfg.dump(base)
     return str(base)

@@ -25,7 +25,8 @@ def convert_file(source: str, out: Path, config: Path, convert: Converter) -> in
         source: Checkpoint of another project, or its URL.
         out: File to write.
         config: Config whose float model the weights must fit, key by key.
-        convert: Takes the source's and the target's state dict, returns the converted one.
+        convert: Function of the source's and the target's state dict that returns the converted
+            one.
 
     Returns:
         Number of tensors written.
@@ -51,10 +52,10 @@ def main(about: str, url: str, config: Path, out: str, convert: Converter) -> No
     """Parse the command line and convert.
 
     Args:
-        about: What the script does.
-        url: Where the public checkpoint is.
-        config: Float config of the target, unless the user gives another.
-        out: File to write, unless the user gives another.
+        about: Description of the script.
+        url: URL of the public checkpoint.
+        config: Default float config of the target.
+        out: Default output file.
         convert: As in `convert_file`.
     """
     parser = ArgumentParser(description=about, epilog=f'The public checkpoint: {url}')

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What the handlers of attention classes share, and the handler of torch's own."""
+"""Common parts of attention handlers, and the handler of ``nn.MultiheadAttention``."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,12 +32,12 @@ _REL_POS = {'rel_h_matmul': 'bnhwc,hkc->bnhwk', 'rel_w_matmul': 'bnhwc,wkc->bnhw
 
 
 def attach_matmuls(module: Any, name: str, context: Context, heads: int) -> None:
-    """Give an attention module its ``qk_matmul`` and ``pv_matmul``.
+    """Add ``qk_matmul`` and ``pv_matmul`` to an attention module.
 
     Args:
         module: Attention; its forward calls both with ``(B, heads, N, D)`` operands.
         name: Its dotted name.
-        context: Running conversion.
+        context: The current conversion.
         heads: Number of heads.
     """
     for child, roles in (('qk_matmul', ('query', 'key')), ('pv_matmul', ('softmax', 'value'))):
@@ -46,14 +46,14 @@ def attach_matmuls(module: Any, name: str, context: Context, heads: int) -> None
 
 
 POSITION_MLP = {'cpb_mlp': 'acts on a constant table: a deployed model stores its output'}
-"""What of Swin V2's attention stays float, and why."""
+"""Reason in the report for the part of Swin V2's attention that stays float."""
 
 
 def register_attention(
     quantized: Mapping[type[nn.Module], type[nn.Module]],
     kept_float: Mapping[str, str] | None = None,
 ) -> None:
-    """Register handlers of attention classes: both matmuls, the projections are children.
+    """Register handlers of attention classes, which add both matmuls; projections are children.
 
     Args:
         quantized: Class -> subclass whose forward calls ``qk_matmul`` and ``pv_matmul``. The
@@ -70,12 +70,12 @@ def register_attention(
 
 
 def attach_rel_pos_matmuls(module: Any, name: str, context: Context) -> None:
-    """Give an attention module the matmuls that ``RelPosAttention`` calls.
+    """Add the matmuls that ``RelPosAttention`` calls to an attention module.
 
     Args:
         module: Attention with ``num_heads`` and ``use_rel_pos``.
         name: Its dotted name.
-        context: Running conversion.
+        context: The current conversion.
     """
     attach_matmuls(module, name, context, module.num_heads)
     is_quantized = not module.qk_matmul.is_float
@@ -97,7 +97,7 @@ def attach_rel_pos_matmuls(module: Any, name: str, context: Context) -> None:
 
 @register_handler(nn.MultiheadAttention)
 def convert_multihead_attention(module: nn.MultiheadAttention, name: str, context: Context) -> None:
-    """Three input projections and both matmuls; ``out_proj`` is a child with its own handler."""
+    """Quantize three input projections and both matmuls; ``out_proj`` has its own handler."""
     swap_class(module, QuantMultiheadAttention)
     for part in PARTS:
         child = f'in_proj_{part}'
@@ -112,13 +112,13 @@ register_layer(NonDynamicallyQuantizableLinear, QuantOutProjection)
 
 @register_handler(nn.TransformerEncoderLayer)
 def convert_encoder_layer(module: Any, name: str, context: Context) -> None:
-    """Its attention and layers are children; torch's fused kernel would pass them by."""
-    module.activation_relu_or_gelu = 0  # what torch asks before it takes that kernel
+    """Turn off torch's fused kernel, which would bypass the quantized child modules."""
+    module.activation_relu_or_gelu = 0  # torch checks this before it uses the kernel
 
 
 @register_roles(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 def give_ffn_role(module: Any, name: str, context: Context) -> None:
-    """``post_gelu`` or ``post_relu`` to the second layer of the feed-forward network."""
+    """Set ``post_gelu`` or ``post_relu`` for the second layer of the feed-forward network."""
     function = module.activation
     for role, kinds in (('post_gelu', (F.gelu, nn.GELU)), ('post_relu', (F.relu, nn.ReLU))):
         if function is kinds[0] or isinstance(function, kinds[1]):

@@ -18,11 +18,11 @@ _ATTENTION = re.compile(r'(attention|attn|attntion|msa|xca)', re.IGNORECASE)
 
 @dataclass
 class CoverageReport:
-    """What a conversion quantized and what it left float.
+    """The operations that a conversion quantized and those that stay float.
 
     Attributes:
         quantized: Names by kind: ``linear``, ``conv``, ``matmul``.
-        kept_float: ``(name, reason)`` of what stays float inside the scope.
+        kept_float: ``(name, reason)`` of operations that stay float inside the scope.
         scope: Name prefixes that were converted.
     """
 
@@ -34,7 +34,7 @@ class CoverageReport:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of quantized operations a kind."""
+        """Number of quantized operations per kind."""
         return {kind: len(names) for kind, names in self.quantized.items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,7 +47,7 @@ class CoverageReport:
 
 
 class _Conversion:
-    """The running conversion; implements ``handlers.Context``."""
+    """State of a conversion; implements ``handlers.Context``."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -104,8 +104,8 @@ class _Conversion:
 def convert_(model: nn.Module, recipe: RecipeLike, strict: bool = False) -> CoverageReport:
     """Attach quantizers to every supported operation in the recipe's scope.
 
-    Classes are swapped in place: the modules, their attributes and their
-    state-dict keys stay, quantizer state is added.
+    Classes are swapped in place: modules, attributes and state-dict keys do not change,
+    quantizer state is added.
 
     Args:
         model: Float model; changed in place. Quantizers go to the device of its first
@@ -114,11 +114,11 @@ def convert_(model: nn.Module, recipe: RecipeLike, strict: bool = False) -> Cove
         strict: Raise if an unknown layer or attention class in the scope stays float.
 
     Returns:
-        What was quantized and what stays float.
+        Which operations are quantized and which stay float.
 
     Raises:
         ValueError: If the model is already converted, the scope or a rule matches
-            nothing, nothing was quantized, or ``strict`` finds something float.
+            nothing, nothing was quantized, or ``strict`` and a layer stays float.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(4, 4), nn.GELU())
@@ -169,7 +169,7 @@ def quantizers(model: nn.Module, kind: str | None = None) -> dict[str, FakeQuant
 
 
 def set_quantization(model: nn.Module, enabled: bool, kind: str | None = None) -> None:
-    """Switch all quantizers of a kind on or off; off equals the float model bit for bit."""
+    """Switch all quantizers of a kind on or off; off equals the float model."""
     for quantizer in quantizers(model, kind).values():
         quantizer.enabled = enabled
 

@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Handlers: which converter turns a float module into a quantized one.
+"""Handlers: functions that turn a float module into a quantized one, by class.
 
 A handler is a function ``handler(module, name, context)`` registered for an exact
-class. It may attach quantizers, swap the module's class, or give roles to its
+class. It may attach quantizers, swap the module's class, or set roles of its
 children. Adapters register the handlers of other libraries' classes.
 """
 
@@ -17,13 +17,13 @@ from ..recipe import OperandSettings, RuleBook, WeightSettings, spec_from_settin
 
 
 class Context(Protocol):
-    """What a handler may ask of the running conversion."""
+    """Interface of a conversion for handlers."""
 
     def role(self, name: str, default: str = 'input') -> str:
-        """Role that a parent gave to a module, or the default."""
+        """Role that a parent module set for a module, or the default."""
 
     def set_role(self, name: str, role: str) -> None:
-        """Give a role to a (child) module that is converted later."""
+        """Set the role of a (child) module that is converted later."""
 
     def activation(
         self,
@@ -33,19 +33,19 @@ class Context(Protocol):
         size: int | None,
         row_axis: int | None = None,
     ) -> FakeQuantizer | None:
-        """Quantizer of an activation operand, or None where the rules turn it off.
+        """Quantizer of an activation operand, or None if the rules turn it off.
 
         ``row_axis`` is the summed axis of a matrix product's operand, for ``per_row`` scales.
         """
 
     def weight(self, name: str, role: str, axis: int, size: int) -> FakeQuantizer | None:
-        """Quantizer of a weight, or None where the rules turn it off."""
+        """Quantizer of a weight, or None if the rules turn it off."""
 
     def keep_float(self, name: str, reason: str) -> None:
-        """Report that something inside the scope stays float."""
+        """Report that an operation inside the scope stays float."""
 
     def skip(self, name: str, reason: str) -> None:
-        """Keep a module and all below it float, on purpose: no error if ``strict``."""
+        """Keep a module and its children float on purpose: no error with ``strict``."""
 
     def count(self, kind: str, name: str) -> None:
         """Report a quantized operation."""
@@ -54,7 +54,7 @@ class Context(Protocol):
 Handler = Callable[[Any, str, Context], None]
 HANDLERS: dict[type[nn.Module], Handler] = {}
 TURNED_OFF = 'turned off by a rule'
-"""Reason in the report for what the recipe itself keeps float."""
+"""Reason in the report for operations that the recipe keeps float."""
 
 
 def register_handler(*types: type[nn.Module]) -> Callable[[Handler], Handler]:
@@ -69,7 +69,7 @@ def register_handler(*types: type[nn.Module]) -> Callable[[Handler], Handler]:
 
 
 def find_handler(module: nn.Module) -> Handler | None:
-    """Handler of a module's exact class; a subclass may compute something else."""
+    """Handler of a module's exact class; a subclass may compute another function."""
     return HANDLERS.get(type(module))
 
 
@@ -83,12 +83,12 @@ def register_layer(float_cls: type[nn.Module], quant_cls: type[nn.Module]) -> No
 
 
 def convert_layer(module: Any, name: str, context: Context, quant_cls: type[nn.Module]) -> None:
-    """Attach quantizers to a Linear or convolution and make it a ``quant_cls``.
+    """Attach quantizers to a Linear or convolution and change its class to ``quant_cls``.
 
     Args:
         module: The float layer.
         name: Its dotted name.
-        context: Running conversion.
+        context: The current conversion.
         quant_cls: A ``QuantizedLayer`` that extends the layer's class.
     """
     is_linear = isinstance(module, nn.Linear)
@@ -119,13 +119,13 @@ def make_matmul(
 
     Args:
         name: Dotted name that the matmul will have.
-        context: Running conversion.
+        context: The current conversion.
         roles: Roles of the left and right operand.
-        heads: Number of heads (axis 1 of ``(B, heads, N, D)``) for scales a head; None
-            for operands without such an axis, which are then per-tensor.
+        heads: Number of heads (axis 1 of ``(B, heads, N, D)``) for scales per head; None for
+            operands without such an axis, which are then per-tensor.
 
     Returns:
-        The module, or None where a rule turns one operand off.
+        The module, or None if a rule turns one operand off.
     """
     axis = None if heads is None else 1
     lhs = context.activation(f'{name}.lhs', roles[0], axis, heads, row_axis=-1)
@@ -147,7 +147,7 @@ def build_quantizer(
     size: int | None,
     row_axis: int | None = None,
 ) -> FakeQuantizer | None:
-    """Quantizer of one operand as the rules say, or None where they turn it off.
+    """Quantizer of one operand by the rules, or None if they turn it off.
 
     Raises:
         ValueError: If the settings do not fit the operand.
@@ -169,7 +169,7 @@ def build_quantizer(
 
 
 def _check_observer(spec: QuantSpec, name: str) -> None:
-    """Refuse arguments that the observer does not take now, not after the data is loaded."""
+    """Refuse unknown arguments of the observer here, before data is loaded."""
     try:
         build_observer(spec)
     except (TypeError, ValueError) as error:

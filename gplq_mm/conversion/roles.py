@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Roles: what a parent module knows about the input of its children.
+"""Roles: a parent module sets what kind of input its children have.
 
-Roles are given before anything is converted, by class and subclass, and they
-change no computation: a user's own head gets the roles of the head it extends.
+Roles are set before the conversion, for classes and their subclasses, and do not change any
+computation: a user's own head gets the roles of the head that it extends.
 """
 
 import re
@@ -20,7 +20,7 @@ _AFTER = ((nn.GELU, 'post_gelu'), (nn.ReLU, 'post_relu'), (nn.ReLU6, 'post_relu'
 
 
 def register_roles(*types: type[nn.Module]) -> Callable[[RoleGiver], RoleGiver]:
-    """Function decorator: the function gives roles to the children of these classes."""
+    """Function decorator: the function sets roles of the children of these classes."""
 
     def add(giver: RoleGiver) -> RoleGiver:
         ROLE_GIVERS.append((types, giver))
@@ -30,7 +30,7 @@ def register_roles(*types: type[nn.Module]) -> Callable[[RoleGiver], RoleGiver]:
 
 
 def give_roles(module: nn.Module, name: str, context: Context) -> None:
-    """Run every role giver whose classes the module is an instance of."""
+    """Run every role function registered for a class of the module."""
     for types, giver in ROLE_GIVERS:
         if isinstance(module, types):
             giver(module, name, context)
@@ -47,12 +47,12 @@ def child_name(name: str, child: str) -> str:
 
 
 def set_ffn_roles(module: nn.Module, name: str, context: Context) -> None:
-    """Give ``post_gelu`` and ``post_relu`` to the layers behind an activation.
+    """Set ``post_gelu`` and ``post_relu`` for the layers after an activation function.
 
     Args:
         module: Its children run in the order in which they were registered.
         name: Its dotted name.
-        context: Running conversion.
+        context: The current conversion.
     """
     role = None
     for child, layer in module.named_modules(remove_duplicate=False):
@@ -67,7 +67,7 @@ def register_ffn(float_class: type[nn.Module], quantized: type[nn.Module]) -> No
     """Register a feed-forward class whose layers are its own children.
 
     Args:
-        float_class: Its layers behind the activation get ``post_gelu`` or ``post_relu``.
+        float_class: Its layers after the activation function get ``post_gelu`` or ``post_relu``.
         quantized: Subclass that may run them as one operator, see ``MlpFeedForward``.
     """
 
@@ -79,12 +79,12 @@ def register_ffn(float_class: type[nn.Module], quantized: type[nn.Module]) -> No
 
 
 def set_predictor_roles(module: nn.Module, name: str, context: Context, pattern: str) -> None:
-    """Give ``predictor`` to the last layers of a head.
+    """Set ``predictor`` for the last layers of a head.
 
     Args:
         module: The head.
         name: Its dotted name.
-        context: Running conversion.
+        context: The current conversion.
         pattern: Regular expression for the names of its children that predict.
     """
     for child, layer in module.named_children():

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Automatic mixed precision on the CPU, where MMEngine's wrapper asks for an accelerator."""
+"""Automatic mixed precision on the CPU; MMEngine's own wrapper requires an accelerator."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +19,7 @@ _GPU_ONLY = ('loss_scale', 'use_fsdp')
 
 @OPTIM_WRAPPERS.register_module()
 class CpuAmpOptimWrapper(OptimWrapper):
-    """Forward pass under bfloat16 autocast; its range is float32's, so losses need no scaling.
+    """Forward pass under bfloat16 autocast; it has float32's range, so the loss needs no scaling.
 
     Weights, gradients, optimizer state and all quantizer arithmetic stay float32.
 
@@ -28,7 +28,7 @@ class CpuAmpOptimWrapper(OptimWrapper):
         **kwargs: As for ``OptimWrapper``.
 
     Raises:
-        ValueError: For another type.
+        ValueError: If ``dtype`` is not ``bfloat16``.
     """
 
     def __init__(self, dtype: str | torch.dtype | None = None, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class CpuAmpOptimWrapper(OptimWrapper):
 
 
 def on_this_device(wrapper: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an optimizer wrapper, mixed precision made fit for the CPU where that is all.
+    """Settings of an optimizer wrapper; without an accelerator, mixed precision is the CPU's.
 
     Args:
         wrapper: ``type`` and its arguments.

@@ -27,10 +27,10 @@ class CalibrationSet:
         cfg: The run's config; uses ``train_dataloader`` and the pipeline and collate
             function of ``val_dataloader`` (or ``test_dataloader``).
         num_images: Images to draw.
-        seed: Seed of the draw.
-        batch_size: Images a forward pass. Batches, not images, are dealt to the
-            ranks, so N ranks see just the batches that one would.
-        all_if_fewer: Take the whole training set where it has fewer images.
+        seed: Seed of the random choice.
+        batch_size: Images per forward pass. Whole batches are distributed over the ranks, so N
+            ranks see the same batches as one rank.
+        all_if_fewer: Take the whole training set if it has fewer images.
 
     Raises:
         ValueError: If a dataloader is missing, the training set is smaller than
@@ -64,8 +64,8 @@ class CalibrationSet:
 
         Args:
             cfg: The run's config.
-            recipe: Resolved recipe, its numbers settled.
-            num_images: In place of the recipe's number; None for that.
+            recipe: Resolved recipe; ``auto`` is replaced by numbers.
+            num_images: Replaces the recipe's number; None keeps it.
 
         Raises:
             ValueError: As for the class.
@@ -77,28 +77,28 @@ class CalibrationSet:
     def sample(
         self, num_images: int | None, batch_size: int, most: int, section: str
     ) -> 'CalibrationSet':
-        """Another number of images from the same draw, for another purpose.
+        """Another number of images from the same random order, for another purpose.
 
         Args:
-            num_images: Images to draw; None for ``most``, or all where there are fewer.
-            batch_size: Images a forward pass.
-            most: Images drawn where ``num_images`` is None.
+            num_images: Images to draw; None: ``most``, or all if there are fewer.
+            batch_size: Images per forward pass.
+            most: Images drawn if ``num_images`` is None.
             section: Section of the recipe that asks for them.
 
         Raises:
             ValueError: As for the class.
         """
         other = copy.copy(self)
-        wanted = min(most, len(self.dataset)) if num_images is None else num_images
-        other._choose(wanted, batch_size, section)
+        requested = min(most, len(self.dataset)) if num_images is None else num_images
+        other._choose(requested, batch_size, section)
         return other
 
     def others(self, batches: int) -> list[Any]:
-        """This rank's collated batches of images that come next in the draw: not this set's.
+        """This rank's collated batches of the next images of the random order, outside this set.
 
         Args:
-            batches: How many at the most, each as large as this set's; images of this set
-                where the training set has no others.
+            batches: Largest number of batches, each of this set's size; images of this set if the
+                training set has no others.
         """
         size, taken = len(self.batches[0]), len(self.indices)
         free = [int(i) for i in self._order[taken : taken + batches * size * world()[1]]]
@@ -107,11 +107,11 @@ class CalibrationSet:
         return [self.collate([self.dataset[i] for i in part]) for part in parts[rank::ranks]]
 
     def following(self, num_images: int) -> 'CalibrationSet':
-        """A set of the images that come next in the draw, as many over all ranks.
+        """The next images of the random order; the number counts over all ranks.
 
         Args:
-            num_images: Images at the most; the first ones of this set where the training set
-                has no others.
+            num_images: Largest number of images; the first ones of this set if the training set has
+                no others.
 
         Raises:
             ValueError: If an image is also in the validation or test set.
@@ -130,7 +130,7 @@ class CalibrationSet:
         batches = -(-num_images // batch_size)
         if batches < world()[1]:
             raise ValueError(
-                f'{batches} calibration batch(es) cannot be dealt to {world()[1]} ranks; '
+                f'{batches} calibration batch(es) cannot be distributed over {world()[1]} ranks; '
                 'ask for more images or a smaller batch_size'
             )
         self._take([int(i) for i in self._order[:num_images]], batch_size)
@@ -175,9 +175,9 @@ class CalibrationSet:
         )
 
     def run_pass(self, model: Any, title: str) -> Callable[[], None]:
-        """A function that runs the model over this rank's batches, with a bar.
+        """A function that runs the model over this rank's batches, with a progress bar.
 
-        Where the scope ends at backbone or neck, the heads are not run.
+        The heads do not run if the scope ends at backbone or neck.
         """
         forward = _features_only if ends_before_heads(model) else _whole_model
 
@@ -199,7 +199,7 @@ class CalibrationSet:
 
 
 def ends_before_heads(model: Any) -> bool:
-    """Whether the scope holds no head, so that features are all there is to look at."""
+    """Whether the scope has no head, so that only features can be compared."""
     prefixes = {name.split('.')[0] for name in model.gplq.coverage.scope}
     return prefixes <= {'backbone', 'neck'} and hasattr(model, 'extract_feat')
 
@@ -213,7 +213,7 @@ def _whole_model(model: Any, batch: Any) -> None:
 
 
 def with_pipeline(cfg: Mapping[str, Any], pipeline: list) -> dict[str, Any]:
-    """Dataset config without resampling wrappers and with another pipeline.
+    """Dataset config with another pipeline and without wrappers that resample.
 
     Args:
         cfg: Dataset config, possibly wrapped (``RepeatDataset``, ``ConcatDataset``, ...).
@@ -232,14 +232,14 @@ def with_pipeline(cfg: Mapping[str, Any], pipeline: list) -> dict[str, Any]:
 
 
 def image_path(dataset: Any, index: int) -> str | None:
-    """Real path of an image, or None where the data set does not tell."""
+    """Real path of an image, or None if the data set does not give it."""
     info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
     path = info.get('img_path')
     return os.path.realpath(path) if path else None
 
 
 def image_identity(dataset: Any, index: int) -> str | None:
-    """What tells an image from others: its real path, or a hash of pixels held in memory."""
+    """Identity of an image: its real path, or a hash of its pixels if they are in memory."""
     info = dataset.get_data_info(index) if hasattr(dataset, 'get_data_info') else {}
     pixels = info.get('img')
     if isinstance(pixels, np.ndarray) and not info.get('img_path'):
@@ -248,7 +248,7 @@ def image_identity(dataset: Any, index: int) -> str | None:
 
 
 def _is_subset(wrapper: Mapping[str, Any]) -> bool:
-    """Whether a wrapper leaves images out for good (the others only repeat or mix them)."""
+    """Whether a wrapper leaves images out (the others only repeat or mix them)."""
     kind = wrapper.get('type')
     return str(getattr(kind, '__name__', kind)).rpartition('.')[2] == 'KFoldDataset'
 
@@ -279,7 +279,7 @@ def _require_disjoint(images: list[str | None], cfg: Config) -> None:
         try:
             dataset = DATASETS.build(copy.deepcopy(dataloader['dataset']))
         except FileNotFoundError as error:
-            # training needs no test set; images that are not there cannot be shared
+            # training needs no test set; missing images cannot be shared
             print_log(f'{name} is not compared with the calibration images: {error}', 'current')
             continue
         shared = {image_identity(dataset, i) for i in range(len(dataset))} & known

@@ -33,7 +33,7 @@ _TRAINING_ONLY = (
     'weight.ptq',
     'stage2.num_images',
 )
-"""Recipe keys that decide values, not how the values are used."""
+"""Recipe keys that determine the weights and scales, not how the model runs."""
 CALIBRATED_NAME = 'gplq_calibrated.pth'
 
 
@@ -70,7 +70,7 @@ def file_sha256(path: str | Path) -> str | None:
 
 
 def quantization_keys(model: nn.Module) -> set[str]:
-    """State-dict keys that the conversion added to the float model's."""
+    """State-dict keys that the conversion added to those of the float model."""
     keys: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantizer):
@@ -89,16 +89,16 @@ def is_quantized_checkpoint(checkpoint: Mapping[str, Any]) -> bool:
 def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """Load FP32 weights into a converted model; only quantizer keys may be missing.
 
-    The model's own quantizer state is put into the checkpoint, so that MMEngine,
-    which loads it once more, has nothing to complain of.
+    The model's own quantizer state is added to the checkpoint: MMEngine loads it once more
+    and would warn of missing keys.
 
     Args:
         model: Converted model.
         checkpoint: Loaded FP32 checkpoint; its ``state_dict`` is completed.
 
     Raises:
-        ValueError: If a key is missing, left over or of another shape, or a weight is NaN
-            or infinite (named).
+        ValueError: If a key is missing, unexpected or of another shape, or a weight is NaN or
+            infinite; the message names it.
     """
     state = state_dict_of(checkpoint)
     try:
@@ -130,7 +130,7 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: If it was not written by a GPLQ run, is uncalibrated, was made with
-            another recipe or for another model (the difference is named).
+            another recipe or for another model; the message names the difference.
     """
     if not is_quantized_checkpoint(checkpoint):
         raise ValueError(
@@ -157,11 +157,11 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
 
 def recipe_differences(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
-    """Dotted keys of a checkpoint's recipe for which a model of ``recipe`` cannot run it.
+    """Dotted recipe keys that keep a model of ``recipe`` from running a checkpoint.
 
     Args:
         checkpoint: Quantized checkpoint.
-        recipe: Full recipe, plain.
+        recipe: Full recipe as a plain dict.
     """
     made_with = recorded_recipe(checkpoint[KEY]['recipe'])
     if checkpoint[KEY]['stage'] != 'stage2' and not _differences(
@@ -185,21 +185,22 @@ def _require_same_recipe(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any
         )
     base = former_base(recipe)
     raise ValueError(
-        f'the checkpoint was made with what recipe {recipe["name"]!r} meant before, and a training '
-        f'goes on with the quantizers it began with; write recipe={base!r}, or '
-        f'recipe=dict(base={base!r}, ...) where more is set'
+        f'the checkpoint was made with an earlier version of recipe {recipe["name"]!r}, and a '
+        f'training keeps the quantizers it began with; write recipe={base!r}, or '
+        f'recipe=dict(base={base!r}, ...) if you override keys'
     )
 
 
-def _differences(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    found = recipe_difference(made_with, wanted)
+def _differences(made_with: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    found = recipe_difference(made_with, expected)
     return [d for d in found if not d.startswith(_TRAINING_ONLY)]
 
 
 def before_stage2(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe decides a stage-1 model: all but the bits of weights, where all are float.
+    """The part of a recipe that determines a stage-1 model: all but the weights' bits.
 
-    So one stage-1 checkpoint serves recipes that differ in these bits only.
+    Weights are float in stage 1 (without ``weight.qat``), so one stage-1 checkpoint serves
+    recipes that differ in these bits only.
 
     Args:
         recipe: Resolved recipe.
@@ -217,7 +218,7 @@ def before_stage2(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record(model: nn.Module, stage: str, source: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint states of its quantization, as plain types.
+    """What a checkpoint records of its quantization, as plain types.
 
     Args:
         model: Converted model.
@@ -228,7 +229,7 @@ def record(model: nn.Module, stage: str, source: Mapping[str, Any]) -> dict[str,
 
 
 def save_resumable(runner: Runner, name: str) -> str:
-    """Write the runner's full state in one step, as the checkpoint that ``--resume`` finds.
+    """Write the runner's full state atomically, as the checkpoint that ``--resume`` finds.
 
     Args:
         runner: Runner in training, before its first iteration.
@@ -256,7 +257,7 @@ def snapshot(runner: Runner, dataset: Any, through_hooks: bool) -> dict[str, Any
 
     Args:
         runner: Any runner.
-        dataset: Its ``metainfo`` (classes, palette) travels along.
+        dataset: Its ``metainfo`` (classes, palette) is stored too.
         through_hooks: Let hooks edit it as they do when the runner saves (the EMA
             hook puts the averaged weights in).
     """
@@ -278,7 +279,7 @@ def snapshot(runner: Runner, dataset: Any, through_hooks: bool) -> dict[str, Any
 
 
 def save_snapshot(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a snapshot from the main process, in one step; all ranks wait."""
+    """Write a snapshot from the main process, atomically; all ranks wait."""
     if is_main_process():
         write_checkpoint(checkpoint, path)
     barrier()

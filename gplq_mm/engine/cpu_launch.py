@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Several processes without an accelerator, where MMEngine's own launch asks for one."""
+"""Several processes without an accelerator; MMEngine's own launch requires one."""
 
 import torch.distributed as dist
 from mmengine.config import Config, ConfigDict
@@ -9,7 +9,7 @@ from mmengine.device import get_device
 def prepare_cpu_launch(cfg: Config) -> None:
     """Let ``--launcher pytorch`` work on CPU; does nothing otherwise.
 
-    MMEngine calls ``torch.cuda.set_device`` unless a process group is there already,
+    MMEngine calls ``torch.cuda.set_device`` unless a process group exists already,
     and gives DDP device ids, which DDP refuses for a model on the CPU.
 
     Args:

@@ -15,12 +15,12 @@ from .checkpoint import short_sha256
 
 @torch.no_grad()
 def evaluate(runner: Runner, loop: Any, title: str) -> dict[str, float]:
-    """Score the runner's model as a val or test loop would.
+    """Score the runner's model as a val or test loop does.
 
     Args:
         runner: Runner whose model is scored.
         loop: A built ``ValLoop`` or ``TestLoop``: gives data, metric and fp16.
-        title: For the log.
+        title: Name of the model in the log.
 
     Returns:
         Metrics with the evaluator's own names, as plain numbers.
@@ -40,7 +40,7 @@ def evaluate(runner: Runner, loop: Any, title: str) -> dict[str, float]:
 
 
 def validation_key(cfg: Mapping[str, Any]) -> str:
-    """Changes with the images and the metric that a run is scored by."""
+    """Hash of the images and the metric that score a run."""
     loader = cfg.get('val_dataloader') or {}
     return short_sha256((loader.get('dataset'), cfg.get('val_evaluator')))
 

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Run checkpoints of the former presets with a config that names the present ones."""
+"""Run checkpoints of earlier preset versions with a config that names the current ones."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +13,11 @@ from .checkpoint import KEY, is_quantized_checkpoint, recipe_differences, state_
 
 
 def take_former_form_(model: Any, checkpoint: Mapping[str, Any]) -> None:
-    """Give a model the quantizers of a checkpoint that one of the former presets made.
+    """Give a model the quantizers of a checkpoint made with an earlier version of its preset.
 
-    Nothing is done where the checkpoint is another, or its recipe differs in more than what
-    the presets' names mean; ``check_quantized`` then says what differs. Not for a model that
-    trains: its optimizer is that of the present recipe.
+    Does nothing for any other checkpoint, or if the recipe differs in more than the preset's
+    version; ``check_quantized`` then says what differs. Not for training: the optimizer follows
+    the current recipe.
 
     Args:
         model: Converted model; its quantizers and ``gplq.recipe`` change.
@@ -35,7 +35,7 @@ def take_former_form_(model: Any, checkpoint: Mapping[str, Any]) -> None:
         quantizer.take_form_of(state, f'{name}.')
     model.gplq.recipe = as_recipe(former)
     print_log(
-        f'the checkpoint was made with what recipe {recipe.name!r} meant before: the quantizers '
-        f'take its form, the recipe is now {former["name"]!r}',
+        f'the checkpoint was made with an earlier version of recipe {recipe.name!r}: the '
+        f'quantizers take its form, the recipe is now {former["name"]!r}',
         logger='current',
     )

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The gate before stage 1: is the calibrated model a start that training can repair?"""
+"""The gate before stage 1: is the calibrated model close enough to the float one to train?"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -27,18 +27,18 @@ from .calibration_data import CalibrationSet
 from .model_outputs import start_outputs
 
 COSTLIEST = 2
-"""Roles that the message names."""
+"""Number of roles that the message names."""
 
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate found.
+    """Result of the gate.
 
     Attributes:
-        images: Training images that it looked at.
+        images: Number of training images compared.
         limit: ``recipe.gate.max_feature_error``.
-        figures: Of the calibrated model.
-        roles: Feature error with each role float; empty where the gate was passed.
+        figures: Feature error, agreement and KL divergence of the calibrated model.
+        roles: Feature error with each role float; empty if the gate is passed.
     """
 
     images: int
@@ -68,8 +68,8 @@ class Gate:
 
     Args:
         model: Converted model, calibrated, not wrapped.
-        calibration: Images that it was calibrated on; the gate takes others.
-        float_state: FP32 weights: calibration may have fitted those of the model.
+        calibration: Images that it was calibrated on; the gate uses other ones.
+        float_state: FP32 weights; calibration may have changed those of the model.
         settings: ``recipe.gate``.
 
     Raises:
@@ -91,7 +91,7 @@ class Gate:
         self.meter = StartMeter(model, self._outputs, self.images.numbered, as_float_)
 
     def measure(self) -> GateResult:
-        """Figures of the model as it is, and of each role where they are above the limit."""
+        """Figures of the current model; above the limit also the errors with each role float."""
         number, limit = len(self.images.indices), self.settings.max_feature_error
         with evaluating(self.model):
             found = GateResult(number, limit, self.meter.figures())
@@ -100,18 +100,18 @@ class Gate:
             return GateResult(number, limit, found.figures, self.meter.role_errors())
 
     def figures(self) -> StartFigures:
-        """Figures of the model as it is."""
+        """Figures of the current model."""
         with evaluating(self.model):
             return self.meter.figures()
 
     def unavailable(self) -> str | None:
-        """Why the model gives no features that could be compared; None where it does."""
+        """Why the model has no features to compare; None if it has."""
         try:
             with torch.no_grad(), evaluating(self.model):
                 self._outputs(self.images.load(0))  # the same batch on all ranks
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a project's own model raises
+        except Exception as error:  # a project's model may raise anything
             return repr(error)
         return None
 
@@ -120,10 +120,10 @@ class Gate:
 
 
 def remedy(result: GateResult, action: str) -> str:
-    """What was measured, which roles cost most, and what to write; one line.
+    """One line: what was measured, which roles cause the largest error, what to write.
 
     Args:
-        result: Not passed.
+        result: A result above the limit.
         action: ``recipe.gate.action``.
     """
     costliest = result.roles[:COSTLIEST]
@@ -137,13 +137,13 @@ def remedy(result: GateResult, action: str) -> str:
     choices += [] if action == ADD_BITS else ["recipe='auto' to have bits added"]
     return (
         f'the calibrated model is too far from the float one to start stage 1: {result.line}; '
-        f'these roles cost most: {named}; write {", ".join(choices)}, or '
-        "recipe=dict(gate=dict(action='warn')) to train all the same"
+        f'these roles cause the largest error: {named}; write {", ".join(choices)}, or '
+        "recipe=dict(gate=dict(action='warn')) to train anyway"
     )
 
 
 def log_roles(result: GateResult) -> None:
-    """Log the table of roles, those that cost most first."""
+    """Log the table of roles, the largest error first."""
     titles = ['role', 'operands', 'feature error with this role float']
     rows = [[r.role, str(r.operands), f'{r.feature_error:.3g}'] for r in result.roles]
     print_log(f'gate: {result.line}\n{format_table(titles, rows)}', 'current', logging.WARNING)

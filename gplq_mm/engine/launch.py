@@ -55,7 +55,7 @@ def read_config(args: argparse.Namespace) -> Config:
         The config, with ``work_dir`` and ``launcher`` set.
 
     Raises:
-        ConfigError: If the config, or one that it builds on, cannot be found.
+        ConfigError: If the config or one of its base configs cannot be found.
         ImportError: If installed libraries clash, or one that the config needs is missing.
     """
     check_versions()
@@ -67,7 +67,7 @@ def read_config(args: argparse.Namespace) -> Config:
         check_versions('mmcv', *sorted(needed))
     if args.cfg_options:
         apply_cfg_options(cfg, args.cfg_options)
-    if scope == 'mmpretrain':  # last: without workers there are none to keep
+    if scope == 'mmpretrain':  # last: without workers there are none to keep alive
         set_mmpretrain_dataloaders(cfg)
     if args.work_dir:
         cfg.work_dir = args.work_dir
@@ -84,27 +84,28 @@ def load_config(path: str | Path) -> Config:
         path: A file; not a `package::` name.
 
     Raises:
-        ConfigError: If it, or one that it builds on, cannot be found.
+        ConfigError: If the file or one of its base configs cannot be found.
     """
     if not Path(path).is_file():
         raise ConfigError(f'no config at {Path(path).absolute()}')
     try:
         return Config.fromfile(path)
     except FileNotFoundError as error:
-        raise ConfigError(f'{path} builds on a config that is not there: {error}') from error
+        raise ConfigError(f'{path} builds on a config that does not exist: {error}') from error
     except ImportError as error:
         what = str(error).splitlines()[0]
         raise ConfigError(
-            f'{path} needs what cannot be imported: {what}; see python -m gplq_mm doctor, and set '
-            'PYTHONPATH where modules of your own are meant'
+            f'{path} needs a module that cannot be imported: {what}; see python -m gplq_mm '
+            'doctor, and set PYTHONPATH if it is a module of yours'
         ) from error
 
 
 def set_resume(cfg: Config, resume: str | None) -> str | None:
     """Decide what a training starts from.
 
-    MMEngine resumes from the latest checkpoint where ``load_from`` is empty, and starts from
-    random weights where there is none; here ``load_from`` then stays.
+    With ``resume`` and an empty ``load_from`` MMEngine resumes from the latest checkpoint of the
+    work dir, or starts from random weights if there is none. Here a given ``load_from`` is used if
+    there is none.
 
     Args:
         cfg: Config with its ``work_dir``; changed in place.
@@ -114,7 +115,7 @@ def set_resume(cfg: Config, resume: str | None) -> str | None:
         A warning if there was nothing to resume.
 
     Raises:
-        ConfigError: If the checkpoint to resume from is not there.
+        ConfigError: If the checkpoint to resume from does not exist.
     """
     if resume is None:
         return None
@@ -133,10 +134,10 @@ def set_resume(cfg: Config, resume: str | None) -> str | None:
 
 
 def latest_checkpoint(work_dir: str | Path) -> Path | None:
-    """Latest checkpoint of a work dir, also after the folder was moved; None if there is none.
+    """Latest checkpoint of a work dir, even if the folder was moved; None if there is none.
 
     Raises:
-        ConfigError: If the folder names one that is gone.
+        ConfigError: If ``last_checkpoint`` names a file that does not exist.
     """
     named = resumable_checkpoint(work_dir)
     if not named:
@@ -145,7 +146,7 @@ def latest_checkpoint(work_dir: str | Path) -> Path | None:
         if path.is_file():
             return path
     raise ConfigError(
-        f'--resume: {Path(work_dir, "last_checkpoint")} names {named}, which is gone; '
+        f'--resume: {Path(work_dir, "last_checkpoint")} names {named}, which does not exist; '
         'write --resume CHECKPOINT'
     )
 
@@ -178,7 +179,7 @@ def run_tool(main: Callable[[], None]) -> int:
 
 
 def empty_data_set(error: BaseException) -> str | None:
-    """Explain the error that MMEngine makes of a data set without images (NumPy's, unreadable).
+    """Explain the NumPy error that MMEngine raises for a data set without images.
 
     Args:
         error: What a tool raised.
@@ -192,15 +193,15 @@ def empty_data_set(error: BaseException) -> str | None:
         if isinstance(dataset, BaseDataset) and not getattr(dataset, 'data_list', True):
             where = dataset.ann_file or dataset.data_prefix
             return (
-                f'{type(dataset).__name__} holds no image: {where}; compare metainfo.classes with '
-                'the names in the annotations, and look at filter_cfg and indices'
+                f'{type(dataset).__name__} has no images: {where}; compare metainfo.classes with '
+                'the names in the annotations, and check filter_cfg and indices'
             )
         trace = trace.tb_next
     return None
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether a ``raise`` of this project made the error, not a library or an accident."""
+    """Whether a ``raise`` statement of this package raised the error."""
     if isinstance(error, ConfigError):
         return True
     trace = error.__traceback__

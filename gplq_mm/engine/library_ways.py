@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What the tools of mmdet and mmpretrain do each in its own way; the default scope decides."""
+"""Differences between the tools of mmdet and mmpretrain, chosen by the default scope."""
 
 from copy import deepcopy
 from typing import Any
@@ -25,11 +25,11 @@ def wrap_for_tta(cfg: Config, draws: bool = False) -> None:
 
     Args:
         cfg: Config to change.
-        draws: Whether predictions are drawn too.
+        draws: Whether predictions are drawn as well.
 
     Raises:
-        ConfigError: If the model predicts masks, which mmdet's own one cannot merge, or if
-            mmpretrain's hook should draw several versions of an image.
+        ConfigError: If the model predicts masks, which mmdet's TTA model cannot merge, or if
+            mmpretrain's hook would draw several versions of an image.
     """
     if draws and cfg.get('default_scope') != 'mmdet':
         raise ConfigError(
@@ -44,13 +44,13 @@ def wrap_for_tta(cfg: Config, draws: bool = False) -> None:
 
 
 def _flip_model(cfg: Config) -> ConfigDict:
-    """The library's own model that merges the predictions of an image and its mirror image."""
+    """The library's model that merges the predictions of an image and its mirror image."""
     if cfg.get('default_scope') != 'mmdet':
         return ConfigDict(type='mmpretrain.AverageClsScoreTTA')
     network = cfg.model.get('model') or cfg.model
     if 'tta_model' not in cfg and (network.get('roi_head') or network).get('mask_head') is not None:
         raise ConfigError(
-            '--tta: mmdet merges boxes, not masks; give a tta_model of your own in the config, or '
+            '--tta: mmdet merges boxes, not masks; give your own tta_model in the config, or '
             'test without --tta'
         )
     nms = dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100)
@@ -69,7 +69,7 @@ def _flip_pipeline(cfg: Config, pipeline: list[ConfigDict]) -> list[ConfigDict]:
 
 
 def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: float) -> None:
-    """Turn the visualization hook on, in mmdet's words or in mmpretrain's.
+    """Turn the visualization hook on, with mmdet's or mmpretrain's arguments.
 
     Raises:
         ConfigError: If the config has no visualization hook.

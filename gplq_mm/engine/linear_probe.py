@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The builder behind ``type='gplq_mm.LinearProbe'``: a frozen backbone under a new linear head."""
+"""The builder of ``type='gplq_mm.LinearProbe'``: a frozen backbone with a new linear head."""
 
 import copy
 import inspect
@@ -26,13 +26,13 @@ else:
 class LinearProbing(_Base):
     """Mixin: everything but the head is frozen, stays in evaluation mode and keeps its weights.
 
-    Stochastic depth is the exception: it acts while the probe is trained (rate 0.1 in the paper).
+    Stochastic depth stays active while the probe trains (rate 0.1 in the paper).
     """
 
     head: Any
 
     def train(self, mode: bool = True) -> Any:
-        """Only the head and stochastic depth follow the mode."""
+        """Set the mode of the head and of stochastic depth only."""
         super().train(mode)
         for module in self._frozen():
             module.eval()
@@ -42,11 +42,11 @@ class LinearProbing(_Base):
         return self
 
     def init_weights(self) -> None:
-        """Initialise the head; the backbone has its weights."""
+        """Initialise the head only; the backbone's weights are loaded already."""
         self.head.init_weights()
 
     def extract_feat(self, *args: Any, **kwargs: Any) -> Any:
-        """Features without gradients, hence from the integer path, as in a test."""
+        """Features without gradients, so computed with integer codes, as in a test."""
         with torch.no_grad():
             return super().extract_feat(*args, **kwargs)  # type: ignore[misc]
 
@@ -67,25 +67,25 @@ def build_linear_probe(
 ) -> nn.Module:
     """Build a classifier on the frozen backbone of a finished GPLQ run.
 
-    The backbone (and neck) keep their quantizers, scales and integer weights, in training and in
-    test; the new head is float. Images are normalised as the backbone's own model does it.
+    Backbone and neck keep their quantizers, scales and integer weights, in training and in
+    test; the new head is float. Images are normalised as in the backbone's own model.
 
     Args:
         num_classes: Classes of the new data set.
         checkpoint: ``gplq_final.pth`` of the run.
-        quantized: False builds the same probe on the FP32 backbone that the run began with.
-        fp32_checkpoint: That backbone's checkpoint; the recorded one if None.
+        quantized: False: build the same probe on the FP32 backbone that the run began with.
+        fp32_checkpoint: Checkpoint of the FP32 backbone; the recorded one if None.
         drop_path_rate: Stochastic depth while the probe is trained.
         head: Config of the head; the model's own with ``num_classes`` and no hidden layer if None.
         model: Model config, for a checkpoint that does not hold it.
-        data_preprocessor: What MMEngine's runner adds; not used.
+        data_preprocessor: Passed by MMEngine's runner; not used.
 
     Returns:
         A classifier of the model's own class.
 
     Raises:
         FileNotFoundError: If a checkpoint is missing.
-        ValueError: If the checkpoint is not given, float, uncalibrated or of another model.
+        ValueError: If no checkpoint is given, or it is float, uncalibrated or of another model.
     """
     if not checkpoint:
         raise ValueError(
@@ -96,7 +96,9 @@ def build_linear_probe(
     if drop_path_rate and _takes(source, 'drop_path_rate'):
         source.float_cfg['backbone']['drop_path_rate'] = drop_path_rate
     elif drop_path_rate:
-        print_log(f'drop_path_rate={drop_path_rate}: the backbone knows none', logger='current')
+        print_log(
+            f'drop_path_rate={drop_path_rate}: the backbone has no such argument', logger='current'
+        )
     network = source.quantized() if quantized else source.float_twin(fp32_checkpoint)
     new_head = head or _linear_head(source.float_cfg.get('head'), num_classes)
     with DefaultScope.overwrite_default_scope(source.scope):
@@ -116,17 +118,17 @@ def freeze_(network: nn.Module) -> nn.Module:
 
 
 def _takes(source: QuantizedSource, argument: str) -> bool:
-    """Whether the backbone's constructor, or one that it hands keywords on to, has an argument."""
+    """Whether the backbone's constructor, or a base class it calls, has an argument."""
     with MODELS.switch_scope_and_registry(source.scope) as registry:
         backbone = registry.get(source.float_cfg['backbone']['type'])
     return any(argument in inspect.signature(c.__init__).parameters for c in backbone.__mro__)
 
 
 def _linear_head(cfg: Mapping[str, Any] | None, num_classes: int) -> dict[str, Any]:
-    """The model's own kind of head where that is linear, for another number of classes."""
+    """The model's own type of head if that is linear, for another number of classes."""
     if not cfg:
         raise ValueError(
-            "the model has no head to follow; write head=dict(type='LinearClsHead', "
+            "the model has no head to copy; write head=dict(type='LinearClsHead', "
             f'num_classes={num_classes}, in_channels=...)'
         )
     if re.search('Stacked|MultiLabel|CSRA|ArcFace|MultiTask', str(cfg['type'])):

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Test pipelines that bring the labels along, for losses without augmentation."""
+"""Test pipelines that also load labels, for losses without augmentation."""
 
 import copy
 from collections.abc import Mapping

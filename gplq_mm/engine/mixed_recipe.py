@@ -36,13 +36,13 @@ _UNIFORM = re.compile(r'w([2-8])a([2-8])', re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Budget:
-    """Bounds of an assignment; mean bits of weights and activations, or bit operations.
+    """Limits of a bit assignment: mean bits of weights and activations, or bit operations.
 
     Attributes:
-        weight_bits: Mean bits of a measured weight, each weight counting once.
-        activation_bits: Mean bits of a measured activation, each element counting once.
-        bops: Bit operations of one image, in billions, or ``w3a3`` for what that
-            uniform setting takes.
+        weight_bits: Mean bits over all measured weight values.
+        activation_bits: Mean bits over all elements of the measured activations.
+        bops: Bit operations of one image, in billions, or ``w3a3`` for those of that uniform
+            setting.
     """
 
     weight_bits: float | None = None
@@ -73,7 +73,7 @@ def check(run: SensitivityRun, budget: Budget) -> None:
     """Refuse a budget that the candidate bits cannot meet, before anything is measured.
 
     Raises:
-        ValueError: If it cannot be met, or is about operands that are not measured.
+        ValueError: If it cannot be met, or limits operands that are not measured.
     """
     unknown = {key: dict.fromkeys(run.data['settings']['bits'], 0.0) for key in run.measured}
     for problem in _problems(run, budget, unknown, {}):
@@ -81,14 +81,14 @@ def check(run: SensitivityRun, budget: Budget) -> None:
 
 
 def assign(run: SensitivityRun, budget: Budget) -> dict[str, int]:
-    """Bits by operand key: the assigned ones, and the present ones of all others.
+    """Bits by operand key: the assigned ones, and the current ones of all others.
 
     The additive optimum, the optimum with interactions and the uniform settings that fit
     are measured on the images, all operands at once; the best one is returned.
 
     Args:
-        run: Measured.
-        budget: What bounds the assignment.
+        run: A finished measurement.
+        budget: Limits of the assignment.
 
     Raises:
         ValueError: See ``check``.
@@ -106,16 +106,16 @@ def assign(run: SensitivityRun, budget: Budget) -> dict[str, int]:
 
 
 def uniform(run: SensitivityRun, weight: int, activation: int) -> dict[str, int]:
-    """Bits by key where all operands get the same, except those that a rule has pinned."""
-    wanted = {'weight': weight, 'activation': activation}
-    return {k: o.num_bits if o.pinned else wanted[o.kind] for k, o in run.operands.items()}
+    """Bits by key of a uniform setting; operands that a rule pins keep their bits."""
+    by_kind = {'weight': weight, 'activation': activation}
+    return {k: o.num_bits if o.pinned else by_kind[o.kind] for k, o in run.operands.items()}
 
 
 def mean_bits(run: SensitivityRun, bits: Mapping[str, int], kind: str) -> float | None:
-    """Mean bits over the operands of a kind that the recipe does not pin; None without one.
+    """Mean bits over the operands of a kind that no rule pins; None if there is none.
 
     Args:
-        run: Its operands' sizes are the weights of the mean.
+        run: Gives the operands' sizes, the weights of the mean.
         bits: By key.
         kind: ``weight`` or ``activation``.
     """
@@ -128,7 +128,7 @@ def cost(run: SensitivityRun, bits: Mapping[str, int]) -> tuple[int, int]:
     """Bit operations of one image and bytes of the packed model at some bits.
 
     Args:
-        run: Its model is counted as it would be after stage 2.
+        run: Its model's cost is counted as after stage 2.
         bits: By key, of all operands.
     """
     planned = {}
@@ -143,17 +143,18 @@ def cost(run: SensitivityRun, bits: Mapping[str, int]) -> tuple[int, int]:
 
 
 def compare(run: SensitivityRun, bits: Mapping[str, int], budget: Budget) -> list[dict[str, Any]]:
-    """The assignment beside uniform settings: mean bits, cost, damage of all at once.
+    """The assignment compared with uniform settings: mean bits, cost, error increase.
 
     Args:
-        run: Measured.
+        run: A finished measurement.
         bits: The assignment, by key.
-        budget: What it was made under.
+        budget: Its limits.
 
     Returns:
-        One row a setting: ``name``, ``weight_bits``, ``activation_bits``, ``bops``,
-        ``model_bytes``, ``damage``, ``score`` (None where it needs a change that the
-        measured kinds do not hold).
+        One row per setting: ``name``, ``weight_bits``, ``activation_bits``, ``bops``,
+        ``model_bytes``, ``damage``, ``score`` (None if the setting
+        changes operands of a kind that was not measured). ``damage`` is the error increase with
+        all operands quantized at once.
     """
     rows = []
     for name, setting in {**_uniform_settings(run, budget), 'mixed': dict(bits)}.items():
@@ -174,11 +175,11 @@ def compare(run: SensitivityRun, bits: Mapping[str, int], budget: Budget) -> lis
 
 
 def mixed_recipe(recipe: Any, run: SensitivityRun, bits: Mapping[str, int]) -> dict[str, Any]:
-    """A config's recipe with the rules of an assignment behind its own.
+    """A config's recipe with the rules of an assignment after its own.
 
     Args:
         recipe: ``model.recipe`` of the config: a preset's name or a dict.
-        run: Has the operands.
+        run: Gives the operands.
         bits: By key.
     """
     own = {'base': recipe} if isinstance(recipe, str) else Config(dict(r=recipe)).to_dict()['r']
@@ -192,10 +193,10 @@ def write_config(path: Path, base: str, recipe: Mapping[str, Any], remark: str) 
     """Write a config that builds on another one and changes its recipe.
 
     Args:
-        path: Where to; a file there is replaced in one step.
+        path: Output file; an existing one is replaced atomically.
         base: The config to build on.
         recipe: The whole recipe.
-        remark: Comment of its first line.
+        remark: Comment in its first line.
     """
     relative = os.path.relpath(base, path.parent)
     lines = [f'    {key}={value!r},' for key, value in recipe.items() if key != 'rules']
@@ -220,7 +221,7 @@ def write_config(path: Path, base: str, recipe: Mapping[str, Any], remark: str) 
 
 
 def describe_origin(run: SensitivityRun, budget: Budget) -> str:
-    """Where an assignment comes from, for the first line of its config."""
+    """Origin of an assignment, for the first line of its config."""
     return (
         f'gplq_mm {__version__}: bits under {budget}, from {run.path.name} '
         f'({run.data["settings"]["metric"]})'
@@ -274,13 +275,13 @@ def _bops_of(run: SensitivityRun, text: str) -> float:
         return float(text) * 1e9
     except ValueError:
         raise ValueError(
-            f'--bops {text!r}: write billions of bit operations an image, such as 12.5, or a '
+            f'--bops {text!r}: write billions of bit operations per image, such as 12.5, or a '
             'uniform setting, such as w3a3'
         ) from None
 
 
 def _products(run: SensitivityRun, free: set[str]) -> list[Product]:
-    """Every counted product; sides that are not to be chosen have their present bits."""
+    """Every counted matrix product; operands that are not assigned keep their current bits."""
     key_of = {id(run.model.get_submodule(o.path)): key for key, o in run.operands.items()}
     products = []
     found = operations(run.model)
@@ -297,7 +298,7 @@ def _sizes(run: SensitivityRun, keys: Any) -> dict[str, int]:
 
 
 def _uniform_settings(run: SensitivityRun, budget: Budget) -> dict[str, dict[str, int]]:
-    """W4A4, W3A3, and the present activation bits with the weight bits that a budget allows."""
+    """W4A4, W3A3, and the current activation bits with the weight bits that a budget allows."""
     labels = {(4, 4), (3, 3)}
     activation = run.data['settings']['recipe']['activation']['num_bits']
     if 'activation' not in run.kinds:
@@ -308,7 +309,7 @@ def _uniform_settings(run: SensitivityRun, budget: Budget) -> dict[str, dict[str
 
 
 def _is_measurable(run: SensitivityRun, bits: Mapping[str, int]) -> bool:
-    """Whether only measured kinds differ from the model's present bits."""
+    """Whether only measured kinds differ from the model's current bits."""
     return all(
         operand.kind in run.kinds or operand.num_bits == bits[key]
         for key, operand in run.operands.items()

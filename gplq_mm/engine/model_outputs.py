@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What sensitivity and the gate compare: features, outputs or loss of a model for a batch."""
+"""Features, outputs or loss of a model for a batch, as compared by sensitivity and gate."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,12 +20,12 @@ IndexedBatch = tuple[int, Any]
 def build_comparison(
     model: Any, metric: str, seed: int = 0
 ) -> tuple[Metric, Callable[[IndexedBatch], Outputs]]:
-    """A metric and the function that gives what it compares.
+    """A metric and the function that computes the values it compares.
 
-    ``sqnr`` compares features where the scope ends before the heads, else what the
-    heads give; ``kl`` compares class scores; ``loss`` is the task loss, samplers seeded.
-    The heads of a two-stage detector see the proposals that the first call for a batch
-    found, so that their outputs can be compared.
+    ``sqnr`` compares features if the scope ends before the heads, else the outputs of the
+    heads; ``kl`` compares class scores; ``loss`` is the task loss with seeded samplers. The
+    heads of a two-stage detector always get the proposals of the first call for a batch, so
+    that their outputs can be compared.
 
     Args:
         model: Converted MMEngine model, not wrapped.
@@ -59,7 +59,7 @@ class _RawOutputs:
         return list(flatten(self.model(data['inputs'], data.get('data_samples'), mode='tensor')))
 
     def two_stage(self, index: int, data: Mapping[str, Any]) -> Sequence[Any]:
-        """Outputs of the first stage, and of the second at the remembered proposals."""
+        """Outputs of the first stage, and of the second for the stored proposals."""
         samples, features = data['data_samples'], self.model.extract_feat(data['inputs'])
         first = self.model.rpn_head(features)
         if index not in self.proposals:
@@ -84,10 +84,10 @@ class _ClassScores(_RawOutputs):
 
 
 def start_outputs(model: Any, batch: Any) -> StartOutputs:
-    """Features of a batch, with the RPN's scores or the class logits where there are any.
+    """Features of a batch, with the RPN's scores or the class logits if the model has them.
 
-    Features are a classifier's penultimate feature, else what ``extract_feat()`` gives (a
-    detector's neck), else what the model gives.
+    Features are a classifier's penultimate feature, else the result of ``extract_feat()`` (a
+    detector's neck), else the model's output.
 
     Args:
         model: MMEngine model in evaluation mode, not wrapped.
@@ -140,7 +140,7 @@ def flatten(value: Any) -> Iterator[Tensor]:
 
 
 def _gives_sigmoid(model: Any) -> bool:
-    """Whether class scores are sigmoids (dense heads); False where they are a softmax."""
+    """Whether class scores are sigmoids (dense heads); False if they are a softmax."""
     if hasattr(model, 'roi_head'):
         return False
     head = getattr(model, 'bbox_head', None)

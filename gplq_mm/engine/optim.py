@@ -26,19 +26,19 @@ from .amp import on_this_device
 from .checkpoint import unwrap
 
 _OF_RECIPE = 'lr_of_recipe'
-"""Attribute of a wrapper whose learning rate the config left to the recipe."""
+"""Attribute of a wrapper whose learning rate comes from the recipe, not from the config."""
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class GPLQOptimWrapperConstructor:
-    """Optimizer that the recipe describes; whatever the config gives wins.
+    """The optimizer that the recipe describes; keys given in the config take precedence.
 
     Use it as ``optim_wrapper = dict(constructor='gplq_mm.GPLQOptimWrapperConstructor')``.
 
     Args:
         optim_wrapper_cfg: As for MMEngine's default constructor; ``type`` and
             ``optimizer`` may be absent.
-        paramwise_cfg: As for MMEngine's default constructor. It leaves the scales alone
+        paramwise_cfg: As for MMEngine's default constructor. It does not change the scales
             unless one of its custom keys names them, such as ``_quantizer.scale``.
     """
 
@@ -88,10 +88,10 @@ class GPLQOptimWrapperConstructor:
 
 
 def _set_groups(built: OptimWrapper, ids: set[int], lr: float, decay: float) -> None:
-    """Set LR and decay of some parameters' groups, of which each holds one parameter.
+    """Set LR and weight decay of the groups of some parameters; each group has one parameter.
 
-    Done afterwards: among MMEngine's custom keys the longest that matches wins, so that
-    a key of the scales would lose against ``backbone.stages.0``.
+    Done after the groups are built: the longest matching custom key wins in MMEngine, so a
+    key for scales would lose against ``backbone.stages.0``.
     """
     for group in built.optimizer.param_groups:
         if all(id(p) in ids for p in group['params']):
@@ -99,20 +99,20 @@ def _set_groups(built: OptimWrapper, ids: set[int], lr: float, decay: float) -> 
 
 
 def shorten_lr_(runner: Any, network: Any) -> str | None:
-    """Smaller steps where stage 1 has few: ``lr * sqrt(steps / lr_iterations)``.
+    """Lower the learning rate of a short stage 1: ``lr * sqrt(steps / lr_iterations)``.
 
-    A model near its optimum has to average out what noise a step brings, and a short run has
-    no steps for it (measured: ``docs/accuracy_trials.md``). Steps in proportion stay as they are.
-    Done once the length of the training is known, for the optimizer and what its schedulers start
-    from.
+    Near its optimum a model has to average out the noise of the steps, and a short run has too
+    few steps for that (measured: ``docs/accuracy_trials.md``). Relative steps do not change. Done
+    when the length of the training is known, for the optimizer and the initial rates of its
+    schedulers.
 
     Args:
         runner: Runner before its training, checkpoints not yet resumed.
         network: Converted model.
 
     Returns:
-        What was done, in words; None where the learning rate stays: a training that is long
-        enough, or a number that the config gives.
+        A message; None if the learning rate does not change: the training is long enough, or the
+        config gives a number.
     """
     optim, built = network.gplq.recipe.optim, runner.optim_wrapper
     full = optim.lr_iterations
@@ -136,12 +136,12 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     return (
         f'{steps:g} steps are fewer than {full}: weights train with the learning rate '
         f'{optim.lr * factor:.2g} instead of {optim.lr:.2g} (recipe.optim.lr_iterations); '
-        f'for as many steps write {_longer(runner, full / steps)}'
+        f'for {full} steps write {_longer(runner, full / steps)}'
     )
 
 
 def _longer(runner: Any, times: float) -> str:
-    """What to write for a training that is longer by a factor."""
+    """The config line for a training that is longer by a factor."""
     loop = getattr(runner, '_train_loop', None)
     if isinstance(loop, EpochBasedTrainLoop):
         return f'train_cfg.max_epochs={math.ceil(loop.max_epochs * times)}'
@@ -149,11 +149,11 @@ def _longer(runner: Any, times: float) -> str:
 
 
 def slow_average_warning(hooks: Iterable[Any], iterations: int) -> str | None:
-    """What to say where an EMA would leave stage 1 mostly out; it is what is saved and scored.
+    """Warning for an EMA too slow for this training: averaged weights are saved and scored.
 
     Args:
-        hooks: The runner's.
-        iterations: Of the whole training.
+        hooks: Hooks of the runner.
+        iterations: Iterations of the whole training.
     """
     for hook in hooks:
         cfg = getattr(hook, 'ema_cfg', None)
@@ -171,14 +171,14 @@ def slow_average_warning(hooks: Iterable[Any], iterations: int) -> str | None:
 
 
 def shared_lr_warning(built: Any, network: Any) -> str | None:
-    """What to say where an optimizer, however it was built, has no LR of its own for scales.
+    """Warning for an optimizer, built by any constructor, without a separate LR for scales.
 
     Args:
         built: The runner's optimizer wrapper.
         network: Converted model.
 
     Returns:
-        The warning; None where the scales have their own LR or the recipe wants none.
+        The warning; None if the scales have their own LR or the recipe gives them none.
     """
     optim = network.gplq.recipe.optim
     scales = scale_ids(network)
@@ -202,7 +202,7 @@ def shared_lr_warning(built: Any, network: Any) -> str | None:
 
 
 def _own_groups(network: nn.Module, wrapper: dict[str, Any], optim: OptimSettings) -> OptimWrapper:
-    """Weights, scales, and biases with gains in a group each."""
+    """One group each for weights, for scales, and for biases with normalization gains."""
     optimizer = {**wrapper.pop('optimizer')}
     optimizer['params'] = parameter_groups(network, optim, optimizer['lr'])
     return OPTIM_WRAPPERS.build({**wrapper, 'optimizer': OPTIMIZERS.build(optimizer)})

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""How far stage 2 moved the model's output."""
+"""Change of the model's output by stage 2, as a signal-to-noise ratio."""
 
 from typing import Any
 
@@ -12,32 +12,32 @@ from .calibration_data import CalibrationSet
 from .model_outputs import build_comparison
 
 DETECTOR_IMAGES, CLASSIFIER_IMAGES = 8, 128
-"""Images a rank: a detector gives thousands of numbers for one, a classifier its logits."""
+"""Images per rank: a detector gives thousands of numbers for one, a classifier its logits."""
 
 
 class OutputProbe:
-    """Keeps the outputs for a few training images and compares those of later.
+    """Stores the outputs for a few training images and compares later outputs with them.
 
-    Outputs are features where the scope ends before the heads (a detector's neck), else what
-    the heads give: logits, or the outputs of the first stage and, at the stage-1 model's
-    proposals, of the second. Where a model does not give them, the log says why and there is no
-    ratio: a measure is not worth a run.
+    Outputs are features if the scope ends before the heads (a detector's neck), else the
+    outputs of the heads: logits, or the first detection stage and, for the stage-1 model's
+    proposals, the second. If a model does not give them, the log says why and the ratio is None:
+    a missing measurement does not stop a run.
 
     Args:
         model: The stage-1 model.
-        images: Those of stage 2. The probe takes others, which no algorithm can have fitted,
-            as long as the training set has any.
+        images: Images of stage 2. The probe takes other ones, which no algorithm has fitted, if
+            the training set has any.
     """
 
     def __init__(self, model: Any, images: CalibrationSet) -> None:
         self.model = model
         self.metric, self.outputs_of = build_comparison(model, 'sqnr')
-        wanted = DETECTOR_IMAGES if model.gplq.is_detector else CLASSIFIER_IMAGES
-        self.batches = images.others(-(-wanted // len(images.batches[0])))
+        requested = DETECTOR_IMAGES if model.gplq.is_detector else CLASSIFIER_IMAGES
+        self.batches = images.others(-(-requested // len(images.batches[0])))
         self.before = self._first_outputs()
 
     def sqnr_db(self) -> float | None:
-        """Signal to noise ratio of the model as it is now, in dB; None without noise."""
+        """Signal-to-noise ratio of the current model, in dB; None without noise."""
         pairs = zip(self.before, self._outputs() if self.before else [], strict=True)
         mine = [self.metric.terms(before, now) for before, now in pairs]
         terms = [t for share in gather(mine) for t in share]  # a rank may have no image
@@ -50,7 +50,7 @@ class OutputProbe:
         was_training = self.model.training
         try:
             return self._outputs()
-        except Exception as error:  # whatever a project's own head raises
+        except Exception as error:  # a project's head may raise anything
             print_log(f'output SQNR is left out: {error!r}', logger='current')
             self.model.train(was_training)
             return []

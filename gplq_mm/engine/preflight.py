@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What can be refused before anything heavy: each check ends in one line that names the remedy."""
+"""Checks before long work; each fails with one line that says what to write instead."""
 
 import re
 import zipfile
@@ -20,11 +20,11 @@ _GIVE_FLOAT = 'give the FP32 checkpoint with --cfg-options load_from=PATH_OR_URL
 
 
 class ConfigError(ValueError):
-    """The user's config, command line or files cannot work; the message is one line."""
+    """An error in the user's config, command line or files; the message is one line."""
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names something that MMEngine fetches: `https://`, `open-mmlab://`, ..."""
+    """Whether a path is a URL that MMEngine downloads: `https://`, `open-mmlab://`, ..."""
     return _URL.match(path) is not None
 
 
@@ -102,7 +102,7 @@ def check_float_model(config: str, checkpoint: str | Path, state: Mapping[str, A
 def require_hook(cfg: Any) -> None:
     """Add the GPLQ hook to a config without it.
 
-    It refuses checkpoints of another recipe and says what is quantized.
+    The hook refuses checkpoints of another recipe and logs what is quantized.
 
     Args:
         cfg: GPLQ config, changed in place.
@@ -113,18 +113,17 @@ def require_hook(cfg: Any) -> None:
 
 
 def check_data(cfg: Mapping[str, Any], splits: Sequence[str] = SPLITS) -> None:
-    """Refuse a config whose data sets are not where it says.
+    """Refuse a config whose data sets do not exist.
 
     Looks at annotation files, image folders and data roots of the dataloaders, inside wrappers
-    such as ``RepeatDataset`` too, and at the evaluators' annotation files. What MMEngine fetches
-    by itself is left alone.
+    such as ``RepeatDataset`` too, and at the evaluators' annotation files. URLs are not checked.
 
     Args:
         cfg: The run's config.
         splits: Which of ``train``, ``val`` and ``test`` the run uses.
 
     Raises:
-        ConfigError: If a path does not exist; all of the missing ones are named, each once.
+        ConfigError: If a path does not exist; the message names all missing ones, each once.
     """
     missing: dict[str, str] = {}
     for split in splits:
@@ -142,7 +141,7 @@ def check_data(cfg: Mapping[str, Any], splits: Sequence[str] = SPLITS) -> None:
 
 
 def key_mismatch(model: nn.Module, state: Mapping[str, Any]) -> str:
-    """Load weights and describe what does not fit.
+    """Load weights and describe the keys that do not fit.
 
     Args:
         model: Float model; takes the weights that fit.
@@ -171,7 +170,7 @@ def _quantizer_keys(state: Mapping[str, Any]) -> list[str]:
 
 
 def _check_archive(path: Path) -> None:
-    """Look for a cut zip file, and compare the checksums inside, which ``torch.load`` does not.
+    """Detect a truncated zip file, and compare its checksums, which ``torch.load`` does not.
 
     Files from before torch 1.6 are no zip files and pass.
     """
@@ -211,7 +210,7 @@ def _datasets(cfg: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _find_missing(dataset: Mapping[str, Any], where: str, missing: dict[str, str]) -> None:
-    """Note what a data set names and is not there: its root alone, or each path below it."""
+    """Collect missing paths of a data set: its root alone, or each path below it."""
     if str(dataset.get('type')).split('.')[-1] in _DOWNLOADS and dataset.get('download', True):
         return
     root = dataset.get('data_root') or ''
@@ -232,7 +231,7 @@ def _find_missing(dataset: Mapping[str, Any], where: str, missing: dict[str, str
 
 
 def _note(path: Any, where: str, missing: dict[str, str]) -> None:
-    """Note a path that is not there, unless its folder is noted already."""
+    """Collect a missing path, unless its folder is collected already."""
     if not isinstance(path, str) or not path or is_url(path) or Path(path).exists():
         return
     full = Path(path).absolute()

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Progress of long work that goes part by part, in the log, with the time that is left."""
+"""Progress of long work in the log, part by part, with the remaining time."""
 
 import time
 
@@ -7,14 +7,14 @@ from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 
 LINES = 6
-"""About so many lines are logged."""
+"""Approximate number of logged lines."""
 
 
 class ProgressLog:
-    """Called before each part; logs some of them and how long the rest will take.
+    """Called before each part; logs some of the parts and the remaining time.
 
     Args:
-        title: What is being done.
+        title: Name of the work.
     """
 
     def __init__(self, title: str) -> None:
@@ -22,10 +22,10 @@ class ProgressLog:
         self.start = time.monotonic()
 
     def __call__(self, name: str, index: int, total: int) -> None:
-        """Note that a part begins.
+        """Record that a part begins.
 
         Args:
-            name: Of the part.
+            name: Name of the part.
             index: Its number, from 0.
             total: Number of parts.
         """

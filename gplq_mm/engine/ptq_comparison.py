@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Several weight algorithms from one stage-1 checkpoint, side by side."""
+"""Compare several weight algorithms, all from one stage-1 checkpoint."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -34,18 +34,17 @@ _TITLES = {
     'side_flops': ('side branch FLOPs', 1.0, '{:,.0f}'),
     'side_params': ('side branch parameters', 1.0, '{:,.0f}'),
 }
-"""Column of the table: its title, the unit in the row's unit, the format."""
+"""Columns of the table: title, divisor of the row's value, format."""
 
 
 class PTQComparison:
-    """Runs stage 2 again and again from the weights that the runner has now.
+    """Runs stage 2 several times, each time from the runner's initial weights.
 
     Args:
         runner: Runner with a stage-1 checkpoint loaded.
-        checkpoint: That checkpoint; ``gplq_report.json`` beside it gives the metrics of
-            FP32 and stage 1 if it scored the same images; else stage 1 is scored and FP32
-            left out.
-        model_name: For the rows.
+        checkpoint: That checkpoint. ``gplq_report.json`` in its folder gives the metrics of FP32
+            and stage 1 if they are of the same images; else stage 1 is scored and FP32 is left out.
+        model_name: Model name in the rows.
     """
 
     def __init__(self, runner: Runner, checkpoint: str, model_name: str) -> None:
@@ -61,19 +60,19 @@ class PTQComparison:
         self.rows: list[dict[str, Any]] = []
 
     def run(self, ptq: str | None, out: str, bits: int | None, resume: bool = False) -> None:
-        """One algorithm, or several joined by ``+``; adds its rows, writes its checkpoint.
+        """Run one algorithm, or several joined by ``+``; add its rows, write its checkpoint.
 
         Args:
             ptq: As on the command line; None for the recipe's.
             out: Final checkpoint.
-            bits: Weight bits in place of the recipe's.
-            resume: Take the rows of an earlier process that ran the same and whose
-                checkpoint is there.
+            bits: Weight bits; the recipe's if None.
+            resume: Take the rows of an earlier process with the same settings if its
+                checkpoint exists.
         """
         run = self._run_key(ptq, out, bits)
         finished = [row for row in self.finished if row.get('run') == run]
         if resume and finished and os.path.isfile(out):
-            print_log(f'{ptq}: rows of {self.path}, {out} is there', logger='current')
+            print_log(f'{ptq}: rows of {self.path}, {out} exists', logger='current')
             self.rows += finished
         else:
             self._restore()
@@ -87,14 +86,14 @@ class PTQComparison:
         return comparison_table(self.rows)
 
     def _run_key(self, ptq: str | None, out: str, bits: int | None) -> str:
-        """Changes with all that decides an algorithm's rows."""
+        """Hash of everything that an algorithm's rows depend on."""
         cfg = self.runner.cfg
         parts = [self.digest, ptq, os.path.basename(out), bits, __version__]
         parts += [cfg.get('model'), cfg.get('train_dataloader'), validation_key(cfg)]
         return short_sha256(parts)
 
     def _restore(self) -> None:
-        """The stage-1 model again."""
+        """Restore the stage-1 model."""
         if not self.attached:
             detach_compensation(self.model)
         for name, quantizer in quantizers(self.model, 'weight').items():
@@ -110,14 +109,14 @@ class PTQComparison:
         stage1 = report.get('stage1', {}).get('metrics', {})
         if not stage1 and self.runner.val_loop is not None:
             print_log(
-                'stage 1: no report beside the checkpoint with scores on these images, scoring it',
+                'stage 1: no report beside the checkpoint has scores on these images, scoring it',
                 logger='current',
             )
             stage1 = evaluate(self.runner, self.runner.val_loop, 'stage 1')
         return fp32, stage1
 
     def _rows(self, run: str, report: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """A row for each main metric; one without a metric if there is no score at all."""
+        """One row per main metric; one row without a metric if there is no score."""
         found = report['stage2']
         config = report['recipe']['weight']['ptq']
         ptq, names = ptq_label(config), [a.name for a in build_weight_ptq(config)]
@@ -172,7 +171,7 @@ def dataset_name(cfg: Mapping[str, Any]) -> str:
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a text table, a line an algorithm and metric."""
+    """Rows as a text table, one line per algorithm and metric."""
     titles = ['bits', 'ptq', *(title for title, _, _ in _TITLES.values())]
     lines = [
         [row['bits'].upper(), row['ptq'], *(_cell(row, key) for key in _TITLES)] for row in rows

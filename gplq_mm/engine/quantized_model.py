@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""A quantized model, and its float twin, from nothing but a checkpoint of a GPLQ run."""
+"""A quantized model and its FP32 counterpart, built from the checkpoint of a GPLQ run."""
 
 import copy
 from collections.abc import Mapping
@@ -31,13 +31,13 @@ class QuantizedSource:
 
     Args:
         path: ``gplq_final.pth``.
-        model: Config of the model where the checkpoint does not hold it; both forms of
+        model: Config of the model if the checkpoint does not have it: either form of
             ``gplq_mm.GPLQ``, or the float model's.
         edit: Changes made to the float model's config: ``{'backbone': {'drop_path_rate': 0.1}}``.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, a float one, or does not say what model it is of.
+        ValueError: If it is no checkpoint, is a float one, or has no model config.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class QuantizedSource:
         """The model with integer weights and calibrated activations, in evaluation mode.
 
         Raises:
-            ValueError: If the checkpoint is uncalibrated, stops before stage 2, or does not
-                fit the model.
+            ValueError: If the checkpoint is uncalibrated, is from before stage 2, or does not fit
+                the model.
         """
         own = recorded_recipe(self.checkpoint[KEY]['recipe'])
         recipe = {**own, 'mimic': None, 'optim': {**own['optim'], 'drop_rates': 'keep'}}
@@ -84,10 +84,10 @@ class QuantizedSource:
         """The FP32 model that the run began with, in evaluation mode.
 
         Args:
-            path: Its checkpoint; the one that the run recorded if None.
+            path: Its checkpoint; the recorded one if None.
 
         Raises:
-            ValueError: If it is gone, is another one than recorded, or does not fit.
+            ValueError: If the file does not exist, differs from the recorded one, or does not fit.
         """
         model = self._build(self.float_cfg)
         load_float_(model, read_checkpoint(path or self._recorded_float()))
@@ -98,8 +98,8 @@ class QuantizedSource:
         source = self.checkpoint[KEY]['float_checkpoint']
         if source.get('sha256') and file_sha256(source['path']) != source['sha256']:
             raise ValueError(
-                f'{source["path"]}, the FP32 checkpoint of {self.path}, is gone or is another file '
-                'now; give it with fp32_checkpoint (tools/transfer.py: --fp32 PATH)'
+                f'{source["path"]}, the FP32 checkpoint of {self.path}, does not exist or has '
+                'changed; give it with fp32_checkpoint (tools/transfer.py: --fp32 PATH)'
             )
         if not source.get('path'):
             raise ValueError(f'{self.path} does not say which FP32 checkpoint it began with')
@@ -110,7 +110,7 @@ class QuantizedSource:
             return MODELS.build(copy.deepcopy(ConfigDict(cfg)))
 
     def _config(self) -> tuple[dict[str, Any], str]:
-        """Model config and default scope that MMEngine's runner noted in the checkpoint."""
+        """Model config and default scope that MMEngine's runner stored in the checkpoint."""
         text = self.checkpoint.get('meta', {}).get('cfg')
         values = parse_config_text(text) if text else {}
         cfg = dict(values.get('model') or {})
@@ -120,7 +120,7 @@ class QuantizedSource:
 
 
 def float_model_config(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """The float model's config inside any form of a GPLQ config; a float one stays as it is.
+    """The float model's config from any form of a GPLQ config; a float config is returned as is.
 
     Examples:
         >>> float_model_config(dict(type='gplq_mm.GPLQ', float_type='A', recipe='w4a4', head=None))

@@ -16,8 +16,8 @@ class StageMeter:
 
     Peak memory is ``torch.cuda.max_memory_allocated`` on CUDA, else the process's
     peak resident set within the stage (Linux resets it; elsewhere it is the peak
-    since the process began). MMEngine's logger resets CUDA's counter with every line
-    that it writes: ``sample_after`` reads it before.
+    since the process began). MMEngine's logger resets CUDA's counter with every line that
+    it writes; ``sample_after`` reads the counter before that.
 
     Attributes:
         seconds: Wall time between entry and exit.
@@ -38,7 +38,7 @@ class StageMeter:
         return self
 
     def sample_after(self, register: Callable[[Callable[..., None]], RemovableHandle]) -> None:
-        """Keep CUDA's peak whenever something has happened, until the stage ends.
+        """Read CUDA's peak after every call of a hook, until the stage ends.
 
         Args:
             register: Registers a hook, such as a module's ``register_forward_hook`` or an

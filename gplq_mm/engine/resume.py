@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which checkpoint a killed run goes on from."""
+"""Which checkpoint a killed run resumes from."""
 
 from pathlib import Path
 
@@ -12,11 +12,11 @@ _PATTERNS = ('epoch_*.pth', 'iter_*.pth', CALIBRATED_NAME)
 
 
 def resumable_checkpoint(work_dir: str | Path) -> str | None:
-    """Path of the checkpoint to resume from, or None where there is none.
+    """Path of the checkpoint to resume from, or None if there is none.
 
     MMEngine names it in ``last_checkpoint``, which it rewrites in place: a process
-    killed at that moment leaves the file empty. The newest whole checkpoint of the
-    work dir is then the one.
+    killed at that moment leaves the file empty. The newest complete checkpoint of the work dir
+    is then taken.
     """
     named = find_latest_checkpoint(str(work_dir))
     return named or _newest(Path(work_dir))
@@ -28,6 +28,6 @@ def _newest(work_dir: Path) -> str | None:
         try:
             check_checkpoint(path)
         except ConfigError:
-            continue  # torn by the kill: an older one is whole
+            continue  # incomplete: the process was killed while writing it
         return str(path)
     return None

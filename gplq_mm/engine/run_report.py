@@ -28,11 +28,11 @@ from ..evaluation.cost import FLOAT_BITS
 
 
 class RunReport:
-    """The report of one work dir; survives a kill and a resume.
+    """The report of one work dir; a resumed run continues it.
 
     Args:
-        work_dir: Where ``gplq_report.json`` lies.
-        resume: Keep what an earlier process of this run has written.
+        work_dir: Folder of ``gplq_report.json``.
+        resume: Keep the entries of an earlier process of this run.
     """
 
     def __init__(self, work_dir: str, resume: bool) -> None:
@@ -48,15 +48,15 @@ class RunReport:
         engine: str = '',
         validation: str = '',
     ) -> None:
-        """State recipe, coverage, versions, seed, and the engine of stage 1.
+        """Record recipe, coverage, versions, seed, and the engine of stage 1.
 
         Args:
             recipe: Resolved recipe.
-            coverage: Of the conversion.
-            seed: The run's.
-            engine: Of stage 1.
-            validation: From ``validation_key``; scores that an earlier process took on other
-                images are dropped.
+            coverage: Coverage of the conversion.
+            seed: Seed of the run.
+            engine: Description of the engine of stage 1.
+            validation: From ``validation_key``; scores of an earlier process on other images are
+                dropped.
         """
         if self.data.get('validation', validation) != validation:
             for stage in ('fp32', 'stage1', 'stage2'):
@@ -86,7 +86,7 @@ class RunReport:
         self.write()
 
     def count_macs(self, model: Any, batch: Any) -> None:
-        """Count one forward pass of the stage-1 model; all stages' BOPs rest on it."""
+        """Count the operations of one forward pass, from which all stages' BOPs are computed."""
         was_training = model.training
         model.eval()
         self.macs = count_macs(model, lambda: model.test_step(batch))
@@ -95,7 +95,7 @@ class RunReport:
         self.update_cost('stage1', model)
 
     def update_cost(self, stage: str, model: Any, side_macs: int = 0) -> None:
-        """Set a stage's BOPs, float side branches included, and its bytes."""
+        """Set a stage's BOPs (float side branches included) and its model bytes."""
         assert self.macs is not None
         bops = bit_operations(model, self.macs) + side_macs * FLOAT_BITS**2
         self.update(stage, bops=bops, model_bytes=model_bytes(model))
@@ -116,7 +116,7 @@ class RunReport:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a figure depends on."""
+    """Versions of the libraries that results depend on."""
     found = {
         'gplq_mm': __version__,
         'python': platform.python_version(),

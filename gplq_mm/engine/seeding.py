@@ -30,7 +30,7 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Restore what ``random_state`` gave; a resume on a GPU has moved its tensors there."""
+    """Restore a state of ``random_state``; a resume on a GPU has moved its tensors to the GPU."""
     version, internal, gauss = state['python']
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state['numpy']
@@ -43,8 +43,8 @@ def set_random_state(state: RandomState) -> None:
 def seed_epoch(dataloader: Any, seed: int, epoch: int) -> None:
     """Seed this process and the workers of its next epoch.
 
-    MMEngine seeds once; what follows depends on all that ran before, so an epoch
-    after a resume would draw other augmentations than the same epoch without it.
+    MMEngine seeds a run once. The random numbers of an epoch then depend on everything before
+    it, so the same epoch would have other augmentations after a resume.
 
     Args:
         dataloader: Training dataloader; its workers are restarted.

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Sensitivity of a checkpoint's operands, measured on training images; survives a kill."""
+"""Sensitivity of a checkpoint's operands, measured on training images; a killed run resumes."""
 
 import base64
 import math
@@ -51,7 +51,7 @@ SENSITIVITY_NAME = 'sensitivity.json'
 _MEASURED_WITH = ('scope', 'activation', 'weight', 'rules', 'calibration')
 """Sections of the recipe on which a measurement depends."""
 SHARES = 8
-"""Images are read in at least this many batches, so that up to 8 ranks see those of one."""
+"""Images are read in at least this many batches, so that up to 8 ranks see the batches of one."""
 KEEP_BYTES = 2**28
 
 
@@ -64,12 +64,12 @@ class SensitivityOptions:
         bits: Candidate bits.
         kinds: ``weight``, ``activation`` or both.
         num_images: Training images to measure on; the recipe's calibration number if None.
-        batch_size: Images a forward pass; the validation's, but at most an eighth of the
-            images, if None.
-        seed: Of the choice of images and of random samplers in the loss.
+        batch_size: Images per forward pass; if None, the validation's batch size, but at most an
+            eighth of the images.
+        seed: Seed of the choice of images and of random samplers in the loss.
         include_pinned: Whether to measure operands whose bits a rule of the recipe gives.
         calibrate: Whether a float checkpoint may be calibrated here.
-        overwrite: Whether a measurement with other settings may be thrown away.
+        overwrite: Whether a measurement with other settings may be replaced.
     """
 
     metric: str = 'sqnr'
@@ -85,7 +85,7 @@ class SensitivityOptions:
 
 @dataclass
 class SensitivityRun:
-    """A model ready to be measured, and what was found so far.
+    """A model ready to be measured, and the results so far.
 
     Attributes:
         model: Converted model with the checkpoint's weights, calibrated.
@@ -95,7 +95,7 @@ class SensitivityRun:
         measured: Keys of those that are measured.
         macs: Multiply-accumulates of one image.
         elements: Elements of each activation operand for one image.
-        meter: Compares the model with operands quantized and without.
+        meter: Compares the model with and without quantized operands.
         calibration: Images on which weights are rounded.
         observers: Observed activations by the path of the quantizer.
     """
@@ -118,7 +118,7 @@ class SensitivityRun:
 
     @cached_property
     def algorithms(self) -> list[WeightPTQ]:
-        """How weights are rounded here: as stage 2 does it, but each layer for itself."""
+        """Rounding of the weights: as in stage 2, but each layer alone."""
         rounding = layerwise_rounding(ptq_of(self.model.gplq.recipe))
         gptq = rounding[0]
         if not isinstance(gptq, GPTQ):
@@ -131,26 +131,26 @@ class SensitivityRun:
 
     @property
     def damages(self) -> dict[str, dict[int, float]]:
-        """Damage by bits, by operand key."""
+        """Error increase (``damage`` in the file) by operand key and bits."""
         found = self.data['operands']
         return {k: {int(b): d for b, d in found[k]['damage'].items()} for k in self.measured}
 
     @property
     def errors(self) -> dict[str, dict[int, Tensor]]:
-        """Sketches of the errors by bits, by operand key; empty where the metric has none."""
+        """Random projections of the errors by operand key and bits; some metrics have none."""
         bits, found = self.data['settings']['bits'], self.data['sketches']
         rows = {k: _unpacked(found[k], len(bits)) for k in self.measured if k in found}
         return {k: dict(zip(bits, own, strict=True)) for k, own in rows.items()}
 
     def precisions(self, key: str, bits: Sequence[int]) -> dict[int, Precision]:
-        """An operand at some widths."""
+        """An operand quantized to each of some bits."""
         operand = self.operands[key]
         if operand.kind == 'weight':
             return weight_precisions(self.model, operand, bits, self.algorithms)
         return activation_precisions(self.observers[operand.path], bits)
 
     def measure(self) -> None:
-        """Measure every operand that is not in the file yet, writing it after each.
+        """Measure every operand that is not in the file yet; write the file after each.
 
         Raises:
             ValueError: If outputs are NaN or infinite.
@@ -175,7 +175,7 @@ class SensitivityRun:
         barrier()
 
     def measure_together(self, bits: Mapping[str, int]) -> float:
-        """Damage of all operands of the measured kinds at once, at given bits."""
+        """Error increase with all operands of the measured kinds quantized at once."""
         chosen = {
             self.operands[key].path: self.precisions(key, [value])[value]
             for key, value in bits.items()
@@ -216,7 +216,7 @@ class SensitivityRun:
 
 
 def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> SensitivityRun:
-    """Load a checkpoint, draw the images, find the operands and what is measured already.
+    """Load a checkpoint, choose the images, find the operands and earlier measurements.
 
     Args:
         runner: Runner with the converted model; loads nothing by itself.
@@ -281,11 +281,11 @@ def load(model: Any, path: str, calibration: CalibrationSet, calibrate: bool) ->
         model: Converted model.
         path: Checkpoint.
         calibration: Images that set the ranges of a float checkpoint.
-        calibrate: Whether a float checkpoint is wanted.
+        calibrate: Whether a float checkpoint is accepted.
 
     Raises:
-        ValueError: If the checkpoint is float and ``calibrate`` is not set, its weights are
-            quantized already, or it does not fit the model.
+        ValueError: If the checkpoint is float and ``calibrate`` is not set, if its weights are
+            quantized already, or if it does not fit the model.
     """
     checkpoint = read_checkpoint(path)
     if is_quantized_checkpoint(checkpoint):
@@ -352,7 +352,7 @@ def _choose(operands: Mapping[str, ModelOperand], kinds: Sequence[str], pinned: 
     if not chosen:
         raise ValueError(
             f'a rule of the recipe gives the bits of every {" and ".join(kinds)}; add '
-            '--include-pinned to measure them all the same'
+            '--include-pinned to measure them anyway'
         )
     return chosen
 

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""One GPLQ run: the steps that the hook calls, and what they leave in the work dir."""
+"""One GPLQ run: the steps that the hook calls, and the files that they write to the work dir."""
 
 import json
 import os
@@ -85,12 +85,12 @@ class GPLQSession:
         scores: tuple[bool, bool],
         mimic: Mapping[str, Any] | None = None,
     ) -> None:
-        """Calibration, teacher and FP32 score; skips what a resumed run has done.
+        """Calibration, teacher and FP32 score; a resumed run skips finished steps.
 
         Args:
             source: Identity of the FP32 checkpoint.
             scores: Whether to score the FP32 model, and the calibrated one.
-            mimic: What the checkpoint that is resumed from holds of mimicking.
+            mimic: State of mimicking in the checkpoint that is resumed from.
         """
         coverage = self.model.gplq.coverage.as_dict()
         engine = self.model.gplq.engine.description
@@ -100,7 +100,7 @@ class GPLQSession:
         float_state = None
         if fresh:
             float_state = float_state_of(self.model, quantization_keys(self.model))
-            self._calibrate()  # first: it is short, and finds what is wrong with the model
+            self._calibrate()  # first: it is short, and errors of the model show up here
             check_start(
                 self.runner,
                 self.calibration,
@@ -160,7 +160,7 @@ class GPLQSession:
         self.report.log_table()
 
     def _measure_final(self, source: Mapping[str, Any]) -> None:
-        """Feature error after both stages, on the images of the gate."""
+        """Record the feature error after both stages, on the images of the gate."""
         settings, path = self.recipe.gate, str(source.get('path', ''))
         if settings is None or not os.path.isfile(path):
             return
@@ -172,7 +172,7 @@ class GPLQSession:
             self.report.update('stage2', feature_error=error)
             print_log(f'feature error after both stages: {error:.3g}', logger='current')
 
-    def _score_fp32(self, wanted: bool, float_state: Mapping[str, torch.Tensor]) -> None:
+    def _score_fp32(self, scored: bool, float_state: Mapping[str, torch.Tensor]) -> None:
         calibrated = {k: v.clone() for k, v in self.model.state_dict().items() if k in float_state}
         self.model.load_state_dict(float_state, strict=False)  # calibration fits weights
         set_quantization(self.model, False)
@@ -180,7 +180,7 @@ class GPLQSession:
         metrics: dict[str, float] = {}
         with StageMeter() as meter:
             meter.sample_after(self.model.register_forward_hook)
-            if wanted and self.runner.val_loop is not None:
+            if scored and self.runner.val_loop is not None:
                 metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
         set_quantization(self.model, True)
         self.model.load_state_dict(calibrated, strict=False)
@@ -205,7 +205,7 @@ class GPLQSession:
         print_log(f'calibrated {number} quantizers in {meter.seconds:.1f} s', logger='current')
 
     def _calibrate_layerwise(self) -> None:
-        """Input scales and float weights by the error of each layer's output."""
+        """Choose input scales and fit float weights by the error of each layer's output."""
         settings, training = self.recipe.calibration, self.model.training
         number, size = len(self.calibration.indices), len(self.calibration.batches[0])
         most = layerwise_images(size)
@@ -224,14 +224,14 @@ class GPLQSession:
 
 
 def require_runs(model: Any, batch: Any) -> None:
-    """Refuse a float model that cannot run, before anything heavy.
+    """Refuse a float model that cannot run, before long work.
 
     Args:
-        model: Converted model; its quantizers are off meanwhile.
+        model: Converted model; its quantizers are off during the check.
         batch: Collated training images.
 
     Raises:
-        ValueError: With what the model raised, and the cause where it is a known one.
+        ValueError: With the model's own error, and its cause if it is a known one.
     """
     training = model.training
     set_quantization(model, False)
@@ -282,6 +282,6 @@ def remember_source(work_dir: str, path: str) -> dict[str, Any]:
 
 
 def recall_source(work_dir: str) -> dict[str, Any]:
-    """What ``remember_source`` wrote, or an empty dict."""
+    """The entry that ``remember_source`` wrote, or an empty dict."""
     path = Path(work_dir) / SOURCE_NAME
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -33,23 +33,25 @@ from .run_report import RunReport
 from .teacher import read_float
 
 UNITS_FOLDER = 'gplq_stage2_units'
-"""Folder in the work dir for what a killed stage 2 has finished."""
+"""Folder in the work dir for the finished parts of a killed stage 2."""
 
 
 def stage2_set(cfg: Config, recipe: RecipeLike, calibration: CalibrationSet) -> CalibrationSet:
-    """Images of stage 2: as many as the recipe says, at most the training set.
+    """Images of stage 2: the recipe's number, at most the training set.
 
     Args:
         cfg: The run's config.
         recipe: Resolved recipe; ``stage2.num_images`` decides.
-        calibration: Taken where the recipe says nothing.
+        calibration: Used if the recipe gives no number.
     """
-    wanted = as_recipe(recipe).after_training.num_images
-    if wanted is None or wanted == len(calibration.indices):
+    requested = as_recipe(recipe).after_training.num_images
+    if requested is None or requested == len(calibration.indices):
         return calibration
-    number = min(wanted, len(calibration.dataset))
-    if number < wanted:
-        print_log(f'stage 2: {wanted} images asked for, the training set has {number}', 'current')
+    number = min(requested, len(calibration.dataset))
+    if number < requested:
+        print_log(
+            f'stage 2: {requested} images asked for, the training set has {number}', 'current'
+        )
     return CalibrationSet.of_recipe(cfg, recipe, number)
 
 
@@ -58,20 +60,20 @@ def apply_stage2(
 ) -> None:
     """Quantize the weights of the runner's stage-1 model and score it.
 
-    Finished parts of the model lie in the work dir until the whole is done, so that a
-    killed run goes on.
+    Finished parts of the model are stored in the work dir until stage 2 is done, so that a
+    killed run resumes.
 
     Args:
         runner: Runner whose model holds stage-1 weights and calibrated activations.
         recipe: Resolved recipe.
         calibration: Images for algorithms that need data, unless the recipe asks for
             another number.
-        report: Has counted the stage-1 model's operations; gets cost, weight errors
+        report: Holds the operation count of the stage-1 model; gets cost, weight errors
             and metrics under ``stage2``.
     """
     model = unwrap(runner.model)
     images = stage2_set(runner.cfg, recipe, calibration)
-    # a folder of its own for each algorithm: one that is done leaves the others' units alone
+    # one folder per algorithm: a finished one does not delete the units of the others
     folder = os.path.join(runner.work_dir, UNITS_FOLDER, short_sha256(recipe.weight.as_dict()))
     probe = OutputProbe(model, images)
     source = _source(runner)
@@ -96,7 +98,7 @@ def apply_stage2(
         report.update('stage2', metrics=evaluate(runner, runner.val_loop, 'stage 2'))
     if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # others are in there
+        with suppress(OSError):  # folders of other algorithms remain
             os.rmdir(os.path.dirname(folder))
 
 
@@ -109,15 +111,14 @@ def run(
     """Stage 2 alone, on a runner that has loaded a stage-1 checkpoint.
 
     Args:
-        runner: Runner with the checkpoint loaded; need not have trained.
-        ptq: Weight algorithm or algorithms in place of the recipe's.
+        runner: Runner with the checkpoint loaded; no training is required.
+        ptq: Weight algorithms, joined by ``+``; the recipe's if None.
         out: Final checkpoint; ``gplq_final.pth`` in the work dir if None.
-        bits: Weight bits in place of the recipe's.
+        bits: Weight bits; the recipe's if None.
 
     Returns:
-        The report, written beside the checkpoint: ``gplq_report.json`` beside
-        ``gplq_final.pth``, ``NAME_report.json`` beside another ``NAME.pth``, so that each
-        checkpoint has its own.
+        The report, written to the checkpoint's folder: ``gplq_report.json`` for
+        ``gplq_final.pth``, ``NAME_report.json`` for any other ``NAME.pth``.
 
     Raises:
         ValueError: If the checkpoint is past stage 1, or ``ptq`` is unknown.
@@ -160,15 +161,15 @@ def report_path(checkpoint: str) -> Path:
 
 
 def set_weight_bits(model: Any, bits: int) -> None:
-    """Change the bits of all weights that the recipe's own setting decides; those of rules stay.
+    """Change the bits of all weights, except where a rule sets them.
 
     Args:
         model: Converted stage-1 model.
         bits: 2 to 8.
 
     Raises:
-        ValueError: If ``bits`` is out of range, or weights were trained on a grid with bits that
-            the recipe's own setting decides.
+        ValueError: If ``bits`` is out of range, or weights were trained on their grid
+            (``weight.qat``) with bits that no rule sets.
     """
     rules = model.gplq.recipe.rules
     integer_range(bits, signed=True)
@@ -182,7 +183,7 @@ def set_weight_bits(model: Any, bits: int) -> None:
         first = f', first {trained[0]}' if trained else ''
         raise ValueError(
             f'the weights of this checkpoint were trained on their grid (weight.qat=True){first}: '
-            'its bits are fixed; leave --bits out'
+            'their bits are fixed; remove --bits'
         )
     for quantizer in changed.values():
         quantizer.set_spec(dataclasses.replace(quantizer.spec, num_bits=bits))

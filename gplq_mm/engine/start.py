@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What a run does at its gate: pass, stop, warn, or add bits and calibrate again."""
+"""Action of a run at the gate: pass, stop, warn, or add bits and calibrate again."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ from .gate import COSTLIEST, Gate, GateResult, log_roles, remedy
 from .run_report import RunReport
 
 STEPS = (6, 8)
-"""Bits that the costliest roles get, one after the other, until the gate is passed."""
+"""Bits that the roles with the largest error get, in this order, until the gate is passed."""
 
 
 def check_start(
@@ -50,7 +50,7 @@ def check_start(
     gate = Gate(model, calibration, float_state, settings)
     problem = gate.unavailable()
     if problem is not None:
-        print_log(f'gate: left out, the model gives no features: {problem}', 'current')
+        print_log(f'gate: skipped, the model gives no features: {problem}', 'current')
         return
     found, action = gate.measure(), gate.settings.action
     steps: list[dict[str, Any]] = []
@@ -67,11 +67,11 @@ def check_start(
 
 
 class BitSteps:
-    """Gives the roles that cost most 6, then 8 bits, until the gate is passed.
+    """Gives the roles with the largest error 6, then 8 bits, until the gate is passed.
 
     Args:
         runner: Runner in training.
-        gate: Not passed.
+        gate: The gate, which the model has not passed.
         report: Gets the recipe with the added rules.
         calibrate: Calibrates the model.
     """
@@ -88,13 +88,13 @@ class BitSteps:
         self.macs = self._count_macs(gate.images.load(0))
 
     def run(self, found: GateResult) -> tuple[GateResult, list[dict[str, Any]]]:
-        """Add bits until the gate is passed or there are none left to add.
+        """Add bits until the gate is passed or no step is left.
 
         Args:
-            found: What the gate found first.
+            found: First result of the gate.
 
         Returns:
-            What it found last, and the steps: added bits, feature error, cost.
+            Last result of the gate, and the steps: added bits, feature error, cost.
         """
         own, roles = self.recipe.rules, self._costliest(found)
         steps = [self._step({}, found)]
@@ -115,7 +115,7 @@ class BitSteps:
         return found, steps
 
     def _costliest(self, found: GateResult) -> list[str]:
-        """Roles of activations that cost most and can still be given bits."""
+        """Roles of activations with the largest error whose bits can be increased."""
         bits = {r.role: self._least_bits(r.role) for r in found.roles if r.role != WEIGHTS}
         return [role for role, least in bits.items() if least < STEPS[-1]][:COSTLIEST]
 
@@ -124,7 +124,7 @@ class BitSteps:
         return min(q.spec.num_bits for q in found if q.role == role)
 
     def _calibrate(self) -> None:
-        """Calibrate from the float model, as the first time."""
+        """Calibrate again, from the float model."""
         self.model.load_state_dict(self.gate.float_state, strict=False)
         for quantizer in quantizers(self.model).values():
             quantizer.reset()
@@ -146,25 +146,25 @@ class BitSteps:
         added = ', '.join(f'{role} {bits} bits' for role, bits in now['bits'].items())
         print_log(
             f'gate: {added}: feature error {before["feature_error"]:.2g} -> '
-            f'{now["feature_error"]:.2g}, {now["bops"] / 1e9:.4g} G bit operations in place of '
-            f'{first["bops"] / 1e9:.4g} G, {now["model_bytes"] / 2**20:.2f} MiB in place of '
+            f'{now["feature_error"]:.2g}, {now["bops"] / 1e9:.4g} G bit operations instead of '
+            f'{first["bops"] / 1e9:.4g} G, {now["model_bytes"] / 2**20:.2f} MiB instead of '
             f'{first["model_bytes"] / 2**20:.2f}',
             logger='current',
         )
 
 
 def averaged_models(runner: Runner) -> list[nn.Module]:
-    """Copies of the model that hooks keep (EMA): their quantizers change with the model's."""
+    """Copies of the model that hooks keep (EMA); their quantizers get the same bits."""
     averages = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
     return [average.module for average in averages if average is not None]
 
 
 def cost_after_stage2(model: nn.Module, macs: MacCount) -> tuple[int, int]:
-    """Bit operations and packed bytes with the present activations and quantized weights.
+    """Bit operations and packed bytes with the current activations and quantized weights.
 
     Args:
         model: Converted and calibrated model.
-        macs: Of one pass.
+        macs: Multiply-accumulates of one forward pass.
     """
     planned = {}
     if quantizers(model, 'weight'):

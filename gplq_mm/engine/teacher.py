@@ -18,7 +18,7 @@ from .calibration_data import CalibrationSet
 from .checkpoint import file_sha256, load_float_
 
 Images = Callable[[int | None], Iterable[Any]]
-"""Gives this rank's batches of so many training images, as the dataset packs them."""
+"""Gives this rank's batches of a number of training images, as the dataset packs them."""
 
 
 def attach_teacher(
@@ -28,19 +28,19 @@ def attach_teacher(
     images: Images,
     stored: Mapping[str, Any] | None = None,
 ) -> None:
-    """Build the float teacher and hand it to a mimicking model.
+    """Build the float teacher and attach it to a mimicking model.
 
     Args:
         model: Converted model; nothing happens if it does not mimic.
         source: ``path`` and ``sha256`` of the FP32 checkpoint.
-        float_state: FP32 weights where they are at hand (fresh start), else None:
-            the checkpoint is read again and its hash compared.
-        images: Gives batches of so many training images, for a PCA basis.
+        float_state: FP32 weights of a new run; None after a resume: the checkpoint is read again
+            and its hash compared.
+        images: Gives batches of a number of training images, for a PCA basis.
         stored: ``mimic_state()`` of the run that is resumed: its bases are not fitted again.
 
     Raises:
-        ValueError: If the FP32 checkpoint changed since the run began or does not fit, or
-            a PCA basis cannot be fitted.
+        ValueError: If the FP32 checkpoint changed after the run began or does not fit, or a PCA
+            basis cannot be fitted.
     """
     if not isinstance(model, Mimicking):
         return
@@ -60,20 +60,20 @@ def attach_teacher(
 
 
 def mimic_state(model: nn.Module) -> dict[str, Any]:
-    """What a checkpoint to resume from holds of mimicking; empty without a PCA basis."""
+    """State of mimicking that a training checkpoint stores; empty without a PCA basis."""
     return model.mimic_state() if isinstance(model, Mimicking) else {}
 
 
 def pca_images(calibration: CalibrationSet) -> Images:
-    """Training images for a PCA basis, from the draw of the calibration set.
+    """Training images for a PCA basis, from the random order of the calibration set.
 
     Args:
         calibration: The run's calibration set.
     """
 
     def images(num_images: int | None) -> CalibrationSet:
-        wanted = min(PCA_IMAGES, len(calibration.dataset)) if num_images is None else num_images
-        batch = max(1, min(PCA_BATCH, wanted // world()[1]))  # a batch for every rank
+        requested = min(PCA_IMAGES, len(calibration.dataset)) if num_images is None else num_images
+        batch = max(1, min(PCA_BATCH, requested // world()[1]))  # a batch for every rank
         return calibration.sample(num_images, batch, PCA_IMAGES, 'mimic')
 
     return images
@@ -103,12 +103,12 @@ def read_float(source: Mapping[str, Any]) -> dict[str, Tensor]:
         source: ``path`` and ``sha256`` of their checkpoint.
 
     Raises:
-        ValueError: If the file is gone or another one than recorded.
+        ValueError: If the file does not exist or differs from the recorded one.
     """
     found = file_sha256(source['path'])
     if source.get('sha256') and found != source['sha256']:
         raise ValueError(
-            f'the FP32 checkpoint {source["path"]} is gone or is not the one that this run began '
-            'with; mimicking needs the same teacher: put the file back'
+            f'the FP32 checkpoint {source["path"]} does not exist or is not the one that this run '
+            'began with; mimicking needs the same teacher: put the file back'
         )
     return read_checkpoint(source['path'])['state_dict']

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Whether the teacher's outputs can be kept on disk, and the cache of a run."""
+"""Check whether the teacher's outputs can be cached on disk, and attach the cache."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +16,13 @@ _SAMPLES, _LOADS = 3, 6
 
 
 def check_teacher_cache(model: Any, runner: Runner) -> None:
-    """Refuse ``engine.teacher_cache`` for images that differ from epoch to epoch.
+    """Refuse ``engine.teacher_cache`` if the images differ between epochs.
 
-    Three images are loaded six times each.
+    Checked by loading three images six times each.
 
     Raises:
-        ValueError: If the training pipeline or the preprocessor draws at random, or the
-            model has no teacher.
+        ValueError: If the training pipeline or the preprocessor is random, or the model has no
+            teacher.
     """
     if model.gplq.engine.teacher_cache is None:
         return
@@ -49,7 +49,7 @@ def check_teacher_cache(model: Any, runner: Runner) -> None:
 
 
 def attach_teacher_cache(model: nn.Module, source: Mapping[str, Any]) -> None:
-    """Give a mimicking model the cache that its engine names.
+    """Give a mimicking model the cache that its ``engine`` config names.
 
     Args:
         model: Model with its teacher attached.
@@ -59,7 +59,7 @@ def attach_teacher_cache(model: nn.Module, source: Mapping[str, Any]) -> None:
         return
     folder = model.gplq.engine.teacher_cache
     model.attach_cache(TeacherCache(folder, str(source.get('sha256')), model.needs_features))
-    print_log(f'mimicking: outputs of the teacher are kept in {folder}', logger='current')
+    print_log(f'mimicking: outputs of the teacher are cached in {folder}', logger='current')
 
 
 def _names(dataset: Any) -> str:

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Transfer to another data set: linear probes of a quantized backbone and of its FP32 twin."""
+"""Transfer to another data set: linear probes of a quantized and of the FP32 backbone."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -25,13 +25,13 @@ Split = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TransferResult:
-    """Top-1 accuracies in percent, one a seed.
+    """Top-1 accuracies in percent, one per seed.
 
     Attributes:
         fp32: Probes of the FP32 backbone.
         quantized: Probes of the quantized backbone.
         seeds: Seeds of the probes.
-        protocol: How they were trained.
+        protocol: Description of the training.
     """
 
     fp32: list[float]
@@ -49,7 +49,7 @@ class TransferResult:
         return {**asdict(self), 'difference': self.difference}
 
     def table(self) -> str:
-        """Lines for people."""
+        """The result as a text table."""
         rows = [
             (f'seed {seed}', self.fp32[i], self.quantized[i]) for i, seed in enumerate(self.seeds)
         ]
@@ -71,18 +71,18 @@ def transfer(
     settings: ProbeSettings | None = None,
     device: str | None = None,
 ) -> TransferResult:
-    """Probe a quantized backbone and its FP32 twin on features extracted once.
+    """Probe a quantized backbone and its FP32 counterpart on features extracted once.
 
-    The paper's protocol but for augmentation and stochastic depth, which need a forward pass of
-    the backbone in every epoch; see ``transfer_by_training`` for the letter.
+    The paper's protocol without augmentation and stochastic depth, which need a forward pass of
+    the backbone in every epoch; ``transfer_by_training`` follows the paper exactly.
 
     Args:
         data: Config with ``train_dataloader`` and ``val_dataloader`` (``test_dataloader`` if
             absent); training images are read with the test pipeline.
         checkpoint: ``gplq_final.pth`` of a GPLQ run.
         model: Model config, for a checkpoint that does not hold it.
-        fp32_checkpoint: Checkpoint of the FP32 twin; the recorded one if None.
-        seeds: One probe each, with the same seed for both backbones.
+        fp32_checkpoint: Checkpoint of the FP32 backbone; the recorded one if None.
+        seeds: One probe per seed and backbone.
         settings: Epochs, learning rate, batch size; the paper's if None.
         device: Where the backbone runs; CUDA if there is one.
 
@@ -168,7 +168,7 @@ def _features(network: Any, loader_cfg: Mapping[str, Any]) -> Split:
 
 
 def _extract(network: Any, inputs: Tensor) -> Any:
-    """The backbone's features; its refusal of the images' size in words that help."""
+    """The backbone's features; an error of the image size is explained."""
     try:
         return network.extract_feat(inputs)
     except (AssertionError, RuntimeError) as error:
@@ -184,12 +184,12 @@ def _extract(network: Any, inputs: Tensor) -> Any:
 
 
 def transfer_by_training(cfg: Config, checkpoint: str, seeds: Sequence[int]) -> TransferResult:
-    """Train both probes as the config says, augmentation and stochastic depth included.
+    """Train both probes as the config says, with augmentation and stochastic depth.
 
     Args:
         cfg: Config whose model is a ``gplq_mm.LinearProbe``, with its ``work_dir``.
         checkpoint: ``gplq_final.pth`` of a GPLQ run.
-        seeds: One run each.
+        seeds: One run per seed and backbone.
 
     Raises:
         ValueError: See ``gplq_mm.LinearProbe``.

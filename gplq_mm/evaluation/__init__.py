@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 5: what a quantized model costs and how it is reported."""
+"""Floor 5: cost and report of a quantized model."""
 
 from .cost import MacCount, bit_operations, count_macs, model_bytes
 from .report import (

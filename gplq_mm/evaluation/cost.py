@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Size and arithmetic of a (partly) quantized model, counted, not estimated."""
+"""Size and operations of a (partly) quantized model, counted exactly."""
 
 import math
 from collections.abc import Callable
@@ -20,9 +20,9 @@ FLOAT_BITS = 32
 def model_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers when quantized weights are packed.
 
-    A weight whose quantizer is active takes ``num_bits`` a value and a float32
-    scale an output channel; an activation scale takes 4 bytes and its zero point 1;
-    a compensation that was not fitted takes none; everything else its own dtype.
+    A weight whose quantizer is active takes ``num_bits`` per value and a float32 scale per
+    output channel; an activation scale takes 4 bytes and its zero point 1; a compensation
+    that was not fitted takes none; everything else takes the size of its dtype.
     """
     quantizers = {id(t) for q in _quantizers(model) for t in q.state_dict(keep_vars=True).values()}
     quantizers |= {id(t) for t in _unfitted_branches(model)}
@@ -44,8 +44,8 @@ class MacCount:
     """Multiply-accumulates of one forward pass.
 
     Attributes:
-        total: Of the whole model.
-        layers: Of each quantized layer or matmul, by name.
+        total: Number for the whole model.
+        layers: Number for each quantized layer or matmul, by name.
     """
 
     total: int
@@ -55,8 +55,8 @@ class MacCount:
 def count_macs(model: nn.Module, run: Callable[[], Any]) -> MacCount:
     """Count the multiply-accumulates of one forward pass.
 
-    A detector's heads work on as many proposals as its scores give, so compare
-    stages by one count, not by one pass each.
+    The number of proposals in a detector's heads depends on its scores, so use one count for all
+    stages instead of counting each stage.
 
     Args:
         model: Converted model, activation quantizers on.
@@ -77,14 +77,14 @@ def count_macs(model: nn.Module, run: Callable[[], Any]) -> MacCount:
 
 
 def bit_operations(model: nn.Module, count: MacCount) -> int:
-    """Bit operations of a counted pass at the model's present bits.
+    """Bit operations of a counted pass at the model's current bits.
 
-    ``BOPs = MACs * bits of one operand * bits of the other``, 32 bits where an
-    operand is float (arXiv 2005.07093, section 4).
+    ``BOPs = MACs * bits of one operand * bits of the other``, 32 bits for a float operand (arXiv
+    2005.07093, section 4).
 
     Args:
-        model: Converted model; its active quantizers decide.
-        count: What ``count_macs`` found.
+        model: Converted model; its active quantizers give the bits.
+        count: Result of ``count_macs``.
     """
     found = operations(model)
     inside = sum(

@@ -19,7 +19,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The report in ``path``, or an empty dict where there is none."""
+    """The report in ``path``, or an empty dict if there is none."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
@@ -43,14 +43,14 @@ def bits_label(recipe: Mapping[str, Any], stage: str) -> str:
 
 
 def _trained_weights(recipe: Mapping[str, Any]) -> set[bool]:
-    """Whether stage 1 trains weights on their grid: the recipe's own setting, and rules'."""
+    """Whether stage 1 trains weights on their grid, by the recipe's own setting or a rule."""
     rules = [rule.get('weight') or {} for rule in recipe.get('rules', [])]
     own = bool(recipe['weight'].get('qat'))
     return {own, *(bool(rule['qat']) for rule in rules if 'qat' in rule)}
 
 
 def _common_bits(recipe: Mapping[str, Any], kind: str) -> int | str:
-    """Bits of a kind, or ``mix`` where rules other than a preset's own give other ones."""
+    """Bits of a kind, or ``mix`` if rules that are not a preset's own give other ones."""
     common = recipe[kind]['num_bits']
     rules = [r for r in recipe.get('rules', []) if 'name' in r or not r.get('optional')]
     own = [{**r, **(r.get(kind) or {})} for r in rules]
@@ -58,7 +58,7 @@ def _common_bits(recipe: Mapping[str, Any], kind: str) -> int | str:
 
 
 def scope_line(report: Mapping[str, Any]) -> str:
-    """One line that says what a report's figures are about.
+    """Recipe, scope and coverage of a report in one line.
 
     Examples:
         >>> coverage = dict(counts=dict(linear=2), kept_float=[dict(name='x', reason='y')])
@@ -74,7 +74,7 @@ def scope_line(report: Mapping[str, Any]) -> str:
 
 
 def format_start(gate: Mapping[str, Any]) -> str:
-    """The figures that a run's gate took, in one line.
+    """The figures of a run's gate in one line.
 
     Args:
         gate: ``calibration.gate`` of a report.
@@ -95,10 +95,10 @@ def format_start(gate: Mapping[str, Any]) -> str:
 
 
 def report_table(report: Mapping[str, Any]) -> str:
-    """The report as a table, one column a stage: metrics, size, BOPs, time, memory.
+    """The report as a table, one column per stage: metrics, size, BOPs, time, memory.
 
     Args:
-        report: Content of ``gplq_report.json``; stages that are absent are left out.
+        report: Content of ``gplq_report.json``; missing stages are left out.
     """
     stages = [s for s in STAGES if s in report]
     titles = ['', *(bits_label(report['recipe'], s) for s in stages)]

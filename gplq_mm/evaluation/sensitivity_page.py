@@ -23,7 +23,7 @@ th { border-bottom: 1px solid #888; } tr.mixed td { font-weight: bold; }
 
 
 def worst_table(data: Mapping[str, Any], count: int = 10) -> str:
-    """The most sensitive operands as plain text, by damage at the fewest candidate bits.
+    """The most sensitive operands as plain text, by error increase at the fewest candidate bits.
 
     Args:
         data: Content of ``sensitivity.json``.
@@ -38,11 +38,11 @@ def worst_table(data: Mapping[str, Any], count: int = 10) -> str:
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
-    """Uniform settings and the assignment side by side, as plain text.
+    """Uniform settings compared with the assignment, as plain text.
 
     Args:
         rows: As ``compare`` returned them.
-        unit: Of the score.
+        unit: Unit of the score.
     """
     return format_table(['', *_comparison_titles(unit)], [_comparison_cells(r) for r in rows])
 
@@ -59,13 +59,13 @@ def sensitivity_page(
     rows: Sequence[Mapping[str, Any]] = (),
     budget: str = '',
 ) -> str:
-    """The whole page.
+    """The HTML page.
 
     Args:
         data: Content of ``sensitivity.json``.
         bits: Assigned bits by operand key; None without an assignment.
-        rows: The assignment beside uniform settings.
-        budget: What bounded the assignment, for people.
+        rows: The assignment and the uniform settings.
+        budget: Description of the assignment's limits.
     """
     settings = data['settings']
     images, batches, seed = settings['images']
@@ -75,7 +75,7 @@ def sensitivity_page(
         '<h1>Sensitivity to quantization</h1>',
         f'<p class="note">{html.escape(data["unit"])} when one operand alone is quantized, while '
         f'everything else is float. {images} training images in {batches} batches, seed {seed}. '
-        'Higher in the plots is more sensitive. Pointing at a dot shows its value.</p>',
+        'Higher in the plots is more sensitive. Move the pointer over a dot to see its value.</p>',
     ]
     if rows:
         parts += [f'<h2>Bits under {html.escape(budget)}</h2>', _comparison_html(rows, data)]
@@ -129,7 +129,7 @@ def _row(cells: Sequence[str], tag: str, style: str = '') -> str:
 def _chart(
     data: Mapping[str, Any], operands: Mapping[str, Any], bits: Mapping[str, int] | None
 ) -> str:
-    """Damage by operand on a log scale, one line a width, and the assigned bits below."""
+    """Error increase by operand, log scale, one line per number of bits, and assigned bits."""
     candidates = data['settings']['bits']
     values = [d for o in operands.values() for d in o['damage'].values() if d > 0]
     low = math.floor(math.log10(min(values))) if values else -1
@@ -212,13 +212,13 @@ def _x(number: int) -> int:
 
 
 def _y(damage: float, low: int, high: int) -> float:
-    """Height of a damage; what is 0 (or below) lies on the floor of the plot."""
+    """Vertical position of an error increase; values up to 0 are at the bottom of the plot."""
     share = (math.log10(damage) - low) / (high - low) if damage > 0 else 0.0
     return round(_PLOT - 14 - (_PLOT - 30) * min(max(share, 0.0), 1.0), 1)
 
 
 def _short_names(names: Sequence[str]) -> list[str]:
-    """Names without the dotted prefix that all share."""
+    """Names without their common dotted prefix."""
     if len(names) < 2:
         return list(names)
     split = [name.split('.') for name in names]

@@ -10,9 +10,9 @@ class SoftLogitLoss(nn.Module):
     """KL divergence of softened class distributions times T^2 (arXiv 1503.02531, section 2).
 
     Args:
-        temperature: Softening T, positive.
-        multi_label: Each logit is a probability of its own (sigmoid): the divergences of
-            the classes are summed.
+        temperature: Temperature T of the softmax, positive.
+        multi_label: Each logit is a separate probability (sigmoid): the divergences of the
+            classes are summed.
 
     Raises:
         ValueError: If ``temperature`` is not positive.
@@ -33,7 +33,7 @@ class SoftLogitLoss(nn.Module):
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Mean over the batch; both ``(N, classes)``."""
         t = self.temperature
-        if self.multi_label:  # two classes each: the logit and its opposite
+        if self.multi_label:  # two classes per logit: the class and its complement
             student, teacher = (
                 torch.stack([x, torch.zeros_like(x)], -1) for x in (student, teacher)
             )

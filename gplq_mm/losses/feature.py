@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class RelativeFeatureLoss(nn.Module):
-    """Squared feature error relative to the teacher's energy, mean over levels.
+    """Squared feature error relative to the teacher's squared norm, mean over levels.
 
-    ``mean_l ||f_s - f_t||^2 / ||f_t||^2``: dimensionless, so that one weight fits
-    all pyramid levels and models.
+    ``mean_l ||f_s - f_t||^2 / ||f_t||^2``: it has no unit, so one loss weight fits all pyramid
+    levels and models.
 
     Examples:
         >>> loss = RelativeFeatureLoss()
@@ -23,8 +23,8 @@ class RelativeFeatureLoss(nn.Module):
         """Loss of feature maps.
 
         Args:
-            student: One tensor a level, e.g. ``(B, C, H, W)``.
-            teacher: Same shapes.
+            student: One tensor per level, e.g. ``(B, C, H, W)``.
+            teacher: Tensors of the same shapes.
 
         Raises:
             ValueError: If the numbers of levels differ or there is none.

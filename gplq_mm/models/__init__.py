@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 5: what configs build (``gplq``, ``necks``), and mimicking.
+"""Floor 5: models that configs build (``gplq``, ``necks``), and mimicking.
 
-The registries import what they need, so that the ``mimic_*`` files need torch alone.
+The registries import each file when it is needed, so the ``mimic_*`` files need torch only.
 """

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The builder behind ``type='gplq_mm.GPLQ'``: float model in, quantized model out."""
+"""The builder of ``type='gplq_mm.GPLQ'``: it builds a float model and attaches quantizers."""
 
 import copy
 import difflib
@@ -27,14 +27,14 @@ from .mimicking import make_mimicking
 
 @dataclass
 class GPLQState:
-    """What a converted model knows of itself (attribute ``gplq``).
+    """Recipe, coverage and engine of a converted model (its attribute ``gplq``).
 
     Attributes:
         recipe: The resolved recipe.
-        coverage: What is quantized and what stays float.
+        coverage: Which operations are quantized and which stay float.
         float_cfg: Config that builds the float model (the teacher).
         is_detector: Whether the default scope is a backbone inside a detector.
-        engine: What training steps are computed with.
+        engine: Engine that computes training steps.
     """
 
     recipe: Recipe
@@ -45,8 +45,8 @@ class GPLQState:
 
 
 _NESTED = (
-    "GPLQ: with model=... mmdet's init_detector does not find cfg.model.backbone; call it with "
-    'cfg_options={}, or write the flat form: float_type=... in place of _delete_ and model'
+    "GPLQ: with model=..., mmdet's init_detector does not find cfg.model.backbone; call it with "
+    'cfg_options={}, or write the flat form: float_type=... instead of _delete_ and model'
 )
 
 
@@ -61,20 +61,19 @@ def build_gplq(
 ) -> nn.Module:
     """Build a float model, attach quantizers and return it: same class, same keys.
 
-    Two forms, the first keeps ``cfg.model.backbone`` and the like where tools look
-    for them::
+    Two forms; the first keeps ``cfg.model.backbone`` and similar keys where tools expect them::
 
         model = dict(type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4')
         model = dict(_delete_=True, type='gplq_mm.GPLQ', model=_base_.model, recipe='w4a4')
 
     Args:
         model: Config of the float model (second form).
-        float_type: Registered type of the float model (first form); its other
-            arguments stand beside it.
+        float_type: Registered type of the float model (first form); its other arguments are
+            given next to it.
         recipe: Preset name or recipe.
         strict: Raise if an unknown layer in the scope stays float.
         engine: ``'fused'`` or ``'reference'``, or a dict with ``type`` and options, see
-            ``gplq_mm.modules.Engine``. It changes how training computes, not what.
+            ``gplq_mm.modules.Engine``. It changes how a training step is computed, not its result.
         **float_cfg: Arguments of the float model (first form).
 
     Returns:
@@ -95,7 +94,7 @@ def build_gplq(
     coverage, frozen = prepare_(network, resolved, strict)
     if frozen:
         print_log(
-            f'GPLQ: {len(frozen)} scales lie in frozen stages and keep their calibrated values, '
+            f'GPLQ: {len(frozen)} scales belong to frozen stages and keep their calibrated values, '
             f'first {frozen[0]}',
             logger='current',
         )
@@ -118,11 +117,11 @@ def _float_config(
 ) -> dict[str, Any]:
     if (model is None) == (float_type is None):
         raise ValueError(
-            "gplq_mm.GPLQ needs the float model, in one of two forms: float_type='MaskRCNN' beside "
+            "gplq_mm.GPLQ needs the float model, in one of two forms: float_type='MaskRCNN' with "
             "the model's own arguments, or model=_base_.model"
         )
     if model is not None:
-        # MMEngine's runner puts a config's top-level data_preprocessor beside the model
+        # MMEngine's runner passes a config's top-level data_preprocessor to the model
         runner_given = {k: v for k, v in float_cfg.items() if k == 'data_preprocessor'}
         unknown = sorted(set(float_cfg) - set(runner_given))
         if unknown:
@@ -163,7 +162,7 @@ def _require_one_head(cfg: Mapping[str, Any]) -> None:
 
 
 def _without_pretrained(cfg: Any) -> Any:
-    """Copy of a config that fetches no backbone weights: the FP32 checkpoint holds them all."""
+    """Copy of a config that downloads no backbone weights: the FP32 checkpoint has them."""
     if isinstance(cfg, Mapping):
         kept = {}
         for key, value in cfg.items():

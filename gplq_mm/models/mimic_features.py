@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What student and teacher are compared by: features, logits, outputs of named layers."""
+"""Values in which student and teacher are compared: features, logits, outputs of named layers."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ class Recording:
 
     Attributes:
         model: The network.
-        features: What ``extract_feat()`` returned; None until it ran.
+        features: Result of ``extract_feat()``; None until it ran.
         outputs: Outputs of the watched modules by name.
     """
 
@@ -39,15 +39,15 @@ class Recording:
         maps = [x for x in levels if isinstance(x, Tensor) and x.is_floating_point()]
         if not maps and layer is not None:
             raise ValueError(
-                f'recipe.mimic.layer={layer!r} gives {type(found).__name__} and no feature map; '
+                f'recipe.mimic.layer={layer!r} gives {type(found).__name__}, not a feature map; '
                 'name a module that gives a tensor'
             )
-        return maps or levels  # Swin's stages give their tokens beside a size
+        return maps or levels  # Swin's stages return their tokens and a size
 
     def samples(self, layer: str) -> Tensor:
-        """Features of a layer with one row a sample, ``(N, C)``.
+        """Features of a layer with one row per sample, ``(N, C)``.
 
-        Tokens ``(B, L, C)`` and positions of a map ``(B, C, H, W)`` are samples each.
+        Each token of ``(B, L, C)`` and each position of a map ``(B, C, H, W)`` is a sample.
 
         Raises:
             ValueError: If the layer gives anything else.
@@ -61,7 +61,7 @@ class Recording:
         return _by_task(self.outputs[HEAD])
 
     def is_multi_label(self, task: str) -> bool:
-        """Whether each logit of a task is a probability of its own."""
+        """Whether each logit of a task is a separate probability (sigmoid)."""
         head = self.model.head
         for name in filter(None, task.split('.')):
             head = head.task_heads[name]
@@ -78,10 +78,10 @@ class Recording:
 
 @contextmanager
 def watched(recording: Recording, layers: Sequence[str]) -> Iterator[None]:
-    """While open, the latest output of each named module goes into the recording.
+    """Context manager: the latest output of each named module goes into the recording.
 
-    A head that is given more than features (its labels) does not give plain logits; such
-    a call is left out.
+    Calls of a head with more than features (its labels) are left out: they return no plain
+    logits.
     """
 
     def keep(name: str) -> Any:
@@ -106,13 +106,13 @@ def watched(recording: Recording, layers: Sequence[str]) -> Iterator[None]:
 def run_teacher(
     teacher: Any, inputs: Tensor, layers: Sequence[str], dtype: torch.dtype = torch.float32
 ) -> Recording:
-    """Forward pass of the teacher, its head included where a watched module is in it.
+    """Forward pass of the teacher; the head runs only if a watched module is in it.
 
     Args:
         teacher: Float model.
         inputs: Preprocessed batch.
         layers: Modules to watch.
-        dtype: What it multiplies in; the recording is float32.
+        dtype: Type of its matrix products; the recording is float32.
     """
     recording = Recording(teacher)
     with watched(recording, layers), teacher_precision(dtype, inputs.device):
@@ -127,10 +127,10 @@ def run_teacher(
 def penultimate(model: Any, features: Any) -> Tensor:
     """Input of a classifier's last layers, ``(N, C)``.
 
-    It is what the head's own ``pre_logits`` gives: the class token of a ViT (behind
-    the head's hidden layer where it has one), the pooled tokens of BEiT or Swin. Where
-    several last layers see different features (a distilled head's class and
-    distillation token, the heads of several tasks), these stand side by side.
+    It is the result of the head's own ``pre_logits``: the class token of a ViT (after the
+    head's hidden layer if it has one), the pooled tokens of BEiT or Swin. If several last
+    layers get different features (class and distillation token of a distilled head, the heads
+    of several tasks), the features are concatenated.
 
     Raises:
         TypeError: If a head has no ``pre_logits``.
@@ -146,7 +146,7 @@ def penultimate(model: Any, features: Any) -> Tensor:
 
 
 def has_penultimate(model: Any) -> bool:
-    """Whether every head of a model says what its penultimate feature is."""
+    """Whether every head of a model has a penultimate feature (``pre_logits``)."""
     return all(hasattr(head, 'pre_logits') for head in _heads(model))
 
 
@@ -169,7 +169,7 @@ def require_layers(model: nn.Module, layers: Sequence[str]) -> None:
     """Refuse names of modules that the model does not have.
 
     Raises:
-        ValueError: If a name is unknown; close ones are named.
+        ValueError: If a name is unknown; the message suggests similar ones.
     """
     names = [name for name, _ in model.named_modules() if name]
     for layer in layers:
@@ -184,17 +184,17 @@ def require_layers(model: nn.Module, layers: Sequence[str]) -> None:
 
 
 def as_rows(feature: Any, layer: str) -> Tensor:
-    """A feature with one row a sample.
+    """A feature with one row per sample.
 
     Args:
         feature: ``(N, C)``, tokens ``(B, L, C)`` or a map ``(B, C, H, W)``.
-        layer: Where it comes from, for the message.
+        layer: Name of its layer, for the message.
 
     Returns:
         ``(samples, C)``.
 
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it has none of these shapes.
 
     Examples:
         >>> [tuple(as_rows(torch.ones(s), 'x').shape) for s in ((4, 8), (4, 3, 8), (4, 8, 2, 2))]
@@ -218,7 +218,7 @@ def _heads(model: Any) -> list[Any]:
 
 
 def _tasks_of(head: Any) -> list[Any]:
-    """The heads of all tasks, in their order; a task may have sub-tasks."""
+    """The heads of all tasks in order; a task may have sub-tasks."""
     tasks = getattr(head, 'task_heads', None)
     return [head] if tasks is None else [h for task in tasks.values() for h in _tasks_of(task)]
 
@@ -230,6 +230,6 @@ def _by_task(logits: Any, prefix: str = '') -> dict[str, Tensor]:
             found.update(_by_task(value, f'{prefix}.{name}' if prefix else str(name)))
         return found
     if isinstance(logits, tuple | list):
-        # a distilled head that gives one a token: class and distillation
+        # a distilled head gives one per token: class and distillation
         return {prefix: torch.stack([x.float() for x in logits]).mean(0)}
     return {prefix: logits}

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What the recipe's ``mimic`` means for a model: one or several terms of stage 1's loss."""
+"""The terms of stage 1's loss that the recipe's ``mimic`` gives for a model."""
 
 from dataclasses import replace
 from typing import Any
@@ -13,10 +13,10 @@ PENULTIMATE = 'penultimate'
 def resolve_mimic(
     mimic: Any, is_detector: bool, has_penultimate: bool = True
 ) -> dict[str, Any] | None:
-    """Mimicking settings with the types made concrete.
+    """Mimicking settings with ``auto`` and ``paper`` replaced by types.
 
     Args:
-        mimic: The recipe's: a term, several, or None, typed or plain. Keys of a term:
+        mimic: A term, several, or None, typed or plain. Keys of a term:
 
             - ``type``: ``feature``, ``pca`` or ``logits``; ``auto`` means features for
               detectors, and for classifiers logits and the penultimate feature; ``paper``
@@ -25,30 +25,32 @@ def resolve_mimic(
             - ``task_weight``: Factor of the model's own losses; one value for all terms.
             - ``layer``: What ``feature`` and ``pca`` compare: ``penultimate`` (PCA's
               default), a module's name, or None for ``extract_feat()`` (of ``feature``).
-            - ``temperature``: Of ``logits``.
+            - ``temperature``: Temperature of ``logits``.
             - ``explained_variance``: Share of the variance that the PCA basis keeps.
-            - ``num_images``: Training images for that basis; None for 1024, or all where
-              there are fewer.
+            - ``num_images``: Training images for that basis; None for 1024, or all
+              if there are fewer.
         is_detector: Whether the model is a detector.
         has_penultimate: Whether the model has a penultimate feature; ``auto`` leaves that
-            term out where it has none.
+            term out if it has none.
 
     Returns:
-        ``task_weight`` and ``terms``, or None where stage 1 uses the task loss only.
+        ``task_weight`` and ``terms``, or None if stage 1 uses the task loss only.
 
     Raises:
         ValueError: For an unknown type or key, a value out of range, or a type that the
             model cannot use.
     """
     given = mimic_terms(mimic)
-    wanted = [t for term in given for t in _expanded(term, is_detector, has_penultimate)]
-    found = [_term(term, is_detector) for term in wanted]
+    concrete = [t for term in given for t in _expanded(term, is_detector, has_penultimate)]
+    found = [_term(term, is_detector) for term in concrete]
     terms = [term for term in found if term is not None]
     if not terms:
         return None
     kinds = [(term['type'], term.get('layer')) for term in terms]
     if len(set(kinds)) < len(kinds):
-        raise ValueError(f'recipe.mimic={mimic!r}: two terms compare the same; give one of them')
+        raise ValueError(
+            f'recipe.mimic={mimic!r}: two terms compare the same values; give one of them'
+        )
     weights = {term.pop('task_weight') for term in terms} - {None}
     if len(weights) > 1:
         raise ValueError(f'recipe.mimic: task_weight is {sorted(weights)}; give one value')
@@ -56,7 +58,7 @@ def resolve_mimic(
 
 
 def _expanded(term: MimicTerm, is_detector: bool, has_penultimate: bool) -> list[MimicTerm]:
-    """The terms that ``auto`` stands for."""
+    """The terms that replace ``auto`` and ``paper``."""
     if term.type != 'auto':
         return [term]
     if is_detector:

@@ -13,15 +13,15 @@ from .mimic_features import HEAD, Recording, run_teacher
 from .mimic_settings import PENULTIMATE
 
 PCA_IMAGES = 1024
-"""Images that a PCA basis is fitted on where the recipe names no number."""
+"""Number of images for a PCA basis if the recipe gives none."""
 PCA_BATCH = 16
-"""Of them, images a forward pass."""
+"""Images per forward pass when a PCA basis is fitted."""
 
 
 class FeatureTerm:
     """Relative squared error of feature maps.
 
-    Every term has ``settings``, and ``layers``: the modules whose outputs it needs.
+    Every term has ``settings`` and ``layers``, the modules whose outputs it needs.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -30,7 +30,7 @@ class FeatureTerm:
         self.loss = RelativeFeatureLoss()
 
     def __call__(self, student: Recording, teacher: Recording) -> Tensor:
-        """The loss of two forward passes, a scalar without its weight."""
+        """The unweighted loss of a student's and a teacher's forward pass, a scalar."""
         layer = self.settings['layer']
         return self.loss(student.levels(layer), teacher.levels(layer))
 
@@ -46,13 +46,13 @@ class LogitsTerm:
         self.of_several = SoftLogitLoss(settings['temperature'], multi_label=True)
 
     def __call__(self, student: Recording, teacher: Recording) -> Tensor:
-        """The loss of two forward passes, a scalar without its weight."""
-        ours, theirs = student.logits(), teacher.logits()
+        """The unweighted loss of a student's and a teacher's forward pass, a scalar."""
+        student_values, teacher_values = student.logits(), teacher.logits()
         losses = [
             (self.of_several if student.is_multi_label(task) else self.of_one)(
-                ours[task], theirs[task]
+                student_values[task], teacher_values[task]
             )
-            for task in theirs
+            for task in teacher_values
         ]
         return torch.stack(losses).sum()
 
@@ -76,12 +76,12 @@ class PCATerm:
         batches: Iterable[Any],
         run: Callable[..., Recording] = run_teacher,
     ) -> None:
-        """Find the basis.
+        """Fit the basis.
 
         Args:
             teacher: The float model, in evaluation mode.
             batches: This rank's preprocessed images.
-            run: Gives a recording for teacher, batch and names of layers.
+            run: Returns a recording for teacher, batch and names of layers.
 
         Raises:
             ValueError: If there are fewer samples than components.
@@ -102,7 +102,7 @@ class PCATerm:
         self._loss = PCAMimicLoss(self.components)
 
     def __call__(self, student: Recording, teacher: Recording) -> Tensor:
-        """The loss of two forward passes, a scalar without its weight.
+        """The unweighted loss of a student's and a teacher's forward pass, a scalar.
 
         Raises:
             RuntimeError: If the basis was not fitted.
@@ -112,8 +112,8 @@ class PCATerm:
                 "the PCA basis was never fitted; add custom_hooks=[dict(type='gplq_mm.GPLQHook')]"
             )
         layer = self.settings['layer']
-        ours, theirs = student.samples(layer), teacher.samples(layer)
-        return self._loss.to(ours.device)(ours, theirs)
+        student_values, teacher_values = student.samples(layer), teacher.samples(layer)
+        return self._loss.to(student_values.device)(student_values, teacher_values)
 
 
 def build_term(settings: Mapping[str, Any]) -> FeatureTerm | LogitsTerm | PCATerm:

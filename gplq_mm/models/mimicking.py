@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Stage-1 mimicking: a model whose ``loss()`` adds terms against the float teacher.
+"""Stage-1 mimicking: a model whose ``loss()`` adds terms that compare it with the float teacher.
 
-The student's class is extended when it is built, so ``isinstance``, attributes and
-keys stay. The teacher is no submodule: it is neither saved, optimised nor wrapped.
+The student's class is extended when it is built; ``isinstance``, attributes and keys do not
+change. The teacher is no submodule: it is neither saved, optimised nor wrapped.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,13 +30,13 @@ else:
     _Base = object
 
 Batches = Callable[[int | None], Iterable[Tensor]]
-"""Gives this rank's preprocessed batches of so many training images."""
+"""Gives this rank's preprocessed batches of a number of training images."""
 
 
 class Mimicking(_Base):
     """Mixin: adds ``loss_mimic`` to the losses of a student.
 
-    With several terms it adds one loss a term: ``loss_mimic_pca``, ``loss_mimic_logits``, ...
+    With several terms it adds one loss per term: ``loss_mimic_pca``, ``loss_mimic_logits``, ...
 
     Attributes:
         mimic: Settings of ``resolve_mimic``.
@@ -47,14 +47,14 @@ class Mimicking(_Base):
     head: Any
 
     def attach_teacher(self, teacher: nn.Module) -> None:
-        """Give the frozen float model (kept outside the module tree)."""
+        """Set the frozen float model (stored outside the module tree)."""
         teacher.requires_grad_(False).eval()
         # a list hides the teacher from Module.__setattr__'s registration
         self.__dict__['_teacher'] = [teacher]
         self.__dict__['_terms'] = [build_term(settings) for settings in self.mimic['terms']]
 
     def attach_cache(self, cache: TeacherCache) -> None:
-        """Give a cache of the teacher's outputs."""
+        """Set a cache of the teacher's outputs."""
         self.__dict__['_cache'] = [cache]
 
     @property
@@ -77,11 +77,11 @@ class Mimicking(_Base):
         return held[0]
 
     def fit_mimic(self, batches: Batches, stored: Mapping[str, Any] | None = None) -> None:
-        """Find the PCA bases that the terms need.
+        """Fit the PCA bases that the terms need.
 
         Args:
             batches: Called with a term's ``num_images``.
-            stored: What ``mimic_state`` gave; bases of equal terms are taken from it.
+            stored: Result of ``mimic_state``; bases of equal terms are taken from it.
 
         Raises:
             ValueError: If there are fewer samples than components.
@@ -94,12 +94,12 @@ class Mimicking(_Base):
                 term.fit(self.teacher, batches(term.settings['num_images']))
 
     def mimic_state(self) -> dict[str, Any]:
-        """What a resumed run needs: each PCA term's settings and basis."""
+        """State for a resume: each PCA term's settings and basis."""
         fitted = [t for t in self._pca_terms() if t.components is not None]
         return {'bases': [(dict(t.settings), t.components) for t in fitted]} if fitted else {}
 
     def extract_feat(self, *args: Any, **kwargs: Any) -> Any:
-        """Features, remembered while a loss is computed."""
+        """Features, stored while a loss is computed."""
         features = super().extract_feat(*args, **kwargs)  # type: ignore[misc]
         recording = self.__dict__.get('_recording')
         if recording is not None:
@@ -107,7 +107,7 @@ class Mimicking(_Base):
         return features
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Any]:
-        """The model's own losses plus the terms of mimicking.
+        """The model's own losses and the mimicking terms.
 
         Raises:
             TypeError: If the model's own ``loss()`` never calls ``extract_feat()``.
@@ -149,8 +149,8 @@ def make_mimicking(model: nn.Module, mimic: dict[str, Any]) -> None:
         mimic: Settings of ``resolve_mimic``.
 
     Raises:
-        TypeError: If the model has no ``extract_feat`` or ``loss``, or no head that
-            gives what a term compares.
+        TypeError: If the model has no ``extract_feat`` or ``loss``, or no head with
+            the logits that a term compares.
         ValueError: If a term names a layer that the model does not have.
     """
     for method in ('extract_feat', 'loss'):
@@ -165,7 +165,7 @@ def make_mimicking(model: nn.Module, mimic: dict[str, Any]) -> None:
             require_pre_logits(model)
         if term['type'] == 'logits' and getattr(model, HEAD, None) is None:
             raise TypeError(
-                f'{type(model).__name__} has no head whose logits could be compared; '
+                f'{type(model).__name__} has no head whose logits can be compared; '
                 'write recipe=dict(mimic=None)'
             )
     cls = type(model)
@@ -174,7 +174,7 @@ def make_mimicking(model: nn.Module, mimic: dict[str, Any]) -> None:
 
 
 def _label(term: Any, terms: list[Any]) -> str:
-    """Type of a term, with its layer where two terms are of one type."""
+    """Type of a term, with its layer if two terms have the same type."""
     kind = term.settings['type']
     if sum(t.settings['type'] == kind for t in terms) == 1:
         return kind
@@ -182,7 +182,7 @@ def _label(term: Any, terms: list[Any]) -> str:
 
 
 def _identity(settings: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a PCA basis depends on."""
+    """Settings that a PCA basis depends on."""
     return tuple(settings.get(k) for k in ('layer', 'explained_variance', 'num_images'))
 
 

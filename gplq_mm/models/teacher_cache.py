@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What the teacher gave for an image, kept on disk: no second forward pass for it.
+"""Teacher outputs stored on disk by image, so that an image needs one teacher pass only.
 
-An entry's name is a hash of the preprocessed image, the teacher and what is asked of it, so
-an entry can only be found by the input that made it.
+An entry's name is a hash of the preprocessed image, the teacher and the requested outputs, so
+an entry is only found for the input that it was computed from.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ from .mimic_features import Recording, run_teacher
 
 
 class TeacherCache:
-    """Folder of teacher outputs, one file an image.
+    """Folder of teacher outputs, one file per image.
 
     Args:
-        folder: Where the files lie.
-        identity: What the outputs depend on beside the image: checkpoint, layers, type.
-        with_features: Whether a term needs what ``extract_feat()`` returns.
+        folder: Folder of the files.
+        identity: Everything else that the outputs depend on: checkpoint, layers, type.
+        with_features: Whether a term needs the result of ``extract_feat()``.
     """
 
     def __init__(self, folder: str | Path, identity: str, with_features: bool) -> None:
@@ -34,13 +34,13 @@ class TeacherCache:
     def run(
         self, teacher: Any, inputs: Tensor, layers: Sequence[str], dtype: torch.dtype
     ) -> Recording:
-        """As ``run_teacher``, from the cache where all images of the batch are in it.
+        """As ``run_teacher``, from the cache if it has all images of the batch.
 
         Args:
             teacher: Float model.
             inputs: Preprocessed batch, ``(B, C, H, W)``.
             layers: Modules to watch.
-            dtype: What the teacher multiplies in.
+            dtype: Type of the teacher's matrix products.
         """
         key = f'{self.identity} {sorted(layers)} {dtype}'
         files = [self._file(image, key) for image in inputs]

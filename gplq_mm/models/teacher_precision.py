@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Half precision for the teacher's forward pass, where the device is good at it."""
+"""Half precision for the teacher's forward pass, on devices with hardware support."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
-    """What the teacher multiplies in.
+    """Type of the teacher's matrix products.
 
     Args:
         setting: ``engine.teacher``: a type's name, or ``auto`` for bfloat16 on GPUs that
-            multiply it in hardware, else float32. On a CPU it has to be asked for: there
-            runs are compared to the last bit, on whatever processor.
-        device: Where it runs.
+            multiply it in hardware, else float32. A CPU uses float32 unless a type is given,
+                so that runs are comparable bit for bit on any processor.
+        device: Device of the teacher.
 
     Examples:
         >>> teacher_dtype('float32', torch.device('cpu'))
@@ -30,7 +30,7 @@ def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def teacher_precision(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
-    """Autocast to ``dtype``, unless it is float32 or an autocast is on already."""
+    """Autocast to ``dtype``, unless it is float32 or autocast is active already."""
     if dtype == torch.float32 or torch.is_autocast_enabled(device.type):
         yield
         return

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 1: the typed recipe, its presets, and the one check of what may be written."""
+"""Floor 1: the typed recipe, its presets, and its validation."""
 
 from .auto_settings import AUTO, ptq_of, settle_auto, typical_width
 from .former import former_base, former_counterpart, is_former

@@ -1,8 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Settings that a recipe leaves to the task: ``auto`` means another number for a detector.
+"""Recipe settings that depend on the task: the meaning of ``auto`` for detectors and classifiers.
 
-A detector has thousands of tokens an image; a classifier has few. A small classifier takes large
-steps, smaller ones where stage 1 is short; a pretrained one hardly moves (``docs/accuracy.md``).
+A detector has thousands of tokens per image, a classifier few. The weights of a small classifier
+take large steps, smaller ones if stage 1 is short; those of a pretrained classifier hardly change
+(``docs/accuracy.md``).
 """
 
 import statistics
@@ -15,19 +16,20 @@ from .resolve import RecipeLike, as_recipe
 
 AUTO = 'auto'
 MEASURED_ITERATIONS = 390
-"""Iterations of stage 1 with which it was chosen."""
+"""Iterations of stage 1 for which the learning rate was chosen."""
 MANY_BATCHES = 16
-"""Batches that few calibration images are still dealt in."""
+"""Smallest number of batches into which few calibration images are divided."""
 PRETRAINED_WIDTH = 192
-"""From this width on a classifier is taken for a pretrained one: the smallest published ViT's."""
+"""Smallest width of a classifier that is treated as pretrained: that of the smallest published
+ViT."""
 _PRETRAINED: dict[tuple[str, str], Any] = {
     ('optim', 'lr'): 1e-6,
     ('optim', 'lr_iterations'): 0,
     ('optim', 'vector_lr'): 1e-3,
     ('optim', 'betas'): [0.9, 0.95],
 }
-"""Larger steps of weights take pretrained features apart, while scales, biases and gains bring them
-back (``docs/accuracy.md``); the weights' rate is the paper's at a batch of 16."""
+"""Larger weight steps destroy pretrained features; training scales, biases and gains restores
+accuracy (``docs/accuracy.md``). The weights' rate is the paper's for a batch of 16."""
 _DETECTOR: dict[tuple[str, str], Any] = {
     ('calibration', 'num_images'): 32,
     ('calibration', 'batch_size'): 1,
@@ -51,7 +53,7 @@ _CLASSIFIER: dict[tuple[str, str], Any] = {
 
 
 def typical_width(model: nn.Module) -> float | None:
-    """Median number of inputs of the linear layers; None without any.
+    """Median number of inputs of the linear layers; None if there are none.
 
     Examples:
         >>> typical_width(nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 32), nn.Linear(32, 8)))
@@ -62,8 +64,8 @@ def typical_width(model: nn.Module) -> float | None:
 
 
 def _of_width(width: float, is_former: bool) -> dict[tuple[str, str], Any]:
-    """What a classifier's width changes of its settings."""
-    if is_former:  # the rate fell as the inverse of the width from 128 on
+    """Settings of a classifier that depend on its width."""
+    if is_former:  # above width 128 the rate was proportional to 1 / width
         return {('optim', 'lr'): float(f'{1e-3 * min(1.0, 128 / width):.2g}')}
     return _PRETRAINED if width >= PRETRAINED_WIDTH else {}
 
@@ -98,16 +100,16 @@ def ptq_of(recipe: RecipeLike) -> Any:
 
 
 def settle_auto(recipe: RecipeLike, is_detector: bool, width: float | None = None) -> Recipe:
-    """The recipe with numbers in place of ``auto``.
+    """The recipe with ``auto`` replaced by numbers.
 
     Args:
         recipe: As for ``as_recipe``.
         is_detector: Whether the model is a detector.
-        width: Of ``typical_width``: from ``PRETRAINED_WIDTH`` on a classifier is taken for a
-            pretrained one, whose weights and scales move less.
+        width: Result of ``typical_width``: from ``PRETRAINED_WIDTH`` on a classifier is treated
+            as pretrained, with smaller steps of weights and scales.
 
-    A learning rate that the recipe gives as a number is taken as it is: ``lr_iterations`` is 0
-    then unless it is given too.
+    A learning rate given as a number is used unchanged: ``lr_iterations`` is then 0 unless it is
+    given too.
 
     Examples:
         >>> settle_auto('w4a4', is_detector=True).optim.lr
@@ -132,8 +134,8 @@ def settle_auto(recipe: RecipeLike, is_detector: bool, width: float | None = Non
 
 
 def _settle(settings: dict[str, Any], key: str, value: Any) -> None:
-    if key == 'batch_size':  # enough batches for several GPUs, whatever their number
+    if key == 'batch_size':  # enough batches for several GPUs
         value = max(1, min(value, settings['num_images'] // MANY_BATCHES))
     settings[key] = value
-    if key == 'num_images':  # nobody asked for a number: a small set gives what it has
+    if key == 'num_images':  # no number is given: a small data set gives all its images
         settings.setdefault('all_if_fewer', True)

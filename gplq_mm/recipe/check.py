@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Checks of one value against its key's type, range and options: what the errors are made of."""
+"""Check one value against its key's type, range and options, and describe them in errors."""
 
 import difflib
 import math
@@ -11,19 +11,19 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 @dataclass(frozen=True)
 class Limits:
-    """What a key may hold besides its type, and what it does.
+    """Allowed values of a key besides its type, and its description.
 
     Attributes:
         doc: What the key does, in one line.
-        options: Strings that it may be; empty for any.
-        minimum: Smallest number.
-        maximum: Largest number.
-        above: The number has to be larger.
-        below: The number has to be smaller.
-        required: A whole recipe has to hold the key.
-        partial: The dict in it may leave out required keys.
-        refused: Keys that the dict in it may not hold, with the reason.
-        write: What to write, where the type alone does not say it.
+        options: Allowed strings; empty for any.
+        minimum: Smallest allowed number.
+        maximum: Largest allowed number.
+        above: Exclusive lower bound.
+        below: Exclusive upper bound.
+        required: A full recipe must have the key.
+        partial: The key's dict may leave out required keys.
+        refused: Keys that the key's dict may not have, with the reason.
+        write: What to write, if the type alone does not say it.
     """
 
     doc: str
@@ -59,17 +59,17 @@ def alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def is_section(hint: Any) -> bool:
-    """Whether a type is a section of the recipe, a dict with keys of its own."""
+    """Whether a type is a section of the recipe, a dict with its own keys."""
     return hasattr(hint, 'from_dict')
 
 
 def parse_value(value: Any, hint: Any, limits: Limits, path: str) -> Any:
-    """A value as its key's type: sections as dataclasses, lists as tuples.
+    """A value converted to its key's type: sections to dataclasses, lists to tuples.
 
     Args:
         value: Plain data.
         hint: Type of the key.
-        limits: Its range and options.
+        limits: Range and options of the key.
         path: Dotted name of the key, for the error.
 
     Raises:
@@ -97,7 +97,7 @@ def parse_value(value: Any, hint: Any, limits: Limits, path: str) -> Any:
 
 
 def describe(hint: Any, limits: Limits) -> str:
-    """What may be written for a key, in words.
+    """Description of the values allowed for a key.
 
     Examples:
         >>> describe(int | Literal['auto'], Limits('images', minimum=1))
@@ -110,7 +110,7 @@ def describe(hint: Any, limits: Limits) -> str:
 
 
 def close_hint(value: Any, known: Iterable[str]) -> str:
-    """What the writer may have meant, as the end of an error; empty where nothing is close.
+    """Suggestion of a similar key or option for the end of an error; empty if none is similar.
 
     Examples:
         >>> close_hint('obsever', ['observer', 'codes'])
@@ -123,7 +123,7 @@ def close_hint(value: Any, known: Iterable[str]) -> str:
 def _parse_items(
     value: list | tuple, kind: Any, limits: Limits, path: str
 ) -> tuple[Any, ...] | None:
-    """A list as a tuple; None where its items have another type."""
+    """A list as a tuple; None if its items have another type."""
     first, *rest = get_args(kind)
     if is_section(first):
         inner = replace(limits, write='')

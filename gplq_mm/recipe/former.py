@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What recipes on ``w4a4`` and its like meant before these presets changed."""
+"""Earlier versions of ``w4a4`` and the other ``wXaY`` presets, for their checkpoints."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,12 +11,12 @@ _NEWER = {
     section: set(_NOW[section]) - set(_BEFORE[section])
     for section in ('activation', 'calibration', 'optim')
 }
-"""Keys that came with the present presets, by section."""
+"""Keys added with the current presets, by section."""
 _NEWER_SECTIONS = set(_NOW) - set(_BEFORE)
 
 
 def is_former(recipe: Mapping[str, Any]) -> bool:
-    """Whether a full recipe has none of the keys that came with the present presets.
+    """Whether a full recipe has none of the keys added with the current presets.
 
     Examples:
         >>> is_former(PRESETS['w4a4_v1']), is_former(PRESETS['w4a4'])
@@ -29,17 +29,16 @@ def is_former(recipe: Mapping[str, Any]) -> bool:
 def former_counterpart(
     recipe: Mapping[str, Any], made_with: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What the config's recipe meant when a checkpoint's was recorded.
+    """A config's recipe with the preset version of a checkpoint.
 
     Args:
-        recipe: Full recipe, of the config.
-        made_with: Full recipe, of the checkpoint. Its granularity is taken where ``recipe``
-            has the preset's, and its numbers of calibration and training where the presets'
-            changed.
+        recipe: Full recipe of the config.
+        made_with: Full recipe of the checkpoint. Its granularity is used if ``recipe`` has the
+            preset's, and its numbers of calibration and training if the preset's changed.
 
     Returns:
-        A full recipe; None where ``made_with`` is no former recipe, or ``recipe`` does not
-        build on a preset that changed.
+        A full recipe; None if ``made_with`` is not of an earlier preset version, or ``recipe`` is
+        not based on a preset that changed.
 
     Examples:
         >>> former_counterpart(PRESETS['w4a4'], FORMER_PRESETS['w4a4']) == PRESETS['w4a4_v1']
@@ -65,7 +64,7 @@ def former_counterpart(
 
 
 def former_base(recipe: Mapping[str, Any]) -> str:
-    """The preset to build on for what a recipe of these bits meant before.
+    """Name of the earlier preset version with a recipe's bits.
 
     Examples:
         >>> former_base(PRESETS['w3a3'])

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Ordered rules over layer names: the last match wins, every rule must have an effect."""
+"""Rules over layer names in order: the last match wins, every rule must have an effect."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -11,12 +11,12 @@ _Operand = TypeVar('_Operand', bound=OperandSettings)
 
 
 def sets_bits(rules: Iterable[Rule], kind: str, name: str, role: str) -> bool:
-    """Whether a rule, not the recipe's own setting, decides an operand's bits.
+    """Whether a rule, not the recipe's own setting, sets an operand's bits.
 
     Args:
         rules: Rules of the recipe.
         kind: ``activation`` or ``weight``.
-        name: Dotted name of the operand, as rules see it.
+        name: Dotted name of the operand that rules match.
         role: One of ``ROLES``.
 
     Examples:
@@ -30,7 +30,7 @@ def sets_bits(rules: Iterable[Rule], kind: str, name: str, role: str) -> bool:
 
 
 def in_scope(name: str, scope: Sequence[str]) -> bool:
-    """Whether a dotted name lies in one of the scope's prefixes; ``''`` is the whole model.
+    """Whether a dotted name has one of the scope's prefixes; ``''`` is the whole model.
 
     Examples:
         >>> in_scope('backbone.conv', ['backbone']), in_scope('backbone2', ['backbone'])
@@ -40,7 +40,7 @@ def in_scope(name: str, scope: Sequence[str]) -> bool:
 
 
 class RuleBook:
-    """Rules in order, counting the operands on which each had an effect.
+    """Rules in order, with the number of operands on which each has an effect.
 
     Args:
         rules: Rules of the recipe; those with ``optional=True`` (presets' own) may
@@ -74,7 +74,7 @@ class RuleBook:
         return settings
 
     def unmatched(self) -> Iterable[Rule]:
-        """Rules that had to have an effect and have none."""
+        """Rules that must have an effect and have none."""
         for rule, hits in zip(self.rules, self.hits, strict=True):
             if hits == 0 and not rule.optional:
                 yield rule

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Terms by which stage 1 follows the float model."""
+"""Terms of stage 1's loss that compare the model with the float model."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,25 +17,25 @@ OF_TYPE: dict[str | None, set[str]] = {
     'logits': _COMMON | {'temperature'},
     None: _COMMON,
 }
-"""Keys that have an effect, by the type of a term."""
+"""Keys that have an effect, by type of the term."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MimicTerm(Section):
-    """One term of stage 1's loss: what of student and teacher is compared."""
+    """One term of stage 1's loss, which compares student and teacher."""
 
     type: Literal['auto', 'paper', 'feature', 'pca', 'logits'] | None = setting(
-        'what is compared; auto and paper follow the task; null for nothing'
+        'values compared; auto and paper depend on the task; null for none'
     )
     loss_weight: float = setting("factor of the term (the paper's alpha)", 1.0, minimum=0)
     task_weight: float | None = setting("factor of the model's own losses", None, minimum=0)
-    layer: str | None = setting('layer that feature and pca compare: penultimate or a name', None)
+    layer: str | None = setting('layer compared by feature and pca: penultimate or a name', None)
     temperature: float = setting('of logits', 1.0, above=0)
     explained_variance: float = setting(
         'share of the variance that the PCA basis keeps', 0.6, above=0, maximum=1
     )
     num_images: int | None = setting(
-        'training images for that basis; null for 1024, or all', None, minimum=1
+        'training images for the PCA basis; null for 1024, or all', None, minimum=1
     )
 
     def check(self, path: str) -> None:
@@ -49,7 +49,7 @@ class MimicTerm(Section):
 
 
 def own_keys(kind: str) -> list[str]:
-    """Keys of a term that not every type has, in the order of ``MimicTerm``.
+    """Keys that only this type of term has, in the order of ``MimicTerm``.
 
     Examples:
         >>> own_keys('pca')

@@ -16,23 +16,25 @@ OBSERVER_KEYS = ('observer', 'observer_args')
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OperandSettings(Section):
-    """What activations and weights have in common."""
+    """Settings common to activations and weights."""
 
-    enabled: bool = setting('False keeps these operands, and so their layers, float', True)
+    enabled: bool = setting('False keeps these operands and their layers float', True)
     num_bits: int = setting('width of a code in bits', minimum=MIN_BITS, maximum=MAX_BITS)
     signed: bool = setting("two's complement codes (True) or codes from 0 on (False)", True)
     symmetric: bool = setting('zero point fixed at code 0 (True) or calibrated (False)', True)
-    observer: str = setting('finds the range of calibrated values', 'minmax', options=OBSERVERS)
+    observer: str = setting(
+        'algorithm that sets the range from calibration data', 'minmax', options=OBSERVERS
+    )
     observer_args: dict[str, Any] = setting('keyword arguments of the observer', {})
     learn_scale: bool = setting('stage 1 trains the scale (LSQ)', False)
 
     @property
     def is_observed(self) -> bool:
-        """Whether the observer has any part in the scale."""
+        """Whether the observer affects the scale."""
         return True
 
     def with_rule(self: _Operand, given: dict[str, Any]) -> _Operand:
-        """Settings with what one rule gives."""
+        """Settings overridden by one rule."""
         return self.overridden_by(given)
 
 
@@ -41,7 +43,7 @@ class ActivationSettings(OperandSettings):
     """Inputs of layers and operands of attention products."""
 
     granularity: Literal['per_tensor', 'per_channel', 'per_row'] = setting(
-        'which values share a scale; per_row for attention: each row has its own'
+        'which values share a scale; per_row, for attention: one scale per row'
     )
     codes: str = setting(
         'spacing of the codes; auto: log2 up to 4 bits, uniform above',
@@ -51,7 +53,7 @@ class ActivationSettings(OperandSettings):
 
     @property
     def is_observed(self) -> bool:
-        """Whether the observer has any part in the scale: rows and logarithmic codes have not."""
+        """Whether the observer affects the scale: not with per-row scales or logarithmic codes."""
         is_auto_uniform = self.codes == 'auto' and self.num_bits > AUTO_LOG_BITS
         return (self.codes == 'uniform' or is_auto_uniform) and self.granularity != 'per_row'
 
@@ -61,7 +63,7 @@ class WeightSettings(OperandSettings):
     """Weights: quantized in stage 2, or trained on their grid in stage 1."""
 
     granularity: Literal['per_tensor', 'per_channel'] = setting(
-        'which values share a scale; per_channel: each output channel has its own'
+        'which values share a scale; per_channel: one scale per output channel'
     )
     ptq: str | dict[str, Any] | tuple[str | dict[str, Any], ...] = setting(
         'algorithm of stage 2, or several in order; dict(type=NAME, ...) gives options; '
@@ -72,22 +74,22 @@ class WeightSettings(OperandSettings):
 
     @property
     def is_observed(self) -> bool:
-        """Whether the observer has any part in the scale: where stage 1 trains it."""
+        """Whether the observer affects the scale: only if stage 1 trains it."""
         return self.qat
 
     def check(self, path: str) -> None:
-        """Refuse what counts for weights on a grid only; a rule's part is checked by layer."""
+        """Refuse settings that need trained grids; settings of rules are checked by layer."""
         if {'num_bits', 'ptq'} <= set(self.given or ()):
             self.check_trained(path)
 
     def check_trained(self, path: str) -> None:
-        """Refuse a grid without learned scales, and their settings without a grid.
+        """Refuse ``qat`` without learned scales, and settings of learned scales without ``qat``.
 
         Args:
             path: Dotted name of the settings, or of the layer.
 
         Raises:
-            ValueError: If ``qat``, ``learn_scale`` or the observer would be without effect.
+            ValueError: If ``qat``, ``learn_scale`` or the observer would have no effect.
         """
         if self.qat != self.learn_scale:
             raise ValueError(
@@ -104,7 +106,7 @@ class WeightSettings(OperandSettings):
             )
 
     def with_rule(self: 'WeightSettings', given: dict[str, Any]) -> 'WeightSettings':
-        """Settings with what one rule gives; ``qat=False`` takes the learned scale along."""
+        """Settings overridden by one rule; ``qat=False`` also turns the learned scale off."""
         if given.get('qat') is False:
             given = {'learn_scale': False, **given}
         return self.overridden_by(given)
@@ -118,10 +120,11 @@ def spec_from_settings(
     Args:
         settings: As given by ``RuleBook.resolve``.
         axis: Channel axis for ``per_channel``; None forces per-tensor.
-        row_axis: Summed axis for ``per_row``; None where there is none to take a scale from.
+        row_axis: Summed axis for ``per_row``; None if the operand has none.
 
     Raises:
-        ValueError: For ``per_row`` without ``row_axis``, and for codes that do not fit.
+        ValueError: For ``per_row`` without ``row_axis``, and for codes that do not fit the other
+            settings.
     """
     return QuantSpec(
         num_bits=settings.num_bits,

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Named recipes. ``gplq_w4a4_paper`` follows the paper; the others are ours."""
+"""Named recipes. ``gplq_w4a4_paper`` follows the paper; the others are the project's own."""
 
 import copy
 from typing import Any
@@ -45,7 +45,7 @@ _FORMER: dict[str, Any] = {
     },
     'stage2': {'compensation': None},
 }
-"""What the presets were before input scales followed channels and attention rows."""
+"""Earlier preset versions, without per-channel input scales and per-row attention scales."""
 
 _ROWS: dict[str, Any] = {'granularity': 'per_row'}
 _RULES: list[dict[str, Any]] = [
@@ -66,7 +66,7 @@ _RULES: list[dict[str, Any]] = [
 
 
 def _ours() -> dict[str, Any]:
-    """Input scales a channel, migrated; attention scales a row; gate."""
+    """Per-channel input scales with migration; per-row attention scales; gate."""
     recipe = copy.deepcopy(_FORMER)
     recipe['activation'].update(granularity='per_channel', codes='uniform')
     recipe['rules'] = copy.deepcopy(_RULES)
@@ -82,13 +82,14 @@ def _with_bits(base: dict[str, Any], weight: int, activation: int) -> dict[str, 
     recipe['name'] = f'w{weight}a{activation}'
     recipe['weight']['num_bits'] = weight
     recipe['activation']['num_bits'] = activation
+    # rounding the weights increases the error more than rounding the activations
     if weight < 3 <= activation and recipe['weight']['ptq'] != 'auto':
         recipe['weight']['ptq'] = [{'type': 'gptq', 'asymmetric': True}]
     return recipe
 
 
 def _auto() -> dict[str, Any]:
-    """``w4a4``; the roles that cost most get more bits where the gate is not passed."""
+    """``w4a4``; the roles with the largest error get more bits if the gate is not passed."""
     recipe = _with_bits(_ours(), 4, 4)
     recipe['name'] = 'auto'
     recipe['gate']['action'] = 'add_bits'
@@ -121,12 +122,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         _paper(3),
     )
 }
-"""Preset by name: ``wXaY`` is X-bit weights and Y-bit activations; ``auto`` begins as ``w4a4``."""
+"""Preset by name: ``wXaY`` is X-bit weights and Y-bit activations; ``auto`` starts as ``w4a4``."""
 
 FORMER_PRESETS: dict[str, dict[str, Any]] = {
     recipe['name']: recipe for recipe in (_with_bits(_FORMER, w, a) for w, a in _BITS)
 }
-"""What ``wXaY`` meant before; checkpoints made with them still load."""
+"""Earlier versions of ``wXaY``; checkpoints made with them still load."""
 
 FORMER_SUFFIX = '_v1'
 PRESETS |= {

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Recipe: the whole description of a quantization."""
+"""Recipe: the full description of a quantization."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ SCOPES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Recipe(Section):
-    """A checked recipe. ``as_dict`` is the form of configs, checkpoints and reports.
+    """A validated recipe. ``as_dict`` gives the form of configs, checkpoints and reports.
 
     Examples:
         >>> from gplq_mm.recipe import as_recipe
@@ -36,21 +36,23 @@ class Recipe(Section):
     activation: ActivationSettings = setting('inputs of layers and operands of attention')
     weight: WeightSettings = setting('weights')
     rules: tuple[Rule, ...] = setting(
-        'other settings by layer or role; those of a config come after these',
+        'other settings by layer or role; rules of a config are appended',
         write="a list of dict(name='*.attn.*', ...) or dict(role='softmax', ...)",
     )
     calibration: CalibrationSettings = setting('calibration of the activations')
     mimic: MimicTerm | tuple[MimicTerm, ...] | None = setting(
-        'how stage 1 follows the float model: a term, a list of terms, or null',
+        'mimicking of the float model in stage 1: a term, a list of terms, or null',
         write="dict(type='pca'), a list of such dicts, or None",
     )
     optim: OptimSettings = setting('training of stage 1')
     stage2: Stage2Settings | None = setting('stage 2 apart from weight.ptq')
-    gate: GateSettings | None = setting('check of the calibrated model; null for none', None)
+    gate: GateSettings | None = setting(
+        'check of the calibrated model before stage 1; null for none', None
+    )
 
     @property
     def after_training(self) -> Stage2Settings:
-        """Settings of stage 2, the defaults where the recipe has none."""
+        """Settings of stage 2, the defaults if the recipe has none."""
         return self.stage2 or Stage2Settings()
 
     @property

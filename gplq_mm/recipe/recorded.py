@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Recipes of checkpoints that were written when some keys were accepted without effect."""
+"""Recipes of old checkpoints, some of whose keys had no effect."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,14 +12,14 @@ _OF_A_GRID: dict[str, Any] = {
     'observer': 'minmax',
     'observer_args': {},
 }
-"""What these keys of weights say where the weights are not trained on a grid."""
+"""Values of these weight keys if the weights are not trained on a grid."""
 
 
 def recorded_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's recipe as it was run: keys that had no effect say so, or are left out.
+    """A checkpoint's recipe as it was run: keys without effect are reset or removed.
 
     Args:
-        recipe: Full recipe, plain, as a checkpoint holds it.
+        recipe: Full recipe as a plain dict, as in a checkpoint.
 
     Examples:
         >>> recorded_recipe({'weight': {'num_bits': 4, 'learn_scale': True, 'qat': False}})
@@ -30,7 +30,7 @@ def recorded_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     is_trained = _is_trained(weight)
     if not is_trained:
         weight.update({k: v for k, v in _OF_A_GRID.items() if k in weight})
-    weight.pop('codes', None)  # uniform: others were refused by the conversion
+    weight.pop('codes', None)  # uniform: the conversion refused others
     if 'rules' in run:
         rules = [_recorded_rule(rule, is_trained) for rule in run['rules']]
         run['rules'] = [rule for rule in rules if set(rule) - {'name', 'role', 'optional'}]

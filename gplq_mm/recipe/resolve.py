@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""From a preset's name, or overrides over a preset, to a checked recipe."""
+"""From a preset's name, or overrides of a preset, to a validated recipe."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,26 +11,26 @@ from .recipe import Recipe
 from .section import plain
 
 RecipeLike = str | Mapping[str, Any] | Recipe
-"""What a config, a checkpoint or a caller may hand in."""
+"""Forms of a recipe that a config, a checkpoint or a caller may give."""
 DEFAULT_BASE = 'w4a4'
 _WHOLE = {key for key, (_, limits) in Recipe.keys().items() if limits.required}
-"""A dict with all of them stands for itself. Keys that were added later (``gate``,
-``optim.scale_step``, ``optim.vector_lr``, ``calibration.migrate``, ``codes``) mean, where they are
-absent, what recipes did before."""
+"""Keys of a full recipe; a dict with all of them is not merged with a preset. Later keys (``gate``,
+``optim.scale_step``, ``optim.vector_lr``, ``calibration.migrate``, ``codes``) have defaults that
+reproduce recipes without them."""
 
 
 def as_recipe(recipe: RecipeLike) -> Recipe:
-    """Checked recipe from whatever describes one.
+    """A validated recipe from any of its forms.
 
     Args:
         recipe: A preset's name, or a dict with ``base`` (a preset's name, default
             ``w4a4``) and any of the recipe's keys. Dicts merge key by key, ``rules``
-            are appended to the preset's, everything else replaces. A ``Recipe`` is returned
-            as it is.
+            are appended to the preset's, other values are replaced. A ``Recipe`` is returned
+                unchanged.
 
     Raises:
         ValueError: For an unknown preset, key or option, a value of another type or out of
-            range, and a key that would have no effect.
+            range, and for a key that would have no effect.
         TypeError: If ``recipe`` is neither a name nor a dict.
 
     Examples:
@@ -55,13 +55,13 @@ def as_recipe(recipe: RecipeLike) -> Recipe:
 
 
 def resolve_recipe(recipe: RecipeLike) -> dict[str, Any]:
-    """Full recipe as a plain dict, the form of checkpoints and reports.
+    """Full recipe as a plain dict, as in checkpoints and reports.
 
     Args:
         recipe: As for ``as_recipe``.
 
     Returns:
-        Plain dict that holds every key; resolving it again changes nothing.
+        Plain dict with every key; resolving it again changes nothing.
 
     Raises:
         ValueError: As for ``as_recipe``.
@@ -80,7 +80,7 @@ def recipe_difference(a: Mapping[str, Any], b: Mapping[str, Any], prefix: str = 
     Args:
         a: Plain recipe.
         b: Another one.
-        prefix: Of the keys.
+        prefix: Prefix of the keys.
 
     Examples:
         >>> recipe_difference(dict(x=dict(y=1)), dict(x=dict(y=2)))
@@ -119,7 +119,7 @@ def _merge(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _of_same_type(base: Mapping[str, Any], term: Mapping[str, Any]) -> dict[str, Any]:
-    """A preset's mimicking term without the keys that another type does not use."""
+    """A preset's mimicking term without keys that the overriding type does not use."""
     kind = term.get('type', base.get('type'))
     used = OF_TYPE.get(kind) if kind is None or isinstance(kind, str) else None
     return {k: v for k, v in base.items() if used is None or k in used}

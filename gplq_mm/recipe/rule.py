@@ -21,7 +21,7 @@ ROLES = (
     'rel_pos',
     'predictor',
 )
-"""What a quantized operand is: ``input`` of a layer; ``image`` for the first
+"""Roles of quantized operands: ``input`` of a layer; ``image`` for the first
 convolution; ``post_gelu``/``post_relu`` inside an FFN; ``query``, ``key``,
 ``value``, ``softmax`` and ``rel_pos`` in attention; ``predictor`` for the last
 layer of a head."""
@@ -34,10 +34,10 @@ _ONE_ALGORITHM = (
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Rule(Section):
-    """Settings for what its name and role match; of several rules the last one wins."""
+    """Settings for operands that match a name and role; the last matching rule wins."""
 
     name: str = setting("which layers: shell pattern of dotted names, e.g. '*.attn.*'", '*')
-    role: str | None = setting('which operands, by what they are', None, options=ROLES)
+    role: str | None = setting('which operands, by role', None, options=ROLES)
     num_bits: int = setting(
         'bits of activation and weight', None, minimum=MIN_BITS, maximum=MAX_BITS
     )
@@ -46,10 +46,10 @@ class Rule(Section):
     weight: WeightSettings | None = setting(
         'settings of weights', None, partial=True, refused={'ptq': _ONE_ALGORITHM}
     )
-    optional: bool = setting('True: no error where nothing matches', False)
+    optional: bool = setting('True: no error if nothing matches', False)
 
     def check(self, path: str) -> None:
-        """Refuse a rule that names nothing or says nothing."""
+        """Refuse a rule that has no name and role, or no setting."""
         if not {'name', 'role'} & set(self.given or ()):
             raise ValueError(
                 f"{path}: {self.as_dict()} names nothing; give name='*.pattern.*' or role='softmax'"
@@ -61,7 +61,7 @@ class Rule(Section):
             )
 
     def settings_of(self, kind: str) -> dict[str, Any]:
-        """What the rule gives operands of a kind.
+        """Settings that the rule gives operands of a kind.
 
         Args:
             kind: ``activation`` or ``weight``.
@@ -76,7 +76,7 @@ class Rule(Section):
         return {**shared, **(own.given_values if own is not None else {})}
 
     def matches(self, name: str, role: str) -> bool:
-        """Whether the rule is for an operand.
+        """Whether the rule matches an operand.
 
         Args:
             name: Dotted layer name.

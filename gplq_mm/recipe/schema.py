@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""JSON schema of what a config may write as its recipe, made from the sections' fields."""
+"""JSON schema of the recipe in a config, generated from the sections' fields."""
 
 from typing import Any, Literal, get_args, get_origin
 
@@ -7,7 +7,7 @@ from .check import Limits, alternatives, is_section
 from .presets import PRESETS
 from .recipe import Recipe
 
-_BASE = 'preset that the other keys change'
+_BASE = 'preset that the other keys override'
 _BOUNDS = {
     'minimum': 'minimum',
     'maximum': 'maximum',
@@ -18,13 +18,13 @@ _PLAIN: dict[Any, str] = {type(None): 'null', bool: 'boolean'}
 
 
 def recipe_schema() -> dict[str, Any]:
-    """Schema of a preset's name, or of a dict over a preset.
+    """Schema of a preset's name, or of a dict of overrides.
 
     Examples:
         >>> recipe_schema()['anyOf'][1]['properties']['weight']['properties']['num_bits']['type']
         'integer'
     """
-    overrides = _section(Recipe, Limits('recipe over a preset'))
+    overrides = _section(Recipe, Limits('overrides of a preset'))
     base = {'enum': sorted(PRESETS), 'description': _BASE}
     overrides['properties'] = {'base': base, **overrides['properties']}
     return {

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Base of a recipe's sections: a frozen dataclass that is read from, and stored as, a dict."""
+"""Base class of a recipe's sections: a frozen dataclass read from a dict and stored as one."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ def setting(doc: str, default: Any = dataclasses.MISSING, **limits: Any) -> Any:
 
     Args:
         doc: What the key does, in one line; printed by ``python -m gplq_mm recipe``.
-        default: What a recipe without the key means; a key without default is required.
-        **limits: Of ``Limits``.
+        default: Value in a recipe without the key; a key without default is required.
+        **limits: Fields of ``Limits``.
     """
     required = default is dataclasses.MISSING
     metadata = {'limits': Limits(doc, required=required, **limits)}
@@ -32,21 +32,21 @@ class Section:
     """Keys of one part of a recipe. Two sections are equal if they are stored as equal dicts.
 
     Attributes:
-        given: Keys that the section was given, in order: those that are stored. The others have
-            their defaults, which is what recipes without them meant. None for all.
+        given: Keys that were given, in order; only these are stored. The others have their
+            defaults, as recipes had without them. None for all.
     """
 
     given: tuple[str, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Take all keys for given where it is not said which are."""
+        """Set ``given`` to all keys if it is None."""
         if self.given is None:
             object.__setattr__(self, 'given', tuple(self.keys()))
 
     @classmethod
     def keys(cls) -> dict[str, tuple[Any, Limits]]:
         """Type and limits by key."""
-        section: Any = cls  # mypy takes a class with __eq__ for unhashable
+        section: Any = cls  # mypy considers a class with __eq__ unhashable
         return _keys(section)
 
     @classmethod
@@ -60,7 +60,7 @@ class Section:
         """Read and check a section.
 
         Args:
-            values: Plain data, as ``as_dict`` gives it.
+            values: Plain data, as from ``as_dict``.
             path: Dotted name of the section, for errors.
             partial: Whether required keys may be left out.
             refused: Keys that may not be given here, with the reason.
@@ -76,24 +76,24 @@ class Section:
             _require_known(key, keys, path, refused or {})
         missing = [k for k, (_, limits) in keys.items() if limits.required and k not in values]
         if missing and not partial:
-            raise ValueError(f'{path} has no {missing[0]!r}; a whole recipe gives it')
+            raise ValueError(f'{path} has no {missing[0]!r}; a full recipe gives it')
         parsed = {k: parse_value(v, *keys[k], f'{path}.{k}') for k, v in values.items()}
         section = cls(**parsed, given=tuple(parsed))
         section.check(path)
         return section
 
     def check(self, path: str) -> None:
-        """Refuse settings that do not go together.
+        """Refuse settings that contradict each other.
 
         Args:
             path: Dotted name of the section, for errors.
 
         Raises:
-            ValueError: If a key would be without effect.
+            ValueError: If a key would have no effect.
         """
 
     def as_dict(self) -> dict[str, Any]:
-        """The given keys as plain data: what checkpoints and reports hold."""
+        """The given keys as plain data: the form in checkpoints and reports."""
         return {key: plain(getattr(self, key)) for key in self.given or ()}
 
     def change(self: _Section, **values: Any) -> _Section:
@@ -106,13 +106,13 @@ class Section:
         return type(self).from_dict({**self.as_dict(), **plain(values)}, path)
 
     def overridden_by(self: _Section, other: Mapping[str, Any]) -> _Section:
-        """A copy with the values of keys that are checked already."""
+        """A copy with other, already checked values."""
         given = tuple(dict.fromkeys([*(self.given or ()), *other]))
         return dataclasses.replace(self, **other, given=given)
 
     @property
     def given_values(self) -> dict[str, Any]:
-        """Values of the given keys, sections as they are."""
+        """Values of the given keys; sections stay sections."""
         return {key: getattr(self, key) for key in self.given or ()}
 
     def __eq__(self, other: object) -> bool:

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""A recipe as text, one comment a key: YAML, or Python as in a config."""
+"""A recipe as text with one comment per key: YAML, or Python as in a config."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -19,8 +19,8 @@ class Style:
         entry: A key with such a value.
         section: Opens a section.
         items: Opens a list of sections.
-        item: Opens one of them.
-        end: Closes a section; None where indentation does.
+        item: Opens a section of the list.
+        end: Closes a section; None if indentation does.
         end_items: Closes a list.
     """
 
@@ -48,7 +48,7 @@ def yaml_value(value: Any) -> str:
         return "'" + value.replace("'", "''") + "'"
     text = json.dumps(value)
     if isinstance(value, float) and 'e' in text and '.' not in text:
-        return text.replace('e', '.0e')  # YAML takes 1e-06 for a string
+        return text.replace('e', '.0e')  # YAML reads 1e-06 as a string
     return text
 
 
@@ -59,10 +59,10 @@ STYLES = {
 
 
 def recipe_text(recipe: Recipe, style: str = 'yaml') -> str:
-    """A recipe with one comment for each key, where it comes first.
+    """A recipe with one comment for each key, at its first occurrence.
 
     Args:
-        recipe: What to write.
+        recipe: Recipe to write.
         style: ``yaml``, or ``python`` for ``recipe = dict(...)``.
 
     Examples:

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Checkpoint files with torch alone: read without running code, written whole or not at all."""
+"""Checkpoint files with torch only: read without running code, written atomically."""
 
 import os
 import re
@@ -19,34 +19,34 @@ def load_file(path: str | Path) -> dict:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, holds no dict, or needs code to be run.
+        ValueError: If the file is truncated, is not a dict, or would run code.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint at {path.absolute()}')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as error:  # a damaged pickle raises anything: KeyError, EOFError, ...
+    except Exception as error:  # a damaged pickle can raise anything: KeyError, EOFError, ...
         raise ValueError(
             f'{path.absolute()} cannot be read as a checkpoint: {_reason(error)}'
         ) from error
     if not isinstance(checkpoint, dict):
         raise ValueError(
-            f'{path.absolute()} holds a {type(checkpoint).__name__}, no checkpoint; '
+            f'{path.absolute()} holds a {type(checkpoint).__name__}, not a checkpoint; '
             f"write it with torch.save(dict(state_dict=model.state_dict()), '{path.name}')"
         )
     return checkpoint
 
 
 def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
-    """Save a checkpoint so that ``path`` never holds half a file.
+    """Save a checkpoint atomically: ``path`` never is an incomplete file.
 
     Args:
         checkpoint: Tensors and plain Python values, so that ``weights_only=True`` reads it.
-        path: Where it goes; missing folders are made, a file there is replaced.
+        path: Output file; missing folders are created, an existing file is replaced.
 
     Raises:
-        OSError: If the file cannot be written; what stood there stays.
+        OSError: If the file cannot be written; an existing file does not change.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Read a checkpoint without running what is pickled in it; write one all at once or not at all."""
+"""Read a checkpoint without running pickled code; write one atomically."""
 
 import re
 from collections.abc import Callable
@@ -15,7 +15,7 @@ __all__ = ['fetch', 'read_checkpoint', 'write_checkpoint']
 
 
 def _history_statistic(owner: type, name: str) -> Callable:
-    """Stand in for the ``getattr`` by which a pickled ``HistoryBuffer`` names its statistics."""
+    """Replace the ``getattr`` with which a pickled ``HistoryBuffer`` names its statistics."""
     if owner is not HistoryBuffer or name not in _STATISTICS:
         raise ValueError(f'the file asks for {name!r} of {owner!r}')
     return _STATISTICS[name]
@@ -26,7 +26,7 @@ _STATISTICS = HistoryBuffer()._statistics_methods
 _RECONSTRUCT = np.ndarray((0,)).__reduce__()[0]
 _SCALAR = np.float64(0).__reduce__()[0]
 _DTYPES = ('bool', 'int32', 'int64', 'float32', 'float64')
-# What MMEngine's runner puts into `message_hub`, which torch's safe default refuses.
+# Types that MMEngine's runner stores in `message_hub` and torch's safe default refuses.
 # Files written with NumPy 1 say `numpy.core`, with NumPy 2 `numpy._core`.
 MMENGINE_GLOBALS = [
     HistoryBuffer,
@@ -38,7 +38,7 @@ MMENGINE_GLOBALS = [
     *((_history_statistic, f'{builtins}.getattr') for builtins in ('builtins', '__builtin__')),
 ]
 
-# Allowed for good (MMEngine's own loader profits too); the protection itself stays on.
+# Allowed for the whole process, MMEngine's own loader included; the protection stays on.
 torch.serialization.add_safe_globals(MMENGINE_GLOBALS)
 
 
@@ -46,14 +46,14 @@ def read_checkpoint(path: str | Path) -> dict:
     """Load a checkpoint to the CPU with ``weights_only=True``.
 
     Args:
-        path: File that MMEngine's runner, or one of our tools, wrote; or its URL.
+        path: File that MMEngine's runner or a tool of this project wrote; or its URL.
 
     Returns:
-        What the file holds, with its weights under ``state_dict``.
+        Content of the file, with its weights under ``state_dict``.
 
     Raises:
         FileNotFoundError: If there is no such file, or the URL cannot be reached.
-        ValueError: If the file is truncated, is no checkpoint, or needs code to be run.
+        ValueError: If the file is truncated, is no checkpoint, or would run code.
     """
     path = fetch(str(path)) if _URL.match(str(path)) else Path(path)
     checkpoint = load_file(path)
@@ -67,7 +67,8 @@ def fetch(url: str) -> Path:
 
     Args:
         url: Address beginning with ``https://``, ``http://`` or ``file://``. A name such as
-            ``x-1a2b3c4d.pth`` states the begin of the file's SHA-256, which is then checked.
+            ``x-1a2b3c4d.pth`` gives the first digits of the file's SHA-256, which are then
+                checked.
 
     Returns:
         The local file.

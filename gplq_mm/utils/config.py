@@ -1,10 +1,10 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Override a value of which a config holds many copies.
+"""Override a value that a config has many copies of.
 
 A config is a Python file: ``data_root`` is copied into every data set when the file is read, and
-``image_size`` into every transform, before MMEngine merges ``--cfg-options``. So the stock tools'
-``--cfg-options data_root=...`` changes a variable that nobody reads any more. Here the copies
-follow.
+``image_size`` into every transform, before MMEngine merges ``--cfg-options``. So ``--cfg-options
+data_root=...`` of MMEngine's tools changes a variable that is not read any more. The functions here
+change the copies too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +17,15 @@ _NO_DATA = ('load_from', 'work_dir')
 
 
 def apply_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Merge command-line options, giving ``data_root`` and ``image_size`` to all their copies.
+    """Merge command-line options; ``data_root`` and ``image_size`` change all their copies.
 
     Args:
         cfg: Config to change in place.
-        options: What ``--cfg-options`` was given: dotted names and their values. Those that
-            name one place win over those that name all copies.
+        options: Values of ``--cfg-options``: dotted names and their values. Options for one place
+            take precedence over options for all copies.
 
     Raises:
-        ValueError: If the config has no ``data_root`` or ``image_size`` to start from.
+        ValueError: If the config has no ``data_root`` or ``image_size`` to replace.
     """
     rest = dict(options)
     if 'data_root' in rest:
@@ -37,7 +37,7 @@ def apply_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
 
 
 def _open_recipe(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Write a recipe that is a preset's name as a dict where options name keys in it."""
+    """Turn a recipe that is a preset's name into a dict if options set its keys."""
     recipe = (cfg.get('model') or {}).get('recipe')
     if isinstance(recipe, str) and any(key.startswith('model.recipe.') for key in options):
         cfg.model.recipe = ConfigDict(base=recipe)
@@ -48,7 +48,7 @@ def override_data_root(cfg: Config, new_root: str | PathLike[str]) -> None:
 
     Args:
         cfg: Config to change in place.
-        new_root: The folder; whether it exists is not looked at.
+        new_root: The folder; it need not exist.
 
     Raises:
         ValueError: If the config has no ``data_root``, or an empty one.
@@ -77,7 +77,7 @@ def override_data_root(cfg: Config, new_root: str | PathLike[str]) -> None:
 
 
 def override_image_size(cfg: Config, new_size: int | Sequence[int]) -> None:
-    """Replace the config's ``image_size`` wherever a transform or the model holds it.
+    """Replace the config's ``image_size`` in every transform and in the model.
 
     A plain ViT takes any size, so the backbone keeps its ``img_size`` and its checkpoint fits.
 
@@ -112,7 +112,7 @@ def override_image_size(cfg: Config, new_size: int | Sequence[int]) -> None:
 
 
 def _replace(node: Any, swap: Callable[[Any], Any]) -> Any:
-    """Copy a nest of dicts and lists with ``swap`` applied to each part, outermost first."""
+    """Copy nested dicts and lists with ``swap`` applied to each part, outermost first."""
     swapped = swap(node)
     if swapped is not node:
         return swapped

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Read the config text that MMEngine puts into checkpoints, without running it."""
+"""Read the config text that MMEngine stores in checkpoints, without running it."""
 
 import ast
 from typing import Any
@@ -17,7 +17,7 @@ def parse_config_text(text: str) -> dict[str, Any]:
         Each name with its value: dicts, lists, tuples, strings, numbers, None.
 
     Raises:
-        ValueError: If the text is no Python, or holds anything but plain data (named).
+        ValueError: If the text is not Python, or has anything but plain data; the message names it.
 
     Examples:
         >>> parse_config_text('lr = -0.1\nmodel = dict(neck=None, scales=[(1, 2)])')

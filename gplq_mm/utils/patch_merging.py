@@ -1,14 +1,14 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The two orders in which patch merging stacks four neighbours: Swin's own (timm's too), mm's."""
+"""The two orders of the four neighbours in patch merging: Swin's own and OpenMMLab's."""
 
 from torch import Tensor
 
 
 def reorder_neighbours(value: Tensor) -> Tensor:
-    """Go from Swin's order of the 2 x 2 neighbours to the one of ``nn.Unfold``.
+    """Reorder the 2 x 2 neighbours from Swin's order (timm's too) to that of ``nn.Unfold``.
 
-    Swin concatenates whole pixels, column by column; ``nn.Unfold``, which mmdet and mmpretrain
-    use, keeps each channel's four values together, row by row.
+    Swin concatenates the channels of whole pixels, column by column; ``nn.Unfold``, which mmdet and
+    mmpretrain use, concatenates the four values of each channel, row by row.
 
     Args:
         value: Weight ``(C_out, 4 * C)`` of the reduction, or a vector ``(4 * C,)`` of its norm.

@@ -17,7 +17,7 @@ def rename(key: str, rules: Iterable[tuple[str, str]]) -> str:
         rules: Regular expressions, each with its replacement.
 
     Returns:
-        The new name; the old one where no rule fits.
+        The new name; the old one if no rule matches.
 
     Example:
         >>> rename('blocks.3.mlp.fc1.bias', [('mlp.fc1', 'ffn.0'), ('fc', 'linear')])
@@ -31,18 +31,18 @@ def rename(key: str, rules: Iterable[tuple[str, str]]) -> str:
 
 
 def check_state_dict(found: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    """Demand the target's names and shapes, no more and no less.
+    """Require exactly the target's names and shapes.
 
     Args:
         found: State dict to check.
-        target: State dict whose names and shapes are demanded.
+        target: State dict whose names and shapes are required.
 
     Raises:
-        ValueError: If any name is left over, missing or of another shape; the first 12 of each
-            kind are named.
+        ValueError: If any name is unexpected, missing or of another shape; the message has the
+            first 12 of each kind.
     """
     problems = {
-        'left over, the target has no such key': found.keys() - target.keys(),
+        'unexpected, the target has no such key': found.keys() - target.keys(),
         'missing in the checkpoint': target.keys() - found.keys(),
         'of another shape': {
             f'{key} {tuple(found[key].shape)}, target {tuple(target[key].shape)}'

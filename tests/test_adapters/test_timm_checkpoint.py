@@ -156,7 +156,7 @@ def test_another_window_is_refused():
 def test_register_tokens_are_named():
     """mmpretrain's ViT has none: the weights of DINOv2 with registers cannot be taken."""
     model = timm.create_model('vit_small_patch14_reg4_dinov2', pretrained=False, **_VIT)
-    with pytest.raises(ValueError, match='1 left over, the target has no such key: reg_token'):
+    with pytest.raises(ValueError, match='1 unexpected, the target has no such key: reg_token'):
         convert_timm_state_dict(model.state_dict(), our_model('vit_layer_scale').state_dict())
 
 
@@ -188,5 +188,5 @@ def test_tool_refuses_in_one_message(monkeypatch, tmp_path, capsys):
     torch.save({**timm_model('vit').state_dict(), 'extra.bias': torch.ones(1)}, tmp_path / 'a.pth')
     with pytest.raises(SystemExit, match='1'):
         run_tool(monkeypatch, tmp_path / 'a.pth', tmp_path / 'out.pth')
-    assert '1 left over, the target has no such key: extra.bias' in capsys.readouterr().err
+    assert '1 unexpected, the target has no such key: extra.bias' in capsys.readouterr().err
     assert not (tmp_path / 'out.pth').exists()

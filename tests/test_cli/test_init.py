@@ -116,7 +116,7 @@ def test_a_classifier_with_few_images_sees_them_more_than_once(
     assert init(str(config), '--checkpoint', 'float.pth', '--recipe', recipe, '-o', str(out)) == 0
     cfg = Config.fromfile(out)
     assert cfg.train_cfg.max_epochs == cfg.train_cfg.val_interval == epochs
-    assert ('more where an epoch has far fewer than 390' in out.read_text()) != there
+    assert ('more if an epoch has far fewer than 390' in out.read_text()) != there
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,7 @@ def test_errors_are_one_line_and_leave_no_file(run, project, source, config, tmp
     torch.save(checkpoint, source)
     with pytest.raises(SystemExit, match='1'):
         run(source, out, '--config', config)
-    message = '1 left over, the target has no such key: backbone.surplus'
+    message = '1 unexpected, the target has no such key: backbone.surplus'
     assert message in capsys.readouterr().err
     assert not out.exists()
 

@@ -183,7 +183,8 @@ def test_a_rule_that_matches_nothing_is_an_error(rule):
 
 
 def test_an_optional_rule_may_match_nothing():
-    convert_(Detector(), dict(rules=[dict(name='*.typo', num_bits=8, optional=True)]))
+    rule = dict(name='*.typo', num_bits=8, optional=True)
+    assert convert_(Detector(), dict(rules=[rule])).counts == convert_(Detector(), 'w4a4').counts
 
 
 def test_what_stays_float_is_reported_and_strict_refuses_it():

@@ -171,7 +171,9 @@ def test_batches_are_dealt_to_ranks_in_turn(cfg: Config, monkeypatch: pytest.Mon
 
 def test_fewer_batches_than_ranks(cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration_data, 'world', lambda: (0, 3))
-    with pytest.raises(ValueError, match=r'2 calibration batch\(es\) cannot be dealt to 3 ranks'):
+    with pytest.raises(
+        ValueError, match=r'2 calibration batch\(es\) cannot be distributed over 3 ranks'
+    ):
         draw(cfg)
 
 

@@ -103,7 +103,9 @@ def test_float_weights_that_do_not_fit_are_named(edit: Any, message: str) -> Non
 def test_batch_norm_counters_are_no_reason_to_refuse() -> None:
     checkpoint = float_checkpoint()
     checkpoint['state_dict']['neck.bn.num_batches_tracked'] = torch.tensor(3)
-    load_float_(converted(), checkpoint)
+    model = converted()
+    load_float_(model, checkpoint)
+    assert torch.equal(model.neck.weight, checkpoint['state_dict']['neck.weight'])
 
 
 def test_a_long_list_of_names_is_cut() -> None:
@@ -118,6 +120,7 @@ def test_a_long_list_of_names_is_cut() -> None:
 def test_a_checkpoint_of_this_recipe_passes() -> None:
     model = converted()
     check_quantized(model, quantized_checkpoint(converted()))
+    assert model.gplq.recipe == as_recipe(RECIPE)
 
 
 def test_a_float_checkpoint_is_not_taken_for_a_quantized_one() -> None:
@@ -142,7 +145,9 @@ def test_settings_of_the_training_may_differ() -> None:
     other = dict(optim=dict(lr=1.0), mimic=None, weight=dict(ptq='minmax'), name='mine')
     other['calibration'] = dict(num_images=7)
     other['gate'] = dict(action='warn')
-    check_quantized(converted({**RECIPE, **other}), quantized_checkpoint(converted()))
+    model = converted({**RECIPE, **other})
+    check_quantized(model, quantized_checkpoint(converted()))
+    assert model.gplq.recipe == as_recipe({**RECIPE, **other})
 
 
 def test_an_uncalibrated_quantizer_is_named() -> None:

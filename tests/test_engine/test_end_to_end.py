@@ -150,6 +150,6 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed_is_the_uninterrupted_run(
     train_until(project, middle, 'killed_middle', 'iter_2.pth')
     resumed = train(project, middle, 'killed_middle', '--resume')
     logs = ''.join(p.read_text() for p in resumed.rglob('*.log'))
-    assert 'going on after batch' in logs
+    assert 'continuing after batch' in logs
     whole = train(project, middle, 'whole_middle')
     assert_same_weights(resumed / 'gplq_final.pth', whole / 'gplq_final.pth')

@@ -131,7 +131,9 @@ def test_a_recipe_that_differs_in_more_is_refused_by_name(recipe: Any, named: st
 @pytest.mark.parametrize('recipe', ['w4a4', dict(base='w4a4', optim=dict(lr=1e-3))])
 def test_a_training_is_told_what_to_write(recipe: Any) -> None:
     checkpoint = checkpoint_of(former_model('vit', FORMER_PRESETS['w4a4'], 'stage1'), 'calibrated')
-    with pytest.raises(ValueError, match=r"goes on with .* write recipe='w4a4_v1', or recipe=dict"):
+    with pytest.raises(
+        ValueError, match=r"keeps the quantizers .* write recipe='w4a4_v1', or recipe=dict"
+    ):
         check_quantized(build('vit', recipe), checkpoint)
     check_quantized(build('vit', 'w4a4_v1'), checkpoint)
 

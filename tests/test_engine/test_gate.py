@@ -90,7 +90,9 @@ def test_ruined_scales_stop_and_their_role_is_named_first(
 
     monkeypatch.setattr('gplq_mm.engine.session.check_start', ruined)
     settings = {**RECIPE, 'base': 'w8a8', 'gate': {'max_feature_error': 0.005}}
-    with pytest.raises(ValueError, match=r'cost most: post_gelu \(feature error .* 2 operands'):
+    with pytest.raises(
+        ValueError, match=r'the largest error: post_gelu \(feature error .* 2 operands'
+    ):
         calibrated(gplq_config(project, fp32, tmp_path, settings))
 
 
@@ -181,7 +183,7 @@ def test_a_model_that_gives_no_features_is_left_alone(
     monkeypatch.setattr('gplq_mm.engine.gate.start_outputs', broken)
     calibrated(gplq_config(project, fp32, tmp_path, recipe(), log_level='INFO'))
     assert 'gate' not in report(tmp_path)['calibration']
-    assert 'gate: left out' in next(tmp_path.rglob('*.log')).read_text()
+    assert 'gate: skipped' in next(tmp_path.rglob('*.log')).read_text()
 
 
 def result(error: float, *roles: RoleError) -> GateResult:

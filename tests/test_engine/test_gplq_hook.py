@@ -10,6 +10,7 @@ import torch
 from mmengine.runner import Runner
 
 from gplq_mm.engine.hooks import GPLQHook
+from gplq_mm.engine.session import recall_source
 from gplq_mm.modules import QuantLinear
 from gplq_mm.utils.checkpoint_io import read_checkpoint
 from tests.helpers.gplq_runs import report, weights
@@ -139,11 +140,12 @@ def test_a_float_model_under_the_hook_is_refused(project: TinyProject, tmp_path:
         train(cfg)
 
 
-def loading(finished: FinishedRun, resume: bool, name: str) -> None:
+def loading(finished: FinishedRun, resume: bool, name: str) -> GPLQHook:
     hook = GPLQHook()
     hook.session = object()  # type: ignore[assignment]
     runner: Any = SimpleNamespace(model=finished.runner.model, _resume=resume)
     hook.after_load_checkpoint(runner, read_checkpoint(finished.work_dir / name))
+    return hook
 
 
 def test_training_does_not_begin_with_quantized_weights(finished: FinishedRun) -> None:
@@ -158,5 +160,7 @@ def test_a_resume_needs_a_training_state(finished: FinishedRun, name: str) -> No
 
 
 def test_a_resume_takes_over_the_source(finished: FinishedRun) -> None:
+    source = recall_source(str(finished.work_dir))
+    assert set(source) == {'path', 'sha256'}
     for name in ('gplq_calibrated.pth', 'epoch_1.pth'):
-        loading(finished, True, name)
+        assert loading(finished, True, name).source == source

@@ -142,8 +142,11 @@ def test_a_recipe_from_before_the_knob_still_fits(
     torch.save(old, tmp_path / 'old.pth')
     full = runner.model.gplq.recipe.as_dict()
     without = {**full, 'optim': {k: v for k, v in full['optim'].items() if k != 'train'}}
-    for recipe in (RECIPE, without):
-        make_runner(gplq_config(project, tmp_path / 'old.pth', tmp_path / 'test', recipe)).test()
+    metrics = [
+        make_runner(gplq_config(project, tmp_path / name, tmp_path / 'test', recipe)).test()
+        for name, recipe in [('gplq_final.pth', RECIPE), ('old.pth', RECIPE), ('old.pth', without)]
+    ]
+    assert metrics[0] == metrics[1] == metrics[2]
 
 
 TOO_MANY = [

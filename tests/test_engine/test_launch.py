@@ -64,7 +64,7 @@ def test_dataloader_defaults_follow_the_command_line(folder: Path) -> None:
     ('text', 'says'),
     [
         (None, 'no config at'),
-        ("_base_ = './gone.py'", r'builds on a config that is not there: .*gone\.py'),
+        ("_base_ = './gone.py'", r'builds on a config that does not exist: .*gone\.py'),
         ("_base_ = 'mmocr::a/a.py'", 'python -m gplq_mm doctor'),
         ("custom_imports = dict(imports=['no_such_module'])", 'python -m gplq_mm doctor'),
     ],
@@ -108,7 +108,7 @@ def test_resume_from_what_is_gone_is_refused(folder: Path) -> None:
         set_resume(Config(dict(work_dir='w')), 'x.pth')
     (folder / 'w').mkdir()
     (folder / 'w' / 'last_checkpoint').write_text('w/epoch_1.pth')
-    with pytest.raises(ConfigError, match='which is gone; write --resume CHECKPOINT'):
+    with pytest.raises(ConfigError, match='which does not exist; write --resume CHECKPOINT'):
         set_resume(Config(dict(work_dir='w')), 'auto')
 
 
@@ -164,7 +164,7 @@ def test_a_data_set_without_images_is_explained(
     path.write_text('{"metainfo": {}, "data_list": []}')
     assert run_tool(lambda: BaseDataset(str(path))) == USER_ERROR  # type: ignore[func-returns-value]
     error = capsys.readouterr().err
-    assert error.startswith(f'error: BaseDataset holds no image: {path}; ')
+    assert error.startswith(f'error: BaseDataset has no images: {path}; ')
     assert 'metainfo.classes' in error
 
 

@@ -115,7 +115,7 @@ def partly_trained(rule: dict[str, Any]) -> Any:
 
 
 def test_bits_of_weights_that_a_rule_trains_on_their_grid_are_fixed() -> None:
-    with pytest.raises(ValueError, match='trained on their grid .* first 0: its bits are fixed'):
+    with pytest.raises(ValueError, match='trained on their grid .* first 0: their bits are fixed'):
         stage2.set_weight_bits(partly_trained({}), 3)
     model = partly_trained(dict(num_bits=6))
     stage2.set_weight_bits(model, 3)

@@ -62,7 +62,7 @@ def test_the_steps_stand_in_the_report(auto: AutoRun) -> None:
     bops = [step['bops'] for step in gate['steps']]
     assert bops == sorted(bops) and bops[0] < bops[-1]
     log = next(auto.work_dir.rglob('*.log')).read_text()
-    assert log.count('G bit operations in place of') == len(added)
+    assert log.count('G bit operations instead of') == len(added)
     assert 'W32Amix' in log
 
 

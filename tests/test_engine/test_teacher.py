@@ -75,10 +75,10 @@ def test_another_file_under_the_same_name_is_refused(
 ) -> None:
     told = {'path': str(tmp_path / 'x.pth'), 'sha256': file_sha256(fp32)}
     model = student(project, fp32)
-    with pytest.raises(ValueError, match='gone or is not the one'):
+    with pytest.raises(ValueError, match='does not exist or is not the one'):
         attach_teacher(model, told, None, NO_IMAGES)
     torch.save({'state_dict': {}}, tmp_path / 'x.pth')
-    with pytest.raises(ValueError, match='gone or is not the one'):
+    with pytest.raises(ValueError, match='does not exist or is not the one'):
         attach_teacher(model, told, None, NO_IMAGES)
 
 
@@ -134,5 +134,5 @@ def test_few_images_for_a_basis_reach_every_rank(
     for module in ('calibration_data', 'teacher'):
         monkeypatch.setattr(f'gplq_mm.engine.{module}.world', lambda: (0, 8))
     assert len(pca_images(calibration)(20).batches) == 10
-    with pytest.raises(ValueError, match='cannot be dealt to 8 ranks'):
+    with pytest.raises(ValueError, match='cannot be distributed over 8 ranks'):
         pca_images(calibration)(7)

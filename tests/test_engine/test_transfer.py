@@ -186,7 +186,7 @@ def test_refusals(final, project, data, tmp_path):
         checkpoint['gplq']['float_checkpoint']['path'] = '/nowhere/float.pth'
 
     moved = edited(final, tmp_path / 'moved.pth', move)
-    with pytest.raises(ValueError, match='is gone or is another file now; give it with fp32'):
+    with pytest.raises(ValueError, match='does not exist or has changed; give it with fp32'):
         transfer(data, str(moved), settings=SHORT)
     data.pop('train_dataloader')
     with pytest.raises(ValueError, match='a probe needs train_dataloader'):

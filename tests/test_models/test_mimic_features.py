@@ -182,7 +182,7 @@ def test_a_stage_that_gives_a_size_beside_its_tokens(layer: str) -> None:
     (tokens,) = found.levels(layer)
     assert tokens.dim() == 3 and found.samples(layer).shape[1] == tokens.shape[2]
     found.outputs[layer] = (4, 4)
-    with pytest.raises(ValueError, match=rf"layer='{layer}' gives tuple and no feature map"):
+    with pytest.raises(ValueError, match=rf"layer='{layer}' gives tuple, not a feature map"):
         found.levels(layer)
 
 

@@ -158,7 +158,7 @@ def test_every_misfit_is_named(source):
     with pytest.raises(ValueError) as caught:
         convert_vitdet_state_dict(state, with_prefix(target_backbone().state_dict()))
     message = str(caught.value)
-    assert '1 left over, the target has no such key: backbone.layers.7.ln1.bias' in message
+    assert '1 unexpected, the target has no such key: backbone.layers.7.ln1.bias' in message
     assert '1 missing in the checkpoint: backbone.layers.0.ln1.bias' in message
     assert '1 of another shape: neck.fpn1.1.weight (5,), target (4,)' in message
 
@@ -169,7 +169,7 @@ def test_a_shallower_target_is_refused_with_few_names(source):
         for k, v in with_prefix(target_backbone().state_dict()).items()
         if '.layers.2.' not in k
     }
-    with pytest.raises(ValueError, match=r'14 left over.* and 2 more'):
+    with pytest.raises(ValueError, match=r'14 unexpected.* and 2 more'):
         convert_vitdet_state_dict(with_prefix(source.state_dict()), target)
 
 

@@ -209,7 +209,7 @@ def test_a_whole_recipe_gives_what_has_no_default(missing: str) -> None:
     recipe = resolve_recipe('w4a4')
     section, _, key = missing.partition('.')
     del (recipe[section] if key else recipe)[key or section]
-    with pytest.raises(ValueError, match=f"has no '{key or section}'; a whole recipe gives it"):
+    with pytest.raises(ValueError, match=f"has no '{key or section}'; a full recipe gives it"):
         Recipe.from_dict(recipe, 'recipe')
 
 

@@ -47,7 +47,7 @@ class FakeEnvironment(Environment):
     def forget_wheels(self, step: Step) -> None:
         self.forgotten += 1
 
-    def mend_opencv(self) -> None:
+    def repair_opencv(self) -> None:
         pass
 
     def read_log(self) -> str:
@@ -107,7 +107,7 @@ def test_is_done(tmp_path: Path, adopt: bool, unmet: str, works: bool, done: boo
 
 def test_own_package_is_installed_again_whenever_the_stamp_is_stale(tmp_path: Path) -> None:
     *others, own = make_steps()
-    assert own.wanted == ('gplq-mm',)
+    assert own.requirements == ('gplq-mm',)
     assert own.repeat
     assert not any(step.repeat for step in others)
     assert not FakeEnvironment(tmp_path, [True], unmet='').is_done(own)
@@ -178,7 +178,7 @@ def test_pinned_takes_the_reference() -> None:
     pins = setup_env.requirement_lines('reference')
     assert pinned('mmcv>=2.0.0,<2.2.0') == tuple(p for p in pins if p.startswith('mmcv=='))
     assert pinned('wheel') == ('wheel',)
-    wanted = [line for step in make_steps() for line in step.wanted]
+    wanted = [line for step in make_steps() for line in step.requirements]
     assert {'torch', 'mmcv', 'mmdet'} <= {setup_env.distribution_name(line) for line in wanted}
 
 

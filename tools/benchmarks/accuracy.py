@@ -5,11 +5,10 @@
         --seeds 0 1 2 --out docs/benchmarks/accuracy.json
     python tools/benchmarks/accuracy.py --table --out docs/benchmarks/accuracy.json
 
-Each row is a GPLQ run by config in a process of its own: calibration, stage 1, stage 2. Its
-result is stored at once; a run that was killed goes on with the rows that are missing, and a
-row whose recipe has changed since is run again. Rows that differ in the weights' settings only
-share one stage 1. `--transfer flowers17` adds a row for each: linear probes of its backbone on
-another data set. Variants of a recipe:
+Each row is a GPLQ run by config in its own process: calibration, stage 1, stage 2. Its result is
+stored at once. After a kill the same command runs the missing rows, and rows whose recipe has
+changed. Rows that differ only in the weights' settings share one stage 1. `--transfer flowers17`
+adds a row for each: linear probes of its backbone on another data set. Variants of a recipe:
 
     --recipes ours 'ours-kd=ours:w3a3,optim.lr=1e-4,mimic.type=logits,schedule=constant'
 """
@@ -61,7 +60,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--dataset', help="name in the rows; default: the folder's")
     parser.add_argument('--epochs', type=int, default=1, help='epochs of stage 1')
-    parser.add_argument('--train-fraction', type=float, default=1.0, help='of the training images')
+    parser.add_argument(
+        '--train-fraction', type=float, default=1.0, help='share of the training images'
+    )
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast in stage 1')
     parser.add_argument(
         '--transfer',
@@ -72,18 +73,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--out', type=Path, default=OUT, help='rows (JSON); default: %(default)s')
     parser.add_argument('--work-dir', type=Path, default=WORK_ROOT)
     parser.add_argument('--jobs', type=int, default=1, help='rows at a time')
-    parser.add_argument('--threads', type=int, help='threads a row; default: cores / jobs')
+    parser.add_argument('--threads', type=int, help='threads per row; default: cores / jobs')
     parser.add_argument('--force', action='store_true', help='run stored rows again')
-    parser.add_argument('--table', action='store_true', help='print what is stored, run nothing')
+    parser.add_argument('--table', action='store_true', help='print the stored rows, run nothing')
     return parser.parse_args(argv)
 
 
 class Benchmark:
-    """Runs rows and stores each as soon as it is there.
+    """Runs rows and stores each as soon as it is finished.
 
     Args:
         args: Command line.
-        rows: What is stored already.
+        rows: Rows stored already.
     """
 
     def __init__(self, args: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -100,14 +101,14 @@ class Benchmark:
                     self.stage1_dirs[read_json(path).get('stage1_key', '')] = path.parent
 
     def missing(self, planned: list[Row]) -> list[Row]:
-        """Rows that are not stored, or stand for a recipe that has changed since."""
+        """Rows that are not stored, or whose recipe has changed."""
         if self.args.force:
             return planned
         stored = {key: row.get('fingerprint') for key, row in self.rows.items()}
         return [row for row in planned if stored.get(row_key(row.key)) != row.fingerprint]
 
     def run(self, todo: list[Row]) -> None:
-        """Run rows, those of one stage 1 after each other."""
+        """Run rows; those with the same stage 1 run one after another."""
         units: dict[str, list[Row]] = {}
         for row in todo:
             units.setdefault(row.stage1_key, []).append(row)
@@ -120,7 +121,7 @@ class Benchmark:
                 raise
 
     def stop(self) -> None:
-        """End the sub-processes; no further one starts."""
+        """End the sub-processes and start no more."""
         self.stopped = True
         for child in list(self.children):
             child.terminate()
@@ -137,7 +138,7 @@ class Benchmark:
             self._store(row, result)
 
     def _stages(self, row: Row) -> dict[str, Any] | None:
-        # what the row's folder held is gone now
+        # the row's folder was deleted above
         self.stage1_dirs = {k: d for k, d in self.stage1_dirs.items() if d != row.work_dir}
         stage1_dir = self.stage1_dirs.get(row.stage1_key)
         job = {
@@ -162,7 +163,7 @@ class Benchmark:
         print(f'FAILED {self.failed[-1]}', flush=True)
 
     def _process(self, row: Row, job: dict[str, Any]) -> dict[str, Any] | None:
-        """Run the row in a process of its own; its output goes to a log beside it."""
+        """Run the row in its own process; its output goes to a log file next to it."""
         row.work_dir.mkdir(parents=True, exist_ok=True)
         name = 'transfer' if row.is_transfer else 'row'
         path = row.work_dir / f'{name}.job.json'
@@ -194,8 +195,8 @@ class Benchmark:
         names = ('model', 'dataset', *(('seed',) if row.is_transfer else ()))
         key = [*(row.key[name] for name in names), row.job['checkpoint_sha256']]
         for known in self.rows.values():
-            theirs = [*(known[name] for name in names), known.get('checkpoint_sha256')]
-            if theirs == key and known['fp32'] is not None:
+            known_key = [*(known[name] for name in names), known.get('checkpoint_sha256')]
+            if known_key == key and known['fp32'] is not None:
                 return known['fp32']
         return None
 
@@ -221,9 +222,9 @@ class Benchmark:
 
 
 def chosen(rows: list[dict[str, Any]], planned: list[Row]) -> Iterator[dict[str, Any]]:
-    """The stored rows that the command line asks for."""
-    wanted = {row_key(row.key) for row in planned}
-    return (row for row in rows if row_key(row) in wanted)
+    """The stored rows that the command line selects."""
+    selected = {row_key(row.key) for row in planned}
+    return (row for row in rows if row_key(row) in selected)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -234,7 +235,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if 0 < args.train_fraction < 1 and args.epochs == 1:
         as_many = f'--epochs {round(1 / args.train_fraction)}'
-        print(f'one epoch over a share of the images; as many steps as over all: {as_many}')
+        print(f'one epoch over a share of the images; for the steps of a full epoch: {as_many}')
     planned = plan(args)
     benchmark = Benchmark(args, read_rows(args.out))
     todo = benchmark.missing(planned)

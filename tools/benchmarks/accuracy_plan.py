@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which rows `accuracy.py` is asked for."""
+"""The rows that the command line of `accuracy.py` selects."""
 
 import argparse
 import os
@@ -25,9 +25,9 @@ class Row:
 
     Attributes:
         key: `model`, `dataset`, `recipe`, `bits`, `seed`.
-        job: What the sub-process is told.
+        job: Arguments of the sub-process.
         stage1_key: Equal for rows that can share a stage 1.
-        fingerprint: Equal for rows that must give the same figures.
+        fingerprint: Equal for rows that must give the same results.
     """
 
     key: dict[str, Any]
@@ -49,12 +49,12 @@ class Row:
 
 @dataclass(frozen=True)
 class FloatModel:
-    """What all rows of one float model share.
+    """Data common to all rows of one float model.
 
     Attributes:
         dataset: Name of the images it is trained and scored on.
         digest: Hash of its checkpoint.
-        batch: Training images a step in its config.
+        batch: Training images per step in its config.
         is_detector: Whether it is a detector.
     """
 
@@ -73,7 +73,7 @@ def default_data() -> Path:
     """CIFAR-10, unzipped once into the cache.
 
     Raises:
-        ConfigError: If the archive is absent.
+        ConfigError: If the archive does not exist.
     """
     cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'), 'gplq_mm', 'cifar10')
     if cache.is_dir():
@@ -92,7 +92,7 @@ def find_models(args: argparse.Namespace) -> list[tuple[str, str]]:
     """Float configs and their checkpoints.
 
     Raises:
-        ConfigError: If a file is absent.
+        ConfigError: If a file does not exist.
     """
     given = args.models or [str(shared_root() / 'models/vit_cifar10.py')]
     found = []
@@ -107,7 +107,7 @@ def find_models(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def plan(args: argparse.Namespace) -> list[Row]:
-    """All rows that the command line asks for, in the order of the table."""
+    """All rows that the command line selects, in the order of the table."""
     if not 0 < args.train_fraction <= 1:
         raise ConfigError(f'--train-fraction {args.train_fraction}: write a share in (0, 1]')
     recipes = [parse_recipe(text) for text in [*args.recipes, *args.recipe] or DEFAULT]
@@ -145,7 +145,7 @@ def find_transfer(given: str) -> Path:
     """Folder of the probes' images.
 
     Raises:
-        ConfigError: If it is not there.
+        ConfigError: If it does not exist.
     """
     for folder in (Path(given), shared_root() / 'data' / given):
         if (folder / 'train').is_dir() and (folder / 'test').is_dir():

@@ -27,11 +27,11 @@ class Recipe:
     Attributes:
         name: Label in the table.
         family: `ours` (presets `wXaY`) or `paper`.
-        overrides: Keys of a GPLQ recipe over the family's preset.
+        overrides: Keys of a GPLQ recipe that override the family's preset.
         schedule: `cosine` (from the recipe's learning rate to 0) or `constant` (the paper's).
-        epochs: Epochs of stage 1; None for what the command line says.
+        epochs: Epochs of stage 1; None: those of the command line.
         options: Config options, dotted names and their values.
-        bits: The only bits it is for, such as `w3a3`; None for all that are asked for.
+        bits: The only bits it is used with, such as `w3a3`; None for all selected ones.
     """
 
     name: str
@@ -44,15 +44,15 @@ class Recipe:
 
     def preset(self, bits: str) -> str:
         """Name of the preset that the recipe starts from at these bits."""
-        wanted = f'gplq_{bits}_paper' if self.family == 'paper' else bits
-        return wanted if wanted in PRESETS else {'paper': PAPER, 'ours': 'w4a4'}[self.family]
+        preset = f'gplq_{bits}_paper' if self.family == 'paper' else bits
+        return preset if preset in PRESETS else {'paper': PAPER, 'ours': 'w4a4'}[self.family]
 
     def resolve(self, bits: str, batch_size: int) -> dict[str, Any]:
         """The full GPLQ recipe at `bits`.
 
         Args:
             bits: Such as `w4a4`.
-            batch_size: Images a step, all GPUs: the paper's learning rate follows it.
+            batch_size: Images per step over all GPUs; the paper's learning rate depends on it.
         """
         weight, activation = parse_bits(bits)
         given = _copy(self.overrides)
@@ -69,7 +69,7 @@ def _paper(name: str, **overrides: Any) -> Recipe:
 
 
 _NO_TRAINING = {'mimic': None, 'weight': {'ptq': 'mse'}, 'stage2': {'compensation': None}}
-_LR = {'lr': 5e-4}  # whatever the presets take: a baseline stays what it was
+_LR = {'lr': 5e-4}  # fixed: a baseline does not change with the presets
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -90,7 +90,7 @@ DEFAULT = ('rtn', 'direct', 'paper', 'ours')
 
 
 def paper_lr(batch_size: int) -> float:
-    """The paper's learning rate: 5e-6 at a batch of 128, less below (arXiv 2506.11784, 4.1)."""
+    """The paper's learning rate: 5e-6 for a batch of 128 (arXiv 2506.11784, 4.1)."""
     if batch_size >= 128:
         return 5e-6
     return 2.5e-6 if batch_size >= 64 else 1e-6
@@ -148,10 +148,9 @@ def parse_recipe(text: str) -> Recipe:
 
 
 def settled(recipe: Mapping[str, Any], is_detector: bool) -> dict[str, Any]:
-    """What a recipe means: without its name, and with the values that `auto` stands for.
+    """A recipe without its name, and with the values that replace `auto`.
 
-    Two recipes that mean the same have one fingerprint, and a preset whose values changed has
-    another.
+    Equal recipes have the same fingerprint; a preset whose values changed has another one.
 
     Args:
         recipe: Resolved recipe.
@@ -164,7 +163,7 @@ def settled(recipe: Mapping[str, Any], is_detector: bool) -> dict[str, Any]:
 
 
 def stage1_part(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """What stage 1 depends on: not the weights' settings where weights stay float in it."""
+    """Settings that stage 1 depends on; those of weights only if it trains their grid."""
     part = {k: v for k, v in recipe.items() if k != 'stage2'}
     settings = [recipe['weight'], *(rule.get('weight') or {} for rule in recipe['rules'])]
     if any(s.get('qat') for s in settings):
@@ -200,7 +199,7 @@ def _known(name: str) -> Recipe:
 
 
 def _split(text: str) -> list[str]:
-    """Split at the commas that stand in no bracket."""
+    """Split at the commas outside brackets."""
     parts, depth = [''], 0
     for letter in text:
         depth += (letter in '([{') - (letter in ')]}')

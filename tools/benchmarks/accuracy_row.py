@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""One row of `accuracy.py`, in a process of its own: `python accuracy_row.py JOB.json`.
+"""One row of `accuracy.py`, in its own process: `python accuracy_row.py JOB.json`.
 
 The job is a dict; `work_dir` gets the GPLQ config that `python -m gplq_mm init` writes, the
 run's checkpoints and report, and `result.json`.
@@ -33,7 +33,7 @@ RESULT_NAME = 'result.json'
 
 
 def row_config(job: dict[str, Any]) -> Config:
-    """The config of a row: what `init` writes, with the row's recipe, data, seed and schedule.
+    """The config of a row: that of `init`, with the row's recipe, data, seed and schedule.
 
     Raises:
         ConfigError: If the float config counts iterations.
@@ -78,13 +78,13 @@ def _set_hooks(cfg: Config, evaluate_fp32: bool) -> None:
     others = [h for h in cfg.get('custom_hooks', []) if h['type'] != 'gplq_mm.GPLQHook']
     cfg.custom_hooks = [*others, _hook(evaluate_fp32)]
     hooks = cfg.setdefault('default_hooks', ConfigDict())
-    # a killed row starts again: stage 1's own checkpoint is the only one worth its bytes
+    # a killed row starts again: only stage 1's checkpoint is stored
     hooks['checkpoint'] = ConfigDict(type='CheckpointHook', interval=-1, save_last=False)
     hooks['logger'] = ConfigDict(type='LoggerHook', interval=50)
 
 
 def keep_fraction(cfg: Config, fraction: float, seed: int) -> None:
-    """Train, and calibrate, on a seeded part of the training images.
+    """Train and calibrate on a seeded subset of the training images.
 
     Raises:
         ConfigError: If the training set is a concatenation.
@@ -101,7 +101,7 @@ def keep_fraction(cfg: Config, fraction: float, seed: int) -> None:
 
 
 def set_schedule(cfg: Config, schedule: str, epochs: int) -> None:
-    """Count in epochs; the cosine that `init` writes, or a constant learning rate."""
+    """Set epochs, with the cosine schedule that `init` writes or a constant learning rate."""
     cfg.train_cfg = ConfigDict(
         type='EpochBasedTrainLoop', max_epochs=epochs, val_interval=max(epochs, 1)
     )
@@ -110,7 +110,7 @@ def set_schedule(cfg: Config, schedule: str, epochs: int) -> None:
 
 
 def run_stage2_alone(runner: Runner, stage1: Path) -> None:
-    """Stage 2 from the stage 1 of a row that differs in the weights' settings only."""
+    """Stage 2 from the stage 1 of a row that differs only in the weights' settings."""
     own = Path(runner.work_dir, STAGE1_NAME)
     write_checkpoint(for_other_weights(read_checkpoint(stage1), unwrap(runner.model)), own)
     runner._load_from, runner._resume = str(own), False
@@ -121,12 +121,12 @@ def run_stage2_alone(runner: Runner, stage1: Path) -> None:
 
 
 def for_other_weights(checkpoint: dict[str, Any], model: Any) -> dict[str, Any]:
-    """A stage-1 checkpoint as `model`'s recipe would have left it.
+    """A stage-1 checkpoint converted to `model`'s recipe.
 
     Weight quantizers and compensation, which stage 2 fills, are as in a new model.
 
     Args:
-        checkpoint: Of a stage 1 whose weights were float.
+        checkpoint: Checkpoint of a stage 1 with float weights.
         model: Converted model of the other recipe.
     """
     later = {f'{name}.' for name in quantizers(model, 'weight')}
@@ -170,7 +170,7 @@ def result_of(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def device_name() -> str:
-    """What a row was computed on: the GPU's name, or `cpu`."""
+    """Device of a row: the GPU's name, or `cpu`."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The rows that `accuracy.py` stores, and the table made of them."""
+"""The rows that `accuracy.py` stores, and their table."""
 
 import json
 import os
@@ -16,17 +16,17 @@ CPU = 'cpu'
 
 
 def row_key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What tells a row from the others."""
+    """Identity of a row."""
     return tuple(row[key] for key in KEYS)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Stored rows; none where there is no file."""
+    """Stored rows; empty if there is no file."""
     return json.loads(path.read_text()) if path.is_file() else []
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows, one a line, to a temporary file and rename it."""
+    """Write rows, one per line, to a temporary file and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.tmp')
     lines = ',\n'.join(json.dumps(row) for row in sorted(rows, key=row_key))
@@ -35,7 +35,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Mean over seeds (with its standard deviation), one table a model and data set."""
+    """Mean over seeds (with standard deviation), one table per model and data set."""
     parts = []
     for model, dataset in dict.fromkeys((r['model'], r['dataset']) for r in rows):
         own = [r for r in rows if (r['model'], r['dataset']) == (model, dataset)]

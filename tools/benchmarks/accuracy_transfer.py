@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Transfer of one row of `accuracy.py`: linear probes of its FP32, stage-1 and stage-2 backbones.
 
-`python accuracy_transfer.py JOB.json`, where the job is that of a finished row with
-`transfer_root`, a folder with `train|test/<class>/*`, beside it.
+`python accuracy_transfer.py JOB.json`, where the job is that of a finished row plus
+`transfer_root`, a folder with `train|test/<class>/*`.
 """
 
 import copy
@@ -46,7 +46,7 @@ def probe_data(cfg: Config, root: str) -> Config:
 
 
 def networks(job: dict[str, Any], cfg: Config) -> dict[str, nn.Module]:
-    """The backbones to probe; FP32 is left out where its accuracy is known."""
+    """The backbones to probe; FP32 is left out if its accuracy is known."""
     found: dict[str, nn.Module] = {}
     for stage, name in (('stage1', STAGE1_NAME), ('stage2', FINAL_NAME)):
         model = MODELS.build(copy.deepcopy(cfg.model))

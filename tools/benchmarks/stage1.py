@@ -6,10 +6,10 @@
     python tools/benchmarks/stage1.py --table --out stage1.json
 
 Engines: `float` training, stage 1 with the `reference` fake quantization, with torch's
-learnable fake quantize in its place (`torchao`), and with packed codes (`fused`); each stage-1
-engine without and with its float teacher. Steps alternate between the engines, ratios are taken
-pair by pair, the median counts. Rows are added to those of other models in `--out`; beside it
-lies the bar chart.
+learnable fake quantize instead (`torchao`), and with packed codes (`fused`); each stage-1 engine
+without and with the float teacher. Steps alternate between the engines; the result is the median
+of the ratios of neighbouring steps. Rows are added to those of other models in `--out`; a bar chart
+is written next to it.
 """
 
 import argparse
@@ -48,11 +48,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument('--size', type=int, nargs=2, help='height and width of the images')
     parser.add_argument('--steps', type=int, default=9, help='counted steps; 0: memory only')
     parser.add_argument('--warmup', type=int, default=2, help='steps not counted')
-    parser.add_argument('--threads', type=int, help='CPU threads; default: as torch finds them')
+    parser.add_argument('--threads', type=int, help="CPU threads; default: torch's")
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    parser.add_argument('--no-peak', action='store_true', help='no process an engine for its peak')
-    parser.add_argument('--no-slope', action='store_true', help='no growth over batch and area')
-    parser.add_argument('--out', type=Path, help='JSON to add the rows to; chart beside it')
+    parser.add_argument(
+        '--no-peak', action='store_true', help='no separate process per engine for its peak memory'
+    )
+    parser.add_argument(
+        '--no-slope', action='store_true', help='no measurement of the growth with batch and area'
+    )
+    parser.add_argument(
+        '--out', type=Path, help='JSON to add the rows to; the chart is written next to it'
+    )
     parser.add_argument('--table', action='store_true', help='print the rows of --out and draw')
     parser.add_argument('--peak-of', help=argparse.SUPPRESS)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, default={})
@@ -154,7 +160,7 @@ def device_name(device: str) -> str:
 
 
 def ratio(seconds: dict[Key, list[tuple[float, float]]], key: Key, clock: int) -> float | None:
-    """Median of the steps' ratios to the float steps beside them."""
+    """Median of the steps' ratios to the neighbouring float steps."""
     if not seconds:
         return None
     pairs = zip(seconds[key], seconds['float', False], strict=True)
@@ -162,7 +168,7 @@ def ratio(seconds: dict[Key, list[tuple[float, float]]], key: Key, clock: int) -
 
 
 def slopes(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
-    """Saved bytes over the batch (1, 2, 4 images) and over the area (once, twice)."""
+    """Saved bytes by batch size (1, 2, 4 images) and by area (once, twice)."""
     height, width = args.size or workload.size
     cases = [(1, height, width), (2, height, width), (4, height, width), (1, height, 2 * width)]
     found = {}
@@ -176,14 +182,16 @@ def slopes(workload: Workload, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def slope_text(saved: list[int]) -> str:
-    """Growth in words: bytes for each further image, and the factor of twice the area."""
+    """Growth as text: bytes per additional image, and the factor of twice the area."""
     one, two, four, wide = saved
     each = (two - one) / 2**20, (four - two) / 2 / 2**20
-    return f'{each[0]:.2f} / {each[1]:.2f} MiB a further image, twice the area x{wide / one:.2f}'
+    return (
+        f'{each[0]:.2f} / {each[1]:.2f} MiB per additional image, twice the area x{wide / one:.2f}'
+    )
 
 
 def peak_in_process(key: Key, name: str, args: argparse.Namespace) -> int:
-    """Peak memory of one engine in a process of its own."""
+    """Peak memory of one engine in its own process."""
     which = f'{key[0]}:{"on" if key[1] else "off"}'
     command = [sys.executable, __file__, name, '--peak-of', which, '--device', args.device]
     command += ['--batch', str(args.batch), '--ffn', args.ffn]

@@ -20,7 +20,7 @@ def label(row: dict[str, Any]) -> str:
 
 
 def workload(row: dict[str, Any]) -> str:
-    """Model of a row, and what it ran on where that is no CPU."""
+    """Model of a row, with its device if that is not a CPU."""
     return row['model'] if row['device'] == 'cpu' else f'{row["model"]}, {row["device"]}'
 
 
@@ -39,13 +39,13 @@ def table(rows: Rows) -> str:
         ]
         for row in rows
     ]
-    titles = ['', 'batch', 'saved MiB an image', 'ratio', 'step (s)', 'ratio', 'of CPU time']
+    titles = ['', 'batch', 'saved MiB per image', 'ratio', 'step (s)', 'ratio', 'of CPU time']
     titles += ['peak MiB']
     return format_table(titles, cells)
 
 
 def draw(rows: Rows, path: Path) -> None:
-    """Write a PNG: for each figure the engines' ratios to float, model by model."""
+    """Write a PNG: one plot per figure with the engines' ratios to float by model."""
     import matplotlib as mpl
 
     mpl.use('Agg')

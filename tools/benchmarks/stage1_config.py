@@ -28,7 +28,7 @@ class ConfigWorkload(Workload):
 
     Attributes:
         cfg: The config.
-        models: Nothing; states are kept between the engines.
+        models: States stored between the engines; empty at first.
     """
 
     cfg: Any = None
@@ -67,7 +67,7 @@ def workload_of(path: str, cfg_options: dict[str, Any], batch: int) -> ConfigWor
     Args:
         path: GPLQ config.
         cfg_options: Changes to it.
-        batch: Images a step.
+        batch: Images per step.
     """
     cfg = Config.fromfile(path)
     apply_cfg_options(cfg, cfg_options)
@@ -85,7 +85,7 @@ def workload_of(path: str, cfg_options: dict[str, Any], batch: int) -> ConfigWor
 
 
 def _images(loader: Any) -> Any:
-    """Training images one by one, for ever."""
+    """Training images one by one, endlessly."""
     loader.batch_size = 1
     loader.pop('batch_sampler', None)
     return iter(cycle(Runner.build_dataloader(loader, seed=0)))

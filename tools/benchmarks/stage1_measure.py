@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What the stage-1 benchmark measures: saved bytes, step time, peak memory."""
+"""Measurements of the stage-1 benchmark: saved bytes, step time, peak memory."""
 
 import copy
 import time
@@ -24,10 +24,10 @@ def saved_bytes(model: Any, batch: Any) -> int:
 
     Args:
         model: Model in training mode.
-        batch: Batch as a data loader gives it.
+        batch: Batch as from a data loader.
     """
     own = {t.untyped_storage().data_ptr() for t in chain(model.parameters(), model.buffers())}
-    held: dict[int, Tensor] = {}  # keeps each storage alive, so that no address comes twice
+    held: dict[int, Tensor] = {}  # keeps each storage alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
@@ -53,7 +53,7 @@ def optimizer(model: Any) -> Any:
 def train_step(model: Any, batch: Any, optim_wrapper: Any) -> Times:
     """Seconds of one training step: ``(wall time, processor time of this process)``.
 
-    On a machine that does other work too, the second is the steadier one.
+    On a machine with other load the processor time varies less.
     """
     batch = copy.deepcopy(batch)
     _synchronize(model)
@@ -66,7 +66,7 @@ def train_step(model: Any, batch: Any, optim_wrapper: Any) -> Times:
 def interleaved(
     models: dict[Any, nn.Module], batches: list[Any], warmup: int, steps: int
 ) -> dict[Any, list[Times]]:
-    """Seconds of each step: one of every engine in turn, so that drift hits all alike."""
+    """Seconds of each step; engines alternate, so that drift affects all equally."""
     optimizers = {key: optimizer(model) for key, model in models.items()}
     seconds: dict[Any, list[Times]] = {key: [] for key in models}
     for step in range(warmup + steps):
@@ -78,7 +78,7 @@ def interleaved(
 
 
 def peak_memory(model: Any, batch: Any) -> int:
-    """Peak memory in bytes of the second training step (the first allocates what stays)."""
+    """Peak memory in bytes of the second training step (optimizer state is allocated by then)."""
     optim_wrapper = optimizer(model)
     train_step(model, batch, optim_wrapper)
     with StageMeter() as meter:

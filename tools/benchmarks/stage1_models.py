@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What the stage-1 benchmark trains: models, batches, and the engines they are trained with."""
+"""Models, batches and engines of the stage-1 benchmark."""
 
 import copy
 import math
@@ -95,7 +95,7 @@ class TorchAOQuantizer(FakeQuantizer):
     """An activation quantizer that calls torch's learnable fake quantize.
 
     It is the operator below ``torch.ao.quantization._learnable_fake_quantize``, with the
-    same scale, range and gradient factor as ours.
+    same scale, range and gradient factor as this package's quantizer.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class TorchAOQuantizer(FakeQuantizer):
 
 
 def use_torchao(model: nn.Module) -> None:
-    """Put torch's learnable fake quantize in the place of every activation quantizer."""
+    """Replace every activation quantizer by torch's learnable fake quantize."""
     for module in model.modules():
         if type(module) is FakeQuantizer and module.kind == 'activation':
             module.__class__ = TorchAOQuantizer
@@ -118,7 +118,7 @@ def use_torchao(model: nn.Module) -> None:
 
 @MODELS.register_module(name='StageOneBlocks')
 class Blocks(BaseModel):
-    """Stack of mmpretrain's transformer blocks; the loss saves nothing itself."""
+    """Stack of mmpretrain's transformer blocks; the loss itself saves no tensors."""
 
     def __init__(self, depth: int, dims: int, heads: int, **options: Any) -> None:
         super().__init__(**options)
@@ -151,7 +151,7 @@ def tokens_batch(channels: int) -> MakeBatch:
 
 
 def labelled_batch(images: int, height: int, width: int) -> Batch:
-    """Random images with a class each."""
+    """Random images, each with a class."""
     from mmpretrain.structures import DataSample
 
     inputs = [torch.randint(0, 256, (3, height, width), dtype=torch.uint8) for _ in range(images)]
@@ -160,7 +160,7 @@ def labelled_batch(images: int, height: int, width: int) -> Batch:
 
 
 def annotated_batch(images: int, height: int, width: int) -> Batch:
-    """Random images with a handful of boxes and masks each."""
+    """Random images, each with a few boxes and masks."""
     from mmdet.testing import demo_mm_inputs
 
     shapes = [(3, height, width)] * images

@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Build the environment of `make env`, `make demo` and `make test`: standard library only.
 
-Needs Python >= 3.10 with venv and headers, and a C++ compiler. Every step asks first what is
-there already, so an interrupted run goes on where it stopped; once all steps have passed, a stamp
-keyed on the requirements ends later runs at once.
+Needs Python >= 3.10 with venv and headers, and a C++ compiler. Every step first checks what is
+installed already, so an interrupted run continues where it stopped. After all steps have passed, a
+stamp file keyed on the requirements ends later runs at once.
 
 Example:
     python3 tools/dev/setup_env.py --venv .venv --dry-run
@@ -39,16 +39,16 @@ import json, sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pip._vendor.packaging.requirements import Requirement
 for line in json.loads(sys.argv[1]):
-    wanted = Requirement(line)
+    required = Requirement(line)
     try:
-        found = distribution(wanted.name)
+        found = distribution(required.name)
         complete = found.read_text('INSTALLER') and found.read_text('RECORD')
-        if not complete or not wanted.specifier.contains(found.version, prereleases=True):
+        if not complete or not required.specifier.contains(found.version, prereleases=True):
             print(line)
     except PackageNotFoundError:
         print(line)
 """
-# An mmcv that fits: its operators load, mmdet accepts it, and it knows the device torch sees.
+# A suitable mmcv: its operators load, mmdet accepts it, and it supports torch's device.
 MMCV_FITS = """
 import os, re
 import mmcv, mmcv.ops
@@ -65,17 +65,17 @@ class Step:
     """One step of the set-up.
 
     Attributes:
-        title: What it does, and how long it takes.
-        wanted: Requirement lines that it meets.
+        title: Description, with its duration.
+        requirements: Requirement lines that it installs.
         smoke: Code that must run in the environment afterwards.
-        pip: Arguments of `pip install`; `wanted` if empty.
-        environ: Gives the variables for `pip` and `smoke`, asked when the step's turn has come.
-        adopt: Whether `smoke` alone decides, so that another version than ours is kept.
-        repeat: Whether it is never taken as done: only the stamp knows if its sources changed.
+        pip: Arguments of `pip install`; `requirements` if empty.
+        environ: Gives the variables for `pip` and `smoke`; called when the step runs.
+        adopt: Whether `smoke` alone decides, so that another version than the pinned one is kept.
+        repeat: Whether it always runs: only the stamp tells if its sources changed.
     """
 
     title: str
-    wanted: tuple[str, ...]
+    requirements: tuple[str, ...]
     smoke: str
     pip: tuple[str, ...] = ()
     environ: Callable[[Environment], dict[str, str]] = lambda environment: {}
@@ -98,7 +98,7 @@ class Environment:
         self.pip = [str(self.python), '-m', 'pip']
 
     def digest(self) -> str:
-        """Hash everything on which the environment depends, the places included."""
+        """Hash everything that the environment depends on, paths included."""
         sha = hashlib.sha256(f'{ROOT} {self.venv}'.encode())
         for pattern in HASHED:
             for path in sorted(ROOT.glob(pattern)):
@@ -106,13 +106,13 @@ class Environment:
         return sha.hexdigest()
 
     def is_current(self) -> bool:
-        """Tell whether a complete run has left its stamp, and nothing has changed since."""
+        """Whether a complete run wrote its stamp and nothing has changed since then."""
         if not (self.stamp.exists() and self.python.exists()):
             return False
         return self.stamp.read_text(encoding='utf-8') == self.digest()
 
     def ask(self, code: str, *argv: str, environ: dict[str, str] | None = None) -> str | None:
-        """Run code in the environment; return what it printed, or None where it failed."""
+        """Run code in the environment; return its output, or None if it failed."""
         if not self.python.exists():
             return None
         done = subprocess.run(
@@ -125,8 +125,8 @@ class Environment:
         return done.stdout if done.returncode == 0 else None
 
     def unmet(self, step: Step) -> str | None:
-        """List the requirement lines that are not met; None where nothing can be asked yet."""
-        return self.ask(UNMET, json.dumps(step.wanted))
+        """List the requirement lines that are not met; None if the environment does not run yet."""
+        return self.ask(UNMET, json.dumps(step.requirements))
 
     def works(self, step: Step) -> bool:
         """Run a step's smoke code."""
@@ -138,19 +138,19 @@ class Environment:
         return met and not step.repeat and self.works(step)
 
     def create(self) -> None:
-        """Make the folder with its Python, or mend one whose Python is gone."""
+        """Create the environment's folder, or repair one without a working Python."""
         subprocess.run([sys.executable, '-m', 'venv', str(self.venv)], check=True)
 
     def pip_line(self, step: Step, *options: str) -> list[str]:
         """Compose the command of a step."""
-        words = step.pip or step.wanted
+        words = step.pip or step.requirements
         return [*self.pip, 'install', '--no-input', '-c', str(REFERENCE), *options, *words]
 
     def install(self, step: Step) -> None:
-        """Carry out a step and prove it.
+        """Run a step and check its result.
 
-        What is there and does not work is replaced. A wheel that pip had kept may have been
-        built for another torch or device: it is forgotten and built anew.
+        A package that is installed and does not work is replaced. A cached wheel may have been
+        built for another torch or device: it is deleted and built again.
 
         Raises:
             SystemExit: pip failed, or what it installed does not work.
@@ -159,31 +159,31 @@ class Environment:
         if options:
             self.forget_wheels(step)
         self.run(self.pip_line(step, *options), step.environ(self))
-        self.mend_opencv()
+        self.repair_opencv()
         if not self.works(step) and 'Building wheel' not in self.read_log():
-            say('      a wheel kept by pip does not work here: building anew')
+            say('      a wheel cached by pip does not work here: building again')
             self.forget_wheels(step)
             self.run(self.pip_line(step, '--force-reinstall'), step.environ(self))
-            self.mend_opencv()
+            self.repair_opencv()
         if not self.works(step):
             sys.exit(f'installed, but this does not run in {self.python}:\n{step.smoke}')
 
     def forget_wheels(self, step: Step) -> None:
-        """Drop the wheels that pip built for a step and kept."""
-        for line in step.wanted:
+        """Delete the wheels that pip built for a step and cached."""
+        for line in step.requirements:
             name = distribution_name(line)
             subprocess.run([*self.pip, 'cache', 'remove', name], capture_output=True)
 
-    def mend_opencv(self) -> None:
-        """Let OpenCV's headless build take over where libGL is missing (servers, containers)."""
+    def repair_opencv(self) -> None:
+        """Install OpenCV's headless build if libGL is missing (servers, containers)."""
         if self.ask(UNMET, '["opencv-python"]') != '' or self.ask('import cv2') is not None:
             return
-        say('      OpenCV does not load, libGL is missing: taking opencv-python-headless')
+        say('      OpenCV does not load, libGL is missing: installing opencv-python-headless')
         self.run([*self.pip, 'uninstall', '-y', 'opencv-python'])
         self.run([*self.pip, 'install', '-c', str(REFERENCE), 'opencv-python-headless'])
 
     def run(self, command: list[str], environ: dict[str, str] | None = None) -> None:
-        """Run a command into the log, with a sign of life every `HEARTBEAT_SECONDS`.
+        """Run a command, log its output, print the elapsed time every `HEARTBEAT_SECONDS`.
 
         Raises:
             SystemExit: The command failed; the end of its output has been shown.
@@ -205,7 +205,7 @@ class Environment:
             sys.exit(f'failed: {shlex.join(command)}\nthe whole output: {self.log}')
 
     def read_log(self) -> str:
-        """Return what the latest command has printed so far."""
+        """Return the output of the latest command so far."""
         return self.log.read_text(encoding='utf-8', errors='replace')
 
 
@@ -215,18 +215,18 @@ def say(text: str) -> None:
 
 
 def build_progress(log: str) -> str:
-    """Tell how many files the compiler has done, such as `, 12/97 files compiled`."""
+    """Number of compiled files, such as `, 12/97 files compiled`."""
     done = BUILD_PROGRESS.findall(log)
     return f', {done[-1]} files compiled' if done else ''
 
 
 def distribution_name(line: str) -> str:
-    """Cut a requirement line down to the name."""
+    """The package name of a requirement line."""
     return re.split(r'[<>=!~\[; ]', line, maxsplit=1)[0]
 
 
 def requirement_lines(name: str) -> tuple[str, ...]:
-    """Read `requirements/<name>.txt`, comments left out."""
+    """Read `requirements/<name>.txt` without comments."""
     text = (ROOT / 'requirements' / f'{name}.txt').read_text(encoding='utf-8')
     return tuple(line for line in (raw.split('#')[0].strip() for raw in text.splitlines()) if line)
 
@@ -238,7 +238,7 @@ def pinned(*lines: str) -> tuple[str, ...]:
 
 
 def mmcv_environ(environment: Environment) -> dict[str, str]:
-    """Decide how mmcv's operators are built: for CUDA only where torch and nvcc both allow it."""
+    """Decide how mmcv's operators are built: for CUDA only if both torch and nvcc support it."""
     sees_cuda = (environment.ask(SEES_CUDA) or '').strip() == '1'
     home = Path(os.environ.get('CUDA_HOME', '/usr/local/cuda'))
     has_nvcc = shutil.which('nvcc') is not None or (home / 'bin' / 'nvcc').exists()
@@ -292,7 +292,7 @@ def make_steps() -> tuple[Step, ...]:
 
 
 def missing_prerequisites(venv: Path) -> list[str]:
-    """List what the machine lacks, each with the way to get it."""
+    """List missing prerequisites of the machine, each with the way to install it."""
     lacks = []
     compiler = os.environ.get('CXX', 'c++')
     if not (shutil.which(compiler) or shutil.which('g++')):
@@ -316,7 +316,7 @@ def plan(environment: Environment, steps: tuple[Step, ...]) -> None:
 
 
 def build(environment: Environment, steps: tuple[Step, ...]) -> None:
-    """Carry out every step that is not done yet, and leave the stamp.
+    """Run every step that is not done yet, and write the stamp.
 
     Raises:
         SystemExit: The machine lacks something, or a step failed.
@@ -345,7 +345,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--venv', type=Path, default=ROOT / '.venv', help='folder to build in')
     parser.add_argument('--dry-run', action='store_true', help='print the steps, do nothing')
     args = parser.parse_args(argv)
-    if sys.version_info < (3, 10):  # noqa: UP036  the one file that any Python may run
+    if sys.version_info < (3, 10):  # noqa: UP036  the only file that any Python may run
         parser.exit(1, f'Python >= 3.10 is needed, this is {sys.version.split()[0]}\n')
     environment = Environment((ROOT / args.venv).absolute())
     if args.dry_run:
@@ -360,4 +360,4 @@ if __name__ == '__main__':
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit('stopped; the same command goes on from here')
+        sys.exit('stopped; the same command continues from here')

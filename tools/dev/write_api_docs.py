@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Write docs/api.md from the docstrings of the functions in `gplq_mm`; nothing is imported.
+"""Write docs/api.md from the docstrings of the functions in `gplq_mm`, without importing it.
 
 Example:
     python tools/dev/write_api_docs.py
@@ -25,12 +25,12 @@ ORDER = (
     'load',
 )
 HEADER = """\
-# Functions for torch alone
+# Functions for plain torch
 
 Written by `tools/dev/write_api_docs.py` from the docstrings; a test compares it with them.
 
-`import gplq_mm` imports no library; the functions need torch, and a model of timm, torchvision,
-mmpretrain or mmdet the library that it comes from. They work in this order, each in place:
+`import gplq_mm` imports no library. The functions need torch; a model of timm, torchvision,
+mmpretrain or mmdet also needs its library. Call them in this order; each works in place:
 
 ```python
 import copy, gplq_mm
@@ -38,23 +38,23 @@ import copy, gplq_mm
 teacher = copy.deepcopy(model)  # the float model
 gplq_mm.quantize(model, 'w4a4')  # quantizers, nothing calibrated
 gplq_mm.calibrate(model, loader)  # ranges, scales, fitted weights
-gplq_mm.train_stage1(model, teacher, train_loader)  # or a loop of your own with gplq_mm.distill
+gplq_mm.train_stage1(model, teacher, train_loader)  # or your own loop with gplq_mm.distill
 gplq_mm.quantize_weights(model, loader)  # stage 2
 gplq_mm.save(model, 'model_w4a4.pth')
 model = gplq_mm.load('model_w4a4.pth', float_model)
 ```
 
 **A loader** is any iterable of batches: a tensor `(B, ...)`, for `model(x)`; a tuple or list, whose
-first element is taken; or a dict of tensors, for `model(**x)`. For anything else `calibrate` and
+first element is used; or a dict of tensors, for `model(**x)`. For anything else `calibrate` and
 `quantize_weights` take `forward_loop=lambda model: ...`. `train_stage1` needs `(inputs, targets)`.
 
-**What stays float** is a warning of the logger `gplq_mm`, and stands in what `quantize` returns.
-What was done is logged at level INFO: `logging.basicConfig(level=logging.INFO)` shows it.
+**Operations that stay float** are warnings of the logger `gplq_mm` and in the result of `quantize`.
+Other messages have level INFO; `logging.basicConfig(level=logging.INFO)` shows them.
 
-**The last layer** of a classifier keeps 8 bits where an adapter knows it (timm, torchvision,
-mmpretrain). In a model of your own write `recipe=dict(rules=[dict(name='head', num_bits=8)])`.
+**The last layer** of a classifier gets 8 bits if an adapter knows it (timm, torchvision,
+mmpretrain). In other models write `recipe=dict(rules=[dict(name='head', num_bits=8)])`.
 
-**The gate** and `recipe='auto'` of MMEngine runs have no counterpart here: `auto` is `w4a4`.
+**The gate** and `recipe='auto'` need an MMEngine run: here `auto` is `w4a4`.
 """
 
 
@@ -66,7 +66,7 @@ def api_functions() -> dict[str, ast.FunctionDef]:
 
 
 def signature(node: ast.FunctionDef) -> str:
-    """`name(arguments) -> type`, an argument a line."""
+    """`name(arguments) -> type`, one argument per line."""
     arguments = ast.unparse(node.args)
     parts = [
         p for p in re.split(r', (?=(?:[^\[\]()]|\[[^\[\]]*(?:\[[^\]]*\])*\])*$)', arguments) if p
@@ -93,7 +93,7 @@ def body(docstring: str) -> str:
 
 
 def _items(text: str) -> str:
-    """`name: what it is` lines as a list; a deeper indented line goes on."""
+    """`name: what it is` lines as a list; a deeper indented line continues one."""
     entries = re.split(r'\n(?! )', text)
     pairs = [entry.partition(': ') for entry in entries]
     return '\n'.join(f'* `{name}`: {_plain(what)}' for name, _, what in pairs)
@@ -104,7 +104,7 @@ def _plain(text: str) -> str:
 
 
 def _code(block: str) -> str:
-    """A paragraph; one that ends with `::` is followed by code."""
+    """A paragraph; `::` at its end starts a code block."""
     if '::\n\n' not in block:
         return block.replace('``', '`')
     text, _, code = block.partition('::\n\n')

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Convert a timm ViT, DeiT or Swin for mmpretrain, as configs/gplq/vit-s_*.py need it.
+"""Convert a timm ViT, DeiT or Swin to mmpretrain, for configs/gplq/vit-s_*.py and others.
 
 Other models: give the file that timm's `torch.save(model.state_dict(), FILE)` wrote, the file to
 write, and with --config the target: a float config of mmpretrain or a GPLQ config of this folder.

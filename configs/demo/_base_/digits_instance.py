@@ -1,4 +1,4 @@
-# Handwritten digits on canvases: made by tools/dataset_converters/digits_to_coco.py.
+# Handwritten digits on canvases, created by tools/dataset_converters/digits_to_coco.py.
 data_root = 'data/digits/'
 dataset = dict(type='CocoDataset', data_root=data_root, metainfo=dict(
     classes=tuple('0123456789'),

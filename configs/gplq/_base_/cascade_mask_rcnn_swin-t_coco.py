@@ -1,5 +1,5 @@
 # Cascade Mask R-CNN in float with Swin-T, as Swin's own code trains it (50.4 box / 43.7 mask AP):
-# four-convolution heads with BN, GIoU loss on decoded boxes. mmdet ships no such config.
+# four-convolution heads with BN, GIoU loss on decoded boxes. mmdet has no such config.
 _base_ = [
     'mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py', 'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/schedules/schedule_1x.py', 'mmdet::_base_/default_runtime.py',

@@ -1,5 +1,5 @@
-# Pipelines and loaders of the fine-grained data sets. Test images are resized, not cropped, so that
-# `--cfg-options image_size=384` is all that another resolution needs.
+# Pipelines and loaders of the fine-grained data sets. Test images are resized, not cropped, so
+# `--cfg-options image_size=384` is enough for another resolution.
 image_size = (224, 224)
 bicubic = dict(backend='pillow', interpolation='bicubic')
 train_pipeline = [

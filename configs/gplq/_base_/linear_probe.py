@@ -1,5 +1,5 @@
-# The paper's linear probe: 100 epochs of AdamW at 1e-3, 64 images a step (drop path 0.1 stands in
-# the model). The paper states no schedule and no decay: cosine and torch's default are ours.
+# The paper's linear probe: 100 epochs of AdamW at 1e-3, 64 images per step (drop path 0.1 is set
+# in the model). The paper gives no schedule and no weight decay: here cosine and torch's default.
 _base_ = 'mmpretrain::_base_/default_runtime.py'
 train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=10)
 val_cfg = dict()

@@ -1,6 +1,6 @@
-# What every GPLQ detector adds to its float config. The bases of mmdet define a schedule of their
-# own, so the config itself replaces `train_cfg`, `optim_wrapper`, `param_scheduler` and the
-# checkpoint hook. An epoch of COCO is long: it is saved, and can be resumed, in the middle.
+# Settings that every GPLQ detector adds to its float config. mmdet's bases define a schedule, so
+# the config itself replaces `train_cfg`, `optim_wrapper`, `param_scheduler` and the checkpoint
+# hook. An epoch of COCO is long: checkpoints are saved during the epoch and can be resumed.
 custom_hooks = [dict(type='gplq_mm.GPLQHook')]
 randomness = dict(seed=0)
 stage1_loop = dict(type='gplq_mm.ResumableEpochLoop', max_epochs=1, val_interval=1)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""mmpretrain: one file a family of classes."""
+"""mmpretrain: one file per family of attention classes."""
 
 from . import (
     attention,

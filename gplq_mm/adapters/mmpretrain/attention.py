@@ -27,7 +27,7 @@ from ...modules.window_attention import gathered_bias
 
 
 class QuantMultiheadAttention(DotProductAttention, MultiheadAttention):
-    """``MultiheadAttention`` whose fused attention is written out."""
+    """``MultiheadAttention`` with explicit matmuls instead of fused attention."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, N, C)`` -> same."""
@@ -90,7 +90,7 @@ class QuantAttentionWithRoPE(AttentionWithRoPE):
         return self.proj_drop(self.proj(x))
 
     def _rotated(self, x: Tensor, patch_resolution: tuple[int, int]) -> Tensor:
-        """Rotate all but the class token, ``(B, heads, N, D)``."""
+        """Apply rotary position embedding to all but the class token, ``(B, heads, N, D)``."""
         if not self.with_cls_token:
             return self.rope(x, patch_resolution)
         rotated = self.rope(x[:, :, 1:, :], patch_resolution)
@@ -108,20 +108,20 @@ register_attention(
 
 @register_handler(SpatialAttention)
 def convert_spatial_attention(module: Any, name: str, context: Context) -> None:
-    """VAN's: convolutions, which are children, and a gate; no product to quantize."""
+    """VAN's attention: convolutions, which are children, and a gate; no matmul to quantize."""
 
 
 class QuantFFNLayers(SequentialFeedForward, Sequential):
-    """``DeiT3FFN.layers`` as one operator, where the engine says so."""
+    """``DeiT3FFN.layers`` as one operator, if the engine fuses it."""
 
 
 @register_handler(DeiT3FFN)
 def convert_ffn(module: Any, name: str, context: Context) -> None:
-    """Its layers are children; their container may run them as one operator."""
+    """The layers are children; their container may run them as one operator."""
     swap_class(module.layers, QuantFFNLayers)
 
 
 @register_roles(DeiT3FFN)
 def give_ffn_roles(module: Any, name: str, context: Context) -> None:
-    """``post_gelu`` or ``post_relu`` behind the FFN's activation."""
+    """Set ``post_gelu`` or ``post_relu`` after the FFN's activation function."""
     set_ffn_roles(module.layers, child_name(name, 'layers'), context)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Attention with a learned bias a pair of positions: LeViT, TinyViT, EfficientFormer, HiViT."""
+"""Attention with a learned bias per pair of positions: LeViT, TinyViT, EfficientFormer, HiViT."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from ...modules.feed_forward import MlpFeedForward
 
 
 class BiasAttention:
-    """Mixin: attention over heads of unequal key and value widths, plus a bias."""
+    """Mixin: attention whose keys and values may have different widths, plus a bias."""
 
     qk_matmul: Any
     pv_matmul: Any
@@ -120,7 +120,7 @@ register_attention(
 
 
 class QuantMlp(MlpFeedForward, hivit.Mlp):
-    """``Mlp`` as one operator, where the engine says so."""
+    """``Mlp`` as one operator, if the engine fuses it."""
 
 
 register_ffn(hivit.Mlp, QuantMlp)

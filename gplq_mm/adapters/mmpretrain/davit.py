@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""DaViT: attention of positions inside windows, attention of channels."""
+"""DaViT: attention between positions inside windows, attention between channels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,8 +24,8 @@ class QuantDaViTWindowMSA(WindowAttention, DaViTWindowMSA):
 class QuantChannelAttention(ChannelAttention):
     """``ChannelAttention`` with quantized matmuls.
 
-    Each channel of the scaled ``k`` attends to those of ``v`` and takes from those of
-    ``q``: in this order they have the roles ``query``, ``key`` and ``value``.
+    Channels of the scaled ``k`` are the queries, those of ``v`` the keys and those of ``q`` the
+    values, and have these roles.
     """
 
     qk_matmul: Any

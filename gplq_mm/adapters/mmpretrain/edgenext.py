@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""EdgeNeXt: attention of channels."""
+"""EdgeNeXt: attention between channels."""
 
 from functools import partial
 from typing import Any

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which layers of a classification head predict."""
+"""Classification heads: roles of their last layers, and two heads that mmpretrain cannot train."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ PREDICTORS = r'^(fc|head|head_dist|dist_head|conv_cls_head|trans_cls_head)$'
 
 
 class MeanLeViTClsHead(LeViTClsHead):
-    """``LeViTClsHead`` that gives the mean of its two scores in training too, as DeiT's does.
+    """``LeViTClsHead`` that returns the mean of its two scores in training too, like DeiT's head.
 
     mmpretrain refuses to train it.
     """
@@ -25,8 +25,11 @@ class MeanLeViTClsHead(LeViTClsHead):
     training: bool
 
     def forward(self, feats: Any) -> Any:
-        """As the class does it outside training."""
-        training, self.training = self.training, False  # this flag only: layers inside keep theirs
+        """The mean of both scores, as in evaluation mode."""
+        training, self.training = (
+            self.training,
+            False,
+        )  # only this module's flag: its children keep theirs
         try:
             return super().forward(feats)
         finally:
@@ -34,10 +37,10 @@ class MeanLeViTClsHead(LeViTClsHead):
 
 
 class MeanEfficientFormerClsHead(EfficientFormerClsHead):
-    """``EfficientFormerClsHead`` whose mean of two scores may be trained; mmpretrain refuses."""
+    """``EfficientFormerClsHead`` that can train the mean of its two scores."""
 
     def loss(self, feats: Any, data_samples: Any, **kwargs: Any) -> Any:
-        """That of any head."""
+        """The loss of ``ClsHead``."""
         return ClsHead.loss(self, feats, data_samples, **kwargs)
 
 
@@ -49,7 +52,7 @@ _TRAINABLE = {
 
 @register_roles(ClsHead, MultiLabelClsHead)
 def give_predictor_roles(module: Any, name: str, context: Context) -> None:
-    """``predictor`` to the layers that give the class scores."""
+    """Set ``predictor`` for the layers that compute the class scores."""
     module.__class__ = _TRAINABLE.get(type(module), type(module))
     set_predictor_roles(module, name, context, PREDICTORS)
     if hasattr(module, 'layers'):

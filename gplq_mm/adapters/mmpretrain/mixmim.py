@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""MixMIM: window attention of two mixed images."""
+"""MixMIM: window attention over the tokens of two mixed images."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,7 +24,7 @@ class QuantMixMIMWindowAttention(WindowAttention, MixMIMWindowAttention):
 
 
 def _apart(mask: Tensor) -> Tensor:
-    """``(B, 1, 1, N)`` -> ``(B, 1, N, N)``: hugely negative between tokens of two images."""
+    """``(B, 1, 1, N)`` -> ``(B, 1, N, N)``: very negative between tokens of different images."""
     together = mask * mask.mT + (1 - mask) * (1 - mask).mT
     return (65500 if mask.dtype == torch.float16 else 1e30) * (together - 1)
 

@@ -41,7 +41,7 @@ class QuantMultiScaleAttention(RelPosAttention, MultiScaleAttention):
         return self.proj(x.transpose(1, 2).reshape(B, -1, self.out_dims)), size
 
     def tables(self, size: Size, key_size: Size) -> list[Tensor]:
-        """A row for each pair of positions: ``(H, Hk, D)`` and ``(W, Wk, D)``."""
+        """One vector per pair of positions: ``(H, Hk, D)`` and ``(W, Wk, D)``."""
         positions = (self.rel_pos_h, self.rel_pos_w)
         return [
             resize_decomposed_rel_pos(position, length, key_length)
@@ -49,20 +49,20 @@ class QuantMultiScaleAttention(RelPosAttention, MultiScaleAttention):
         ]
 
     def with_positions(self, logits: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
-        """As in the base class, added in the order of the float class."""
+        """As in the base class, summed in the order of the float class."""
         return logits + (rel_h[..., None] + rel_w[..., None, :])
 
 
 @register_handler(MultiScaleAttention)
 def convert_attention(module: Any, name: str, context: Context) -> None:
-    """Both matmuls and both relative position products; pooling convolutions are children."""
+    """Quantize both matmuls and both relative position products; the pooling is in children."""
     swap_class(module, QuantMultiScaleAttention)
     module.use_rel_pos = module.rel_pos_spatial
     attach_rel_pos_matmuls(module, name, context)
 
 
 class QuantMLP(MlpFeedForward, MLP):
-    """``MLP`` as one operator, where the engine says so."""
+    """``MLP`` as one operator, if the engine fuses it."""
 
 
 register_ffn(MLP, QuantMLP)

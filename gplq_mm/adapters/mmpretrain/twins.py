@@ -73,7 +73,7 @@ class QuantLocallyGroupedSelfAttention(LocallyGroupedSelfAttention):
         return x.transpose(1, 2)
 
     def _mask(self, x: Tensor, bottom: int, right: int) -> Tensor:
-        """-1000 between image and padding, as the class does it; ``(windows, S * S, S * S)``.
+        """Mask ``(windows, S * S, S * S)``: -1000 between image and padding, as in the float class.
 
         Args:
             x: ``(B, rows, columns, S, S, C)``.
@@ -82,7 +82,7 @@ class QuantLocallyGroupedSelfAttention(LocallyGroupedSelfAttention):
         """
         _, rows, columns, S, _, _ = x.shape
         padding = torch.zeros(rows * S, columns * S, device=x.device)
-        padding[-bottom:] = 1  # without padding below this is all of it
+        padding[-bottom:] = 1  # for 0 the slice is the whole map, as in the float class
         padding[:, -right:] = 1
         padding = padding.reshape(rows, S, columns, S).transpose(1, 2).reshape(-1, S * S)
         return torch.where(padding.unsqueeze(1) != padding.unsqueeze(2), -1000.0, 0.0)

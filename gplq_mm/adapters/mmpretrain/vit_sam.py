@@ -16,6 +16,6 @@ class QuantAttention(RelPosAttention, Attention):
 
 @register_handler(Attention)
 def convert_attention(module: Any, name: str, context: Context) -> None:
-    """Both matmuls and both relative position products."""
+    """Quantize both matmuls and both relative position products."""
     swap_class(module, QuantAttention)
     attach_rel_pos_matmuls(module, name, context)

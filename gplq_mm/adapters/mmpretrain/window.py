@@ -24,7 +24,7 @@ class QuantWindowMSAV2(CosineWindowAttention, WindowMSAV2):
     v_bias: Any
 
     def projected(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` -> ``(B, N, 3 * C)``; the bias has no part for the keys."""
+        """``(B, N, C)`` -> ``(B, N, 3 * C)``; the keys have no bias."""
         bias = None
         if self.q_bias is not None:
             bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
@@ -37,4 +37,4 @@ register_attention({WindowMSAV2: QuantWindowMSAV2}, POSITION_MLP)
 
 @register_handler(ShiftWindowMSA)
 def pass_through(module: Any, name: str, context: Context) -> None:
-    """It only shifts and partitions: its child ``w_msa`` is the attention."""
+    """The module only shifts and partitions: its child ``w_msa`` is the attention."""

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""XCiT: attention of channels, attention of the class token."""
+"""XCiT: attention between channels, attention of the class token."""
 
 from typing import Any
 
@@ -55,4 +55,4 @@ register_attention({XCA: QuantXCA, ClassAttntion: QuantClassAttntion})
 
 @register_handler(XCABlock, ClassAttentionBlock)
 def pass_through(module: Any, name: str, context: Context) -> None:
-    """Its child ``attn`` is the attention."""
+    """The child ``attn`` is the attention."""

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Attention to all tokens: ViT, DeiT, EVA, BEiT; where timm fuses it, it is written out."""
+"""Attention between all tokens: ViT, DeiT, EVA, BEiT; fused attention becomes two matmuls."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from ...modules.attention import added
 
 
 class AttentionProducts:
-    """Mixin: both products as modules, and what timm's classes do after them."""
+    """Mixin: both products as modules, and the steps of timm's classes after them."""
 
     qk_matmul: Any
     pv_matmul: Any
@@ -39,7 +39,7 @@ class AttentionProducts:
         return self.proj_drop(self.proj(x if gate is None else x * gate))
 
     def gate_of(self, x: Tensor) -> Tensor | None:
-        """Factor of the output where the class has a gate, ``(B, N, C)``."""
+        """Factor of the output if the class has a gate, ``(B, N, C)``."""
         gate = getattr(self, 'gate', None)
         return None if gate is None else gate(x).sigmoid()
 
@@ -50,7 +50,7 @@ class AttentionProducts:
 
 
 def masks(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> tuple[Tensor, ...]:
-    """What is added to the logits of tokens ``(B, N, C)``; ``is_causal`` goes first in timm."""
+    """Mask added to the logits of tokens ``(B, N, C)``; ``is_causal`` wins, as in timm."""
     if is_causal:
         return (x.new_full((x.shape[1], x.shape[1]), float('-inf')).triu_(1),)
     return () if attn_mask is None else (attn_mask,)
@@ -93,7 +93,7 @@ class QuantEvaAttention(AttentionProducts, eva.EvaAttention):
         return [la(x).reshape(B, N, self.num_heads, -1).transpose(1, 2) for la in layers]
 
     def _rotated(self, x: Tensor, rope: Tensor) -> Tensor:
-        """All but the prefix tokens of ``(B, heads, N, D)``, rotated."""
+        """Apply rotary position embedding to all but the prefix tokens of ``(B, heads, N, D)``."""
         first, half = self.num_prefix_tokens, getattr(self, 'rotate_half', False)
         options = {'half': True} if half else {}
         rotated = apply_rot_embed_cat(x[:, :, first:, :], rope, **options)
@@ -128,5 +128,5 @@ register_attention(
     )
 )
 def keep_products_float(module: Any, name: str, context: Context) -> None:
-    """Their layers are children; the attention is part of the block's own forward."""
+    """The layers are children; the attention is part of the block's own forward and stays float."""
     context.keep_float(child_name(name, 'matmuls'), f'no handler for {type(module).__name__}')

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Feed-forward networks, and which layers give the class scores."""
+"""Feed-forward networks, and the layers that compute the class scores."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ PREDICTORS = r'^(head|head_dist|fc)$'
 
 
 class QuantMlp(FeedForward, Mlp):
-    """``Mlp`` as one operator, where the engine says so."""
+    """``Mlp`` as one operator, if the engine fuses it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., C)`` -> same."""
@@ -28,5 +28,5 @@ register_ffn(Mlp, QuantMlp)
 
 @register_roles(vision_transformer.VisionTransformer, beit.Beit, eva.Eva, ClassifierHead)
 def give_predictor_roles(module: Any, name: str, context: Context) -> None:
-    """``predictor`` to the layers that give the class scores."""
+    """Set ``predictor`` for the layers that compute the class scores."""
     set_predictor_roles(module, name, context, PREDICTORS)

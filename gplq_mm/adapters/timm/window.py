@@ -17,7 +17,7 @@ class QuantWindowAttentionV2(CosineWindowAttention, swin_transformer_v2.WindowAt
     """``WindowAttention`` of Swin V2 (cosine attention) with quantized matmuls."""
 
     def projected(self, x: Tensor) -> Tensor:
-        """``(B, N, C)`` -> ``(B, N, 3 * C)``; the bias has no part for the keys."""
+        """``(B, N, C)`` -> ``(B, N, 3 * C)``; the keys have no bias."""
         return biased_qkv(self, x)
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Hooks: each says when, none computes."""
+"""Hooks: they say when a step runs; its computation is elsewhere."""
 
 from .gplq_hook import GPLQHook
 

@@ -27,9 +27,9 @@ from ..teacher import mimic_state
 class GPLQHook(Hook):
     """Run GPLQ around the ordinary training loop.
 
-    Before training: calibration, FP32 score. Training is stage 1. After it:
+    Before training: calibration, FP32 score. Training is stage 1. After training:
     stage 2, final score, report, ``gplq_final.pth``. Metrics keep their own names;
-    stock validation, ``save_best`` and checkpoints go on as ever.
+    MMEngine's validation, ``save_best`` and checkpoints work as usual.
 
     Args:
         evaluate_fp32: Score the FP32 model first (the report's first column).
@@ -48,7 +48,7 @@ class GPLQHook(Hook):
         self.mimic: dict[str, Any] = {}
 
     def before_run(self, runner: Runner) -> None:
-        """Check what can be checked before long work.
+        """Check config, checkpoint and data before long work.
 
         Raises:
             ValueError: If there is no FP32 checkpoint, or calibration cannot work.
@@ -70,11 +70,11 @@ class GPLQHook(Hook):
         self.session = GPLQSession(runner, resumed=runner._resume)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Refuse weights that do not fit.
+        """Refuse weights that do not fit the model.
 
         Raises:
-            ValueError: See ``load_float_`` and ``check_quantized``; or if a training
-                resumes from what is no training state, or begins with quantized weights.
+            ValueError: See ``load_float_`` and ``check_quantized``; or if a training resumes
+                from a file without training state, or begins with quantized weights.
         """
         model = unwrap(runner.model)
         if self.session is not None:
@@ -114,7 +114,7 @@ class GPLQHook(Hook):
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
         """Keep the latest stage-1 metrics."""
-        if self.session is not None and metrics is not None:  # {} where nothing was found
+        if self.session is not None and metrics is not None:  # {} if nothing was detected
             self.session.record_stage1(metrics)
 
     def after_train(self, runner: Runner) -> None:
@@ -123,13 +123,13 @@ class GPLQHook(Hook):
         self.session.finish(self.source)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
-        """Let the recipe and the FP32 checkpoint's identity travel along."""
+        """Store the recipe and the FP32 checkpoint's identity in the checkpoint."""
         checkpoint['gplq'] = record(unwrap(runner.model), self.stage, self.source)
         checkpoint['gplq']['random_state'] = random_state()
         checkpoint['gplq']['mimic'] = mimic_state(unwrap(runner.model))
 
     def before_test(self, runner: Runner) -> None:
-        """Say what is quantized."""
+        """Log how many quantizers are active."""
         log_active_quantizers(unwrap(runner.model))
 
     def _choose_weights(self, runner: Runner) -> None:
@@ -140,7 +140,9 @@ class GPLQHook(Hook):
                 return
             self.source = recall_source(runner.work_dir)
             if self.source:
-                print_log('nothing to resume yet; starting from FP32 again', logger='current')
+                print_log(
+                    'no checkpoint to resume from; starting from FP32 again', logger='current'
+                )
                 runner._resume, runner._load_from = False, self.source['path']
         if not runner._load_from:
             raise ValueError(
@@ -157,7 +159,7 @@ def _require_right_kind(checkpoint: Mapping[str, Any], resume: bool) -> None:
     if not resume and quantized:
         raise ValueError(
             'the checkpoint is quantized already, GPLQ starts from a float model; give its FP32 '
-            'checkpoint with load_from, or go on with --resume'
+            'checkpoint with load_from, or continue with --resume'
         )
     if resume and not (quantized and 'epoch' in checkpoint.get('meta', {})):
         raise ValueError(

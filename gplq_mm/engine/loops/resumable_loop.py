@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""An epoch-based loop that goes on in the middle of an epoch."""
+"""An epoch-based loop that can resume in the middle of an epoch."""
 
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop
@@ -9,13 +9,12 @@ from ...registry import LOOPS
 
 @LOOPS.register_module()
 class ResumableEpochLoop(EpochBasedTrainLoop):
-    """MMEngine's epoch-based loop, exact when resumed between two epochs' ends.
+    """MMEngine's epoch-based loop with exact resume in the middle of an epoch.
 
     MMEngine starts the epoch again and counts its iterations twice. This loop
-    draws the batches that were already trained on (the workers' random streams
-    advance with them) and goes on with the next one. Together with ``GPLQHook``,
-    which restores the main process's random state at that point, the resumed run
-    equals the uninterrupted one bit for bit on CPU.
+    draws the batches that were already trained on (the workers' random streams advance with them)
+    and continues with the next one. Together with ``GPLQHook``, which restores the main process's
+    random state at that point, the resumed run equals the uninterrupted one bit for bit on CPU.
 
     Use it with iteration checkpoints::
 
@@ -24,13 +23,13 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
     """
 
     def run_epoch(self) -> None:
-        """One epoch, or what is left of it."""
+        """Run one epoch, or the rest of it."""
         done = self._iter - self._epoch * len(self.dataloader)
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         batches = enumerate(self.dataloader)
         if done > 0:
-            print_log(f'going on after batch {done} of epoch {self._epoch + 1}', logger='current')
+            print_log(f'continuing after batch {done} of epoch {self._epoch + 1}', logger='current')
             for _ in range(done):
                 next(batches)
             self.runner.call_hook('after_fast_forward')

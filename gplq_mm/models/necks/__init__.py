@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Necks that the shipped configs need and the mmdet wheel lacks."""
+"""Necks of the shipped configs that the mmdet wheel does not have."""
 
 from gplq_mm.compat import is_installed
 

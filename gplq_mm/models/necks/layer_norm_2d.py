@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Layer normalization over the channels of an image-shaped tensor."""
+"""Layer normalization over the channels of a feature map."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ class LayerNorm2d(nn.LayerNorm):
 
     Args:
         num_channels: Number of channels C.
-        eps: Added to the variance. mmcv's ``build_norm_layer`` passes 1e-5
-            where the config has none.
+        eps: Added to the variance. mmcv's ``build_norm_layer`` passes 1e-5 if the config has
+            none.
 
     Raises:
         ValueError: If ``num_channels`` is not positive.

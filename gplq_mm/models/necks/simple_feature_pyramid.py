@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The neck of ViTDet: a pyramid made from the last map of a plain ViT."""
+"""The neck of ViTDet: a pyramid computed from the last feature map of a plain ViT."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from gplq_mm.registry import MODELS
 class SimpleFeaturePyramid(BaseModule):
     """Strides 4, 8, 16 and 32 from one map of stride 16, with no top-down path.
 
-    Same numbers and same state-dict keys as ``SimpleFPN`` of mmdet's
+    Same outputs and same state-dict keys as ``SimpleFPN`` of mmdet's
     ``projects/ViTDet``, so its checkpoints load.
 
     Source: Li et al., "Exploring Plain Vision Transformer Backbones for Object
@@ -25,7 +25,7 @@ class SimpleFeaturePyramid(BaseModule):
         backbone_channel: Channels C of the backbone's map, a multiple of 4.
         out_channels: Channels of each output map.
         num_outs: Number of output maps; those beyond the pyramid's levels are
-            made by subsampling the last one.
+            subsampled from the last one.
         in_channels: Channels of the levels before the lateral convolutions.
             They follow from C, ``[C / 4, C / 2, C, C]``; fewer entries make
             fewer levels.
@@ -85,7 +85,7 @@ class SimpleFeaturePyramid(BaseModule):
         )
 
     def forward(self, inputs: Tensor | Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Make the pyramid.
+        """Compute the pyramid.
 
         Args:
             inputs: Feature map ``(B, C, H, W)``, or the sequence of one such map
@@ -96,7 +96,7 @@ class SimpleFeaturePyramid(BaseModule):
             H / 2, H / 4, ... of the input's (stride 4, 8, 16, 32, 64, ...).
 
         Raises:
-            ValueError: If ``inputs`` holds more or less than one map.
+            ValueError: If ``inputs`` is not exactly one map.
         """
         if not isinstance(inputs, Tensor):
             if len(inputs) != 1:
@@ -118,7 +118,7 @@ class SimpleFeaturePyramid(BaseModule):
 
 
 def _level_channels(backbone_channel: int, in_channels: Sequence[int] | None) -> list[int]:
-    """Channels of each level, checked against those the branches produce."""
+    """Channels of each level, checked against those that the branches produce."""
     if backbone_channel < 4 or backbone_channel % 4:
         raise ValueError(f'backbone_channel must be a multiple of 4, got {backbone_channel}')
     made = [backbone_channel // 4, backbone_channel // 2, backbone_channel, backbone_channel]
@@ -126,7 +126,7 @@ def _level_channels(backbone_channel: int, in_channels: Sequence[int] | None) ->
         return made
     if not in_channels or list(in_channels) != made[: len(in_channels)]:
         raise ValueError(
-            f'in_channels must be {made} (or begin so) for backbone_channel={backbone_channel}, '
-            f'got {list(in_channels)}; leave it out to have it derived'
+            f'in_channels must be {made} (or the first of these) for '
+            f'backbone_channel={backbone_channel}, got {list(in_channels)}; or leave it out'
         )
     return list(in_channels)
