@@ -12,7 +12,7 @@ from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from ..compat import check_versions, is_installed
+from ..compat.installed import check_versions, is_installed
 from ..conversion import PRESETS, resolve_recipe
 from ..engine.launch import load_config
 from ..engine.preflight import (

@@ -1,0 +1,2 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Which libraries are installed, and what we use of their internals: one file per library."""
