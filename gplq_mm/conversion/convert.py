@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.torch import ConvNd
 from ..modules import QuantizedLayer
 from ..quantizers import FakeQuantizer
 from ..recipe import Recipe, RecipeLike, RuleBook, as_recipe, in_scope
@@ -92,7 +93,7 @@ class _Conversion:
         handler = find_handler(module)
         if handler is not None:
             handler(module, name, self)
-        elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Bilinear):
+        elif isinstance(module, ConvNd | nn.Linear | nn.Bilinear):
             cls = type(module)
             self.keep_float(name, f'no handler for {cls.__module__}.{cls.__qualname__}')
         elif _ATTENTION.search(type(module).__name__):

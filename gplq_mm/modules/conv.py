@@ -1,48 +1,12 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """QuantConv2d and QuantConvTranspose2d."""
 
-from typing import Any
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat.torch import convolution_backward, convolve, output_padding
 from ..quantizers.functional import positive_scale
 from .layer import QuantizedLayer
-
-
-def convolution_gradients(
-    layer: Any,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    wanted: tuple[bool, bool],
-    output_padding: list[int],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a convolution's input and weight.
-
-    Args:
-        layer: Gives stride, padding, dilation and groups.
-        grad: Gradient of the output, ``(B, C_out, H', W')``.
-        x: Input, ``(B, C_in, H, W)``.
-        weight: The weight that was used.
-        wanted: Whether the gradient of the input and of the weight is wanted.
-        output_padding: Of a transposed convolution, else zeros.
-    """
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        None,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.transposed,
-        output_padding,
-        layer.groups,
-        [*wanted, False],
-    )
-    return grad_x, grad_weight
 
 
 class QuantConv2d(QuantizedLayer, nn.Conv2d):
@@ -58,7 +22,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution; padding zeros are code 0."""
-        return self._conv_forward(x, weight, bias)
+        return convolve(self, x, weight, bias)
 
     @property
     def can_pack(self) -> bool:
@@ -69,7 +33,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """As in the base class."""
-        return convolution_gradients(self, grad, x, weight, (of_x, of_weight), [0, 0])
+        return convolution_backward(self, grad, x, weight, (of_x, of_weight), [0, 0])
 
     def product_depth(self) -> int:
         """Elements of one output channel's kernel."""
@@ -108,7 +72,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
             bias,
             self.stride,
             self.padding,  # type: ignore[arg-type]
-            self._padding_behind(x),
+            output_padding(self, x, self._output_size),
             self.groups,
             self.dilation,
         )
@@ -129,19 +93,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
                 strict=True,
             )
         ]
-        return convolution_gradients(self, grad, x, weight, (of_x, of_weight), behind)
-
-    def _padding_behind(self, x: Tensor) -> list[int]:
-        """Output padding that gives the requested output size."""
-        return self._output_padding(
-            x,
-            self._output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            2,
-            self.dilation,  # type: ignore[arg-type]
-        )
+        return convolution_backward(self, grad, x, weight, (of_x, of_weight), behind)
 
     def product_depth(self) -> int:
         """Upper bound: all input channels of a group times the kernel."""

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat.torch import has_hooks, own_tensor
 from ..quantizers.first_order import first_order_only
 from ..quantizers.grid import Operand
 from ..quantizers.packed_codes import (
@@ -22,7 +23,6 @@ from ..quantizers.packed_codes import (
 )
 from .autocast import autocast_state
 from .engine import EngineUser, packs
-from .fused_layer import own_tensor
 from .linear import QuantLinear
 
 ACTIVATIONS = (nn.GELU, nn.ReLU, nn.ReLU6, nn.SiLU, nn.Hardswish, nn.LeakyReLU)
@@ -186,19 +186,10 @@ def _can_recompute(first: Any, act: nn.Module, drops: Sequence[nn.Module], secon
         return False
     if not all(_is_identity(drop) for drop in drops):
         return False
-    return not any(_has_hooks(m) for m in (first, act, *drops, second))
+    return not has_hooks((first, act, *drops, second))
 
 
 def _is_identity(module: nn.Module) -> bool:
     if isinstance(module, nn.Dropout):
         return module.p == 0 or not module.training
     return isinstance(module, nn.Identity)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..compat.torch import own_tensor
 from ..quantizers import FakeQuantizer
 from ..quantizers.first_order import first_order_only
 from ..quantizers.grid import Operand
@@ -105,11 +106,6 @@ class _PackedProduct(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         grad_scale = operand.gradient(grad_scale, parameter, steps.scale)
         return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
-
-
-def own_tensor(x: Tensor) -> Tensor:
-    """``x`` as no view of another tensor: an output that in-place operations may change."""
-    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype | None) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import LoadsState, version_of
 from .grid import Grid, Operand, row_grid
 from .learned_scale import (
     centered_codes_ste,
@@ -27,7 +28,7 @@ class UncalibratedError(RuntimeError):
     """A quantizer was asked to quantize before it had a scale."""
 
 
-class FakeQuantizer(nn.Module):
+class FakeQuantizer(LoadsState):
     """Quantize and dequantize a tensor on a grid of ``2 ** num_bits`` values a scale.
 
     It is in one of three conditions: observing (``observer`` is set; passes its
@@ -136,7 +137,11 @@ class FakeQuantizer(nn.Module):
             axis = torch.tensor(self.spec.granularity.axis, dtype=torch.int8)
             self.register_buffer('row_axis', axis.to(self.zero_point.device))
         else:
-            self._buffers.pop('row_axis', None)
+            self._drop_buffer('row_axis')
+
+    def _drop_buffer(self, name: str) -> None:
+        if hasattr(self, name):
+            delattr(self, name)
 
     def _register_levels(self) -> None:
         """The table of a logarithmic code, or none."""
@@ -144,7 +149,7 @@ class FakeQuantizer(nn.Module):
             levels = default_levels(self.spec.log_code, self.spec.num_bits)
             self.register_buffer('levels', levels.to(self.zero_point.device))
         else:
-            self._buffers.pop('levels', None)
+            self._drop_buffer('levels')
 
     @torch.no_grad()
     def set_spec(self, spec: QuantSpec) -> None:
@@ -222,7 +227,7 @@ class FakeQuantizer(nn.Module):
         grid = Grid(*self.spec.quant_range, 0.0, levels=self.levels if self.spec.is_log else None)
         if self.follows_rows:
             return Operand(row_grid(grid), over, factor, self.spec)
-        key = (self.zero_point.data_ptr(), self.zero_point._version)
+        key = (self.zero_point.data_ptr(), version_of(self.zero_point))
         if self._offset is None or self._offset[0] != key:  # read once: it costs a device sync
             values = self.zero_point.unique()
             self._offset = key, float(values) if len(values) == 1 else None
@@ -293,9 +298,12 @@ class FakeQuantizer(nn.Module):
                 "by gplq_mm, or train with custom_hooks=[dict(type='gplq_mm.GPLQHook')]"
             )
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def before_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse codes of another range; take the form that the stored state has.
+
+        Raises:
+            ValueError: The state was quantized to other codes, or is of another form.
+        """
         loaded = state_dict.get(prefix + 'quant_range')
         if self.kind == 'weight' and not bool(state_dict.get(prefix + 'calibrated', True)):
             # a weight that is still float has no codes: stage 2 may give it other bits
@@ -309,7 +317,9 @@ class FakeQuantizer(nn.Module):
         if self.kind == 'activation':
             self.take_form_of(state_dict, prefix)
             require_same_form(self.state_dict(), state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Know without a device sync whether the quantizer is calibrated."""
         if prefix + 'calibrated' in state_dict:
             self._is_calibrated = bool(self.calibrated)
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...compat.torch import padding_of_input
 from ...modules import QuantConv2d, QuantConvTranspose2d, QuantizedLayer
 from ...modules.exact import FLOAT32_EXACT, max_code
 
@@ -76,7 +77,7 @@ def _unfolded(layer: QuantConv2d, x: Tensor) -> Iterator[Tensor]:
     """Strips of output rows, so that the unfolded input stays small."""
     x = x[None] if x.dim() == 3 else x
     mode = 'constant' if layer.padding_mode == 'zeros' else layer.padding_mode
-    x = F.pad(x, list(layer._reversed_padding_repeated_twice), mode=mode)
+    x = F.pad(x, padding_of_input(layer), mode=mode)
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
     height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
     width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
