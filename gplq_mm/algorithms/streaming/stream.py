@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compat.torch import version_of
-from ..calibration import RunPass
+from ..passes import RunPass
 from .calls import Call, CallStore
 from .interception import Reached, intercepted, run_until_reached
 from .units import Unit
