@@ -2,6 +2,8 @@
 """``convert_``: attach quantizers to a float model, in place."""
 
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -173,6 +175,19 @@ def set_quantization(model: nn.Module, enabled: bool, kind: str | None = None) -
     """Switch all quantizers of a kind on or off; off equals the float model bit for bit."""
     for quantizer in quantizers(model, kind).values():
         quantizer.enabled = enabled
+
+
+@contextmanager
+def floating(chosen: Iterable[FakeQuantizer]) -> Iterator[None]:
+    """While open, some quantizers pass their input through; restored at the end."""
+    before = [(quantizer, quantizer.enabled) for quantizer in chosen]
+    try:
+        for quantizer, _ in before:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer, enabled in before:
+            quantizer.enabled = enabled
 
 
 def _check_scope(model: nn.Module, scope: tuple[str, ...]) -> None:

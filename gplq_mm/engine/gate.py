@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ..algorithms.added_bits import ADD_BITS
 from ..algorithms.evaluating import evaluating
-from ..algorithms.gate import WEIGHTS, RoleError, StartFigures, StartMeter, StartOutputs, floating
-from ..conversion import quantizers
+from ..algorithms.gate import WEIGHTS, RoleError, StartFigures, StartMeter, StartOutputs
+from ..conversion import floating, quantizers
 from ..evaluation import format_start, format_table
 from ..recipe import GateSettings
 from .calibration_data import CalibrationSet
