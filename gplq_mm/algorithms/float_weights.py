@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..modules import QuantizedLayer
+from .stage1_optimizer import SCALE_KEY
 
 
 def copy_weights(layers: Mapping[str, QuantizedLayer]) -> dict[str, nn.Parameter]:
@@ -23,13 +24,12 @@ def copy_biases(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
     return {n: la.bias.detach().clone() for n, la in layers.items() if la.bias is not None}
 
 
-def copy_norms(model: nn.Module) -> dict[nn.Parameter, Tensor]:
-    """Copies of the weights and biases of the normalizations, by parameter."""
+def copy_vectors(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Copies of biases, normalization parameters and LayerScale, by parameter."""
     return {
         parameter: parameter.detach().clone()
-        for module in model.modules()
-        if isinstance(module, nn.LayerNorm | nn.GroupNorm)
-        for parameter in module.parameters(recurse=False)
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 and SCALE_KEY not in name
     }
 
 
@@ -49,7 +49,7 @@ def float_weights(
         layers: The layers whose weights stage 2 quantized.
         weights: What ``copy_weights`` returned before stage 2 wrote codes.
         biases: What ``copy_biases`` returned then; None where biases did not change.
-        norms: What ``copy_norms`` returned then; None where normalizations did not change.
+        norms: What ``copy_vectors`` returned then; None where normalizations did not change.
     """
     own = {layers[name].bias: value for name, value in (biases or {}).items() if name in layers}
     wanted = {p: v for p, v in {**own, **(norms or {})}.items() if not torch.equal(p, v)}

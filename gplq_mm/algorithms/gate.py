@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """How far a calibrated model is from the float one, and which roles cost most of it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -82,7 +82,7 @@ class StartMeter:
         model: Converted model, calibrated, in evaluation mode.
         forward: Outputs for one batch.
         batches: This rank's batches with their number over all ranks, the same every call.
-        as_float: State in which the model is the float one.
+        as_float_model: State in which the model is the float one.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class StartMeter:
         model: nn.Module,
         forward: Callable[[Any], StartOutputs],
         batches: Callable[[], Iterable[tuple[int, Any]]],
-        as_float: State,
+        as_float_model: State,
     ) -> None:
         self.model = model
         self.forward = forward
         self.batches = batches
-        self.as_float = as_float
+        self.as_float = as_float_model
 
     def figures(self) -> StartFigures:
         """Figures of the model as it is, the same on all ranks."""
@@ -133,6 +133,24 @@ def active_roles(model: nn.Module) -> dict[str, list[FakeQuantizer]]:
             role = quantizer.role if quantizer.kind == 'activation' else WEIGHTS
             groups.setdefault(role, []).append(quantizer)
     return groups
+
+
+@contextmanager
+def as_float_model(model: nn.Module, float_state: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, a converted model is the float one; restored at the end.
+
+    Args:
+        model: Converted model.
+        float_state: FP32 weights by their names in the model: its own may be others by now.
+    """
+    own = model.state_dict()
+    kept = {k: own[k].clone() for k in float_state}
+    model.load_state_dict(float_state, strict=False)
+    try:
+        with floating(quantizers(model).values()):
+            yield
+    finally:
+        model.load_state_dict(kept, strict=False)
 
 
 def _opener(chosen: Sequence[FakeQuantizer]) -> State:

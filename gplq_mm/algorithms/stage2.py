@@ -13,10 +13,10 @@ from torch import nn
 from ..conversion import quantized_layers
 from ..modules import QuantizedLayer
 from ..quantizers import UncalibratedError
-from ..recipe import RecipeLike, as_recipe
+from ..recipe import RecipeLike, ptq_of
 from .compensation import attach_compensation, compensation_cost
 from .evaluating import evaluating
-from .float_weights import copy_biases, copy_norms, copy_weights
+from .float_weights import copy_biases, copy_vectors, copy_weights
 from .passes import Progress, RunPass
 from .qwt import BlockResult, QwT
 from .stage2_recipe import resolve_compensation
@@ -81,7 +81,7 @@ def prepare_stage2(model: nn.Module, recipe: RecipeLike) -> list[str]:
         ValueError: If the recipe names an unknown algorithm or option, or blocks
             that do not exist.
     """
-    algorithms = build_weight_ptq(as_recipe(recipe).weight.ptq)
+    algorithms = build_weight_ptq(ptq_of(recipe))
     options = resolve_compensation(model, recipe)
     names = [] if options is None else attach_compensation(model, options['blocks'])
     for algorithm in algorithms:
@@ -108,7 +108,8 @@ def run_stage2(
             algorithms with ``needs_data``.
         progress: Called as ``progress(name, index, total)`` before each step.
         logger: Gets one line a part.
-        **task_options: ``seed``, ``folder``, ``data_key`` and ``budget_bytes`` of ``PTQTask``.
+        **task_options: ``seed``, ``folder``, ``data_key``, ``budget_bytes``, ``float_model`` and
+            ``more_images`` of ``PTQTask``.
 
     Returns:
         Errors and costs.
@@ -120,7 +121,7 @@ def run_stage2(
         UncalibratedError: If an input scale that folds into a weight is missing.
     """
     start = time.perf_counter()
-    algorithms = build_weight_ptq(as_recipe(recipe).weight.ptq)
+    algorithms = build_weight_ptq(ptq_of(recipe))
     options = resolve_compensation(model, recipe)
     layers = quantized_layers(model)
     _check(layers, algorithms, options is not None, run_pass)
@@ -130,7 +131,7 @@ def run_stage2(
     with evaluating(model):
         for name, layer in trained.items():
             write_nearest(layer, weights[name])
-        norms = copy_norms(model)
+        norms = copy_vectors(model)
         task = PTQTask(model, rest, weights, run_pass, progress, biases, norms, **task_options)
         if rest:
             for algorithm in algorithms:

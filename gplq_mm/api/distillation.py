@@ -65,7 +65,7 @@ class Distillation:
         multi_label: bool = False,
     ) -> None:
         self.state = require_stage(model, (CALIBRATED, STAGE1))
-        _require_teacher(model, teacher)
+        require_teacher(model, teacher)
         self.model, self.teacher = model, teacher.requires_grad_(False).eval()
         self.loader, self.multi_label = loader, multi_label
         self._terms: list[Any] | None = None
@@ -256,7 +256,12 @@ def _inputs_kept(layers: dict[str, nn.Module], found: dict[str, Tensor]) -> Iter
             handle.remove()
 
 
-def _require_teacher(model: nn.Module, teacher: nn.Module) -> None:
+def require_teacher(model: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher that is no float model.
+
+    Raises:
+        ValueError: If it is the model itself, or quantized.
+    """
     if teacher is model or quantizers(teacher):
         raise ValueError(
             'the teacher is quantized itself; write teacher = copy.deepcopy(model) before '

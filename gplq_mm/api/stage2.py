@@ -1,14 +1,18 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """``gplq_mm.quantize_weights``: stage 2."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from ..algorithms.gate import as_float_model
 from ..algorithms.stage2 import Stage2Result, run_stage2
 from .calibration import passes
-from .inputs import ForwardLoop
+from .distillation import require_teacher
+from .inputs import ForwardLoop, collect
 from .model_state import CALIBRATED, LOGGER, STAGE1, STAGE2, require_stage
 
 
@@ -17,6 +21,7 @@ def quantize_weights(
     loader: Iterable[Any] | None = None,
     *,
     forward_loop: ForwardLoop | None = None,
+    teacher: nn.Module | None = None,
 ) -> Stage2Result:
     """Put the weights on their grid, in place, as the recipe's ``weight.ptq`` says.
 
@@ -24,6 +29,8 @@ def quantize_weights(
         model: Of ``gplq_mm.quantize``, calibrated, trained or not.
         loader: Images, see ``gplq_mm.calibrate``; GPTQ, which our presets use, needs them.
         forward_loop: In place of a loader, see ``gplq_mm.calibrate``.
+        teacher: The float model, whose features ``finetune`` aims at; those of the stage-1
+            model without it. Give a loader of more images then: it takes up to 1 024.
 
     Returns:
         Error of each layer's weight (``result.summary``), and what compensation found.
@@ -35,13 +42,40 @@ def quantize_weights(
     """
     state = require_stage(model, (CALIBRATED, STAGE1))
     settings: Any = state.recipe.calibration  # its auto is settled
-    run_pass = None
+    run_pass = more_images = None
     if loader is not None or forward_loop is not None:
         number = state.recipe.after_training.num_images
         if number is not None:  # as many as the recipe says, or all
             settings = settings.change(all_if_fewer=True)
         wanted = number or settings.num_images
         run_pass, _ = passes(model, loader, forward_loop, settings, wanted)
-    result = run_stage2(model, state.recipe, run_pass, logger=LOGGER, seed=settings.seed)
+    if loader is not None:
+        more_images = partial(_more_images, model, loader, settings.batch_size)
+    result = run_stage2(
+        model,
+        state.recipe,
+        run_pass,
+        logger=LOGGER,
+        seed=settings.seed,
+        float_model=None if teacher is None else _float_model(model, teacher),
+        more_images=more_images,
+    )
     state.stage = STAGE2
     return result
+
+
+def _float_model(
+    model: nn.Module, teacher: nn.Module
+) -> Callable[[], AbstractContextManager[None]]:
+    """What opens the teacher's weights in the model."""
+    require_teacher(model, teacher)
+    own = model.state_dict()
+    state = {k: v.to(own[k].device) for k, v in teacher.state_dict().items() if k in own}
+    return partial(as_float_model, model, state)
+
+
+def _more_images(
+    model: nn.Module, loader: Iterable[Any], batch_size: int, number: int
+) -> Callable[[], None]:
+    """A pass over up to so many images of the loader."""
+    return collect(loader, number, batch_size).run_pass(model)

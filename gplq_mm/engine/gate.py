@@ -2,9 +2,9 @@
 """The gate before stage 1: is the calibrated model a start that training can repair?"""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +13,14 @@ from torch import Tensor
 
 from ..algorithms.added_bits import ADD_BITS
 from ..algorithms.evaluating import evaluating
-from ..algorithms.gate import WEIGHTS, RoleError, StartFigures, StartMeter, StartOutputs
-from ..conversion import floating, quantizers
+from ..algorithms.gate import (
+    WEIGHTS,
+    RoleError,
+    StartFigures,
+    StartMeter,
+    StartOutputs,
+    as_float_model,
+)
 from ..evaluation import format_start, format_table
 from ..recipe import GateSettings
 from .calibration_data import CalibrationSet
@@ -81,7 +87,8 @@ class Gate:
         self.settings = settings
         self.images = calibration.following(settings.num_images)
         self.float_state = float_state
-        self.meter = StartMeter(model, self._outputs, self.images.numbered, self._as_float)
+        as_float_ = partial(as_float_model, model, float_state)
+        self.meter = StartMeter(model, self._outputs, self.images.numbered, as_float_)
 
     def measure(self) -> GateResult:
         """Figures of the model as it is, and of each role where they are above the limit."""
@@ -110,17 +117,6 @@ class Gate:
 
     def _outputs(self, batch: Any) -> StartOutputs:
         return start_outputs(self.model, batch)
-
-    @contextmanager
-    def _as_float(self) -> Iterator[None]:
-        own = self.model.state_dict()
-        fitted = {k: own[k].clone() for k in self.float_state}
-        self.model.load_state_dict(self.float_state, strict=False)
-        try:
-            with floating(quantizers(self.model).values()):
-                yield
-        finally:
-            self.model.load_state_dict(fitted, strict=False)
 
 
 def remedy(result: GateResult, action: str) -> str:

@@ -40,7 +40,7 @@ from ..algorithms.weight_ptq import GPTQ, SingleLayerGPTQ, WeightPTQ, layerwise_
 from ..conversion import quantized_layers
 from ..evaluation import MacCount, count_macs, read_json, write_json
 from ..quantizers import Observer
-from ..recipe import Recipe, plain, recipe_difference
+from ..recipe import Recipe, plain, ptq_of, recipe_difference
 from ..utils.checkpoint_io import read_checkpoint
 from .calibration_data import CalibrationSet
 from .checkpoint import check_quantized, file_sha256, is_quantized_checkpoint, load_float_, unwrap
@@ -119,7 +119,7 @@ class SensitivityRun:
     @cached_property
     def algorithms(self) -> list[WeightPTQ]:
         """How weights are rounded here: as stage 2 does it, but each layer for itself."""
-        rounding = layerwise_rounding(self.model.gplq.recipe.weight.ptq)
+        rounding = layerwise_rounding(ptq_of(self.model.gplq.recipe))
         gptq = rounding[0]
         if not isinstance(gptq, GPTQ):
             return rounding
@@ -246,7 +246,7 @@ def prepare(runner: Runner, checkpoint: str, options: SensitivityOptions) -> Sen
         'kinds': kinds,
         'images': [len(images.indices), len(images.batches), options.seed],
         'include_pinned': options.include_pinned,
-        'rounding': [a.name for a in layerwise_rounding(recipe.weight.ptq)],
+        'rounding': [a.name for a in layerwise_rounding(ptq_of(recipe))],
     }
     path = Path(runner.work_dir) / SENSITIVITY_NAME
     data = _known(path, settings, options.overwrite)

@@ -4,8 +4,9 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger, print_log
 from mmengine.runner import Runner
 
+from ..algorithms.gate import as_float_model
 from ..algorithms.stage2 import run_stage2
 from ..algorithms.weight_ptq import build_weight_ptq
 from ..algorithms.weight_ptq.registry import PTQConfig
 from ..conversion import quantizers
 from ..evaluation import REPORT_NAME
 from ..quantizers import integer_range
-from ..recipe import Recipe, RecipeLike, as_recipe, sets_bits
+from ..recipe import Recipe, RecipeLike, as_recipe, ptq_of, sets_bits
 from .calibration_data import CalibrationSet
 from .checkpoint import FINAL_NAME, record, save_snapshot, short_sha256, snapshot, unwrap
 from .evaluate import evaluate, validation_key
@@ -28,6 +30,7 @@ from .output_probe import OutputProbe
 from .progress import ProgressLog
 from .resources import StageMeter
 from .run_report import RunReport
+from .teacher import read_float
 
 UNITS_FOLDER = 'gplq_stage2_units'
 """Folder in the work dir for what a killed stage 2 has finished."""
@@ -71,6 +74,7 @@ def apply_stage2(
     # a folder of its own for each algorithm: one that is done leaves the others' units alone
     folder = os.path.join(runner.work_dir, UNITS_FOLDER, short_sha256(recipe.weight.as_dict()))
     probe = OutputProbe(model, images)
+    source = _source(runner)
     with StageMeter() as meter:
         run_pass = images.run_pass(model, 'stage 2')
         result = run_stage2(
@@ -82,6 +86,8 @@ def apply_stage2(
             seed=recipe.calibration.seed,
             folder=folder,
             data_key=short_sha256((images.paths, images.batches)),
+            float_model=_float_model(model, source),
+            more_images=partial(_more_images, model, images),
         )
     report.update('stage2', **result.as_dict(), sqnr_db=probe.sqnr_db())
     report.update('stage2', seconds=meter.seconds, peak_memory_bytes=meter.peak_memory_bytes)
@@ -124,7 +130,7 @@ def run(
     if bits is not None:
         set_weight_bits(model, bits)
         recipe = recipe.change(weight=recipe.weight.change(num_bits=bits))
-    build_weight_ptq(recipe.weight.ptq)
+    build_weight_ptq(ptq_of(recipe))
     calibration = CalibrationSet.of_recipe(runner.cfg, recipe)
     out = out or os.path.join(runner.work_dir, FINAL_NAME)
     report = RunReport(runner.work_dir, resume=True)
@@ -190,6 +196,24 @@ def _require_stage1(model: Any) -> None:
             f'{done[0]}: the weights are already quantized; load the stage-1 checkpoint, '
             'gplq_stage1.pth'
         )
+
+
+def _float_model(
+    model: Any, source: Mapping[str, Any]
+) -> Callable[[], AbstractContextManager[None]] | None:
+    """What opens the float model in a converted one; None where its checkpoint is gone."""
+    if not os.path.isfile(str(source.get('path', ''))):
+        return None
+    own = model.state_dict()
+    state = {k: v.to(own[k].device) for k, v in read_float(source).items() if k in own}
+    return partial(as_float_model, model, state)
+
+
+def _more_images(model: Any, images: CalibrationSet, number: int) -> Callable[[], None]:
+    """A pass over up to so many training images, in batches of the same size."""
+    found = min(number, len(images.dataset))
+    size = len(images.batches[0])
+    return images.sample(found, size, found, 'stage2').run_pass(model, 'stage 2, more images')
 
 
 def _source(runner: Runner) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Floor 1: the typed recipe, its presets, and the one check of what may be written."""
 
-from .auto_settings import AUTO, settle_auto, typical_width
+from .auto_settings import AUTO, ptq_of, settle_auto, typical_width
 from .former import former_base, former_counterpart, is_former
 from .match import RuleBook, in_scope, sets_bits
 from .mimic import MimicTerm, mimic_terms
@@ -44,6 +44,7 @@ __all__ = [
     'is_former',
     'mimic_terms',
     'plain',
+    'ptq_of',
     'recipe_difference',
     'resolve_recipe',
     'scope_prefixes',

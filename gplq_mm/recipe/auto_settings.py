@@ -68,6 +68,35 @@ def _of_width(width: float, is_former: bool) -> dict[tuple[str, str], Any]:
     return _PRETRAINED if width >= PRETRAINED_WIDTH else {}
 
 
+def auto_ptq(weight_bits: int, activation_bits: int, is_pretrained: bool) -> Any:
+    """What ``weight.ptq='auto'`` means: GPTQ, and fine-tuning after it for a pretrained model.
+
+    Args:
+        weight_bits: Below 3, with more for activations, rounding costs more than activations do:
+            the target is then that of stage 1 (``asymmetric``).
+        activation_bits: Of the recipe.
+        is_pretrained: Whether the model is a classifier that is taken for pretrained.
+
+    Examples:
+        >>> auto_ptq(4, 4, is_pretrained=False)
+        'gptq'
+    """
+    gptq: dict[str, Any] = {'type': 'gptq'}
+    if weight_bits < 3 <= activation_bits:
+        gptq['asymmetric'] = True
+    if is_pretrained:
+        return [{**gptq, 'guided': 0.5}, 'finetune']
+    return [gptq] if len(gptq) > 1 else 'gptq'
+
+
+def ptq_of(recipe: RecipeLike) -> Any:
+    """``weight.ptq`` of a recipe, for ``build_weight_ptq``; its ``auto`` as for a small model."""
+    found = as_recipe(recipe)
+    if found.weight.ptq != AUTO:
+        return found.weight.ptq
+    return auto_ptq(found.weight.num_bits, found.activation.num_bits, is_pretrained=False)
+
+
 def settle_auto(recipe: RecipeLike, is_detector: bool, width: float | None = None) -> Recipe:
     """The recipe with numbers in place of ``auto``.
 
@@ -93,6 +122,9 @@ def settle_auto(recipe: RecipeLike, is_detector: bool, width: float | None = Non
     values = dict(_DETECTOR if is_detector else _CLASSIFIER)
     if not is_detector and width is not None:
         values |= _of_width(width, is_former='scale_step' not in settled['optim'])
+    is_pretrained = not is_detector and width is not None and width >= PRETRAINED_WIDTH
+    bits = given.weight.num_bits, given.activation.num_bits
+    values[('weight', 'ptq')] = auto_ptq(*bits, is_pretrained)
     for (section, key), value in values.items():
         if settled[section].get(key) == AUTO:
             _settle(settled[section], key, value)

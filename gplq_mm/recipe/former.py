@@ -57,6 +57,8 @@ def former_counterpart(
     if activation['granularity'] == preset['granularity']:
         changed['granularity'] = made_with['activation']['granularity']
     former['activation'] = changed
+    if recipe['weight']['ptq'] == _NOW['weight']['ptq']:
+        former['weight'] = {**recipe['weight'], 'ptq': made_with['weight']['ptq']}
     former['rules'] = [*_BEFORE['rules'], *recipe['rules'][number:]]
     former['name'] = _former_name(recipe)
     return former

@@ -64,7 +64,8 @@ class WeightSettings(OperandSettings):
         'which values share a scale; per_channel: each output channel has its own'
     )
     ptq: str | dict[str, Any] | tuple[str | dict[str, Any], ...] = setting(
-        'algorithm of stage 2, or several in order; dict(type=NAME, ...) gives options',
+        'algorithm of stage 2, or several in order; dict(type=NAME, ...) gives options; '
+        'auto: gptq, with fine-tuning after it where a classifier is taken for pretrained',
         write="a name such as 'gptq', dict(type='gptq', ...), or a list of those",
     )
     qat: bool = setting('stage 1 trains weights on their grid; needs learn_scale', False)

@@ -73,6 +73,7 @@ def _ours() -> dict[str, Any]:
     recipe['calibration'].update(batch_size='auto', migrate=True, compensate=True)
     recipe['gate'] = {'num_images': 32, 'max_feature_error': 0.5, 'action': 'stop'}
     recipe['optim'].update(scale_step='relative', vector_lr='auto')
+    recipe['weight']['ptq'] = 'auto'
     return recipe
 
 
@@ -81,7 +82,7 @@ def _with_bits(base: dict[str, Any], weight: int, activation: int) -> dict[str, 
     recipe['name'] = f'w{weight}a{activation}'
     recipe['weight']['num_bits'] = weight
     recipe['activation']['num_bits'] = activation
-    if weight < 3 <= activation:  # the rounding of weights costs more than that of activations
+    if weight < 3 <= activation and recipe['weight']['ptq'] != 'auto':
         recipe['weight']['ptq'] = [{'type': 'gptq', 'asymmetric': True}]
     return recipe
 

@@ -62,11 +62,11 @@ def quantized_output(model: nn.Module) -> Tensor:
 
 def reparameterize(model: nn.Module, run: Any) -> Any:
     """RepQ alone, the weights left float."""
-    from gplq_mm.algorithms.float_weights import copy_biases, copy_norms, copy_weights
+    from gplq_mm.algorithms.float_weights import copy_biases, copy_vectors, copy_weights
     from gplq_mm.algorithms.weight_ptq import WEIGHT_PTQ, PTQTask
 
     layers = quantized_layers(model)
-    weights, biases, norms = copy_weights(layers), copy_biases(layers), copy_norms(model)
+    weights, biases, norms = copy_weights(layers), copy_biases(layers), copy_vectors(model)
     task = PTQTask(model, layers, weights, run, None, biases, norms)
     WEIGHT_PTQ['repq']().apply(task)
     return task

@@ -13,8 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gplq_mm.algorithms.calibration import calibrate_activations
+from gplq_mm.algorithms.float_weights import copy_weights
 from gplq_mm.algorithms.stage2 import run_stage2
-from gplq_mm.algorithms.weight_ptq import GPTQ
+from gplq_mm.algorithms.streaming import find_units
+from gplq_mm.algorithms.weight_ptq import GPTQ, PTQTask
+from gplq_mm.algorithms.weight_ptq.guidance import LOWEST, TokenWeights
+from gplq_mm.algorithms.weight_ptq.layout import CodeProducts
 from gplq_mm.algorithms.weight_ptq.stage1_target import Target, change
 from gplq_mm.conversion import convert_, quantized_layers, resolve_recipe
 from tests.helpers.tiny_blocks import (
@@ -285,3 +289,82 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
     model, run = stage1_stack()
     with pytest.raises(ValueError, match=message):
         quantize(model, run, **options)
+
+
+class FirstToken(nn.Module):
+    """Only the first token reaches the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[:, 0])
+
+
+def first_token_model() -> tuple[Any, Any, Tensor]:
+    torch.manual_seed(0)
+    data = torch.randn(24, 1, 9, 6)
+    data[:, :, 0] = data[:, :, 0] @ torch.randn(6, 6)  # another distribution than the rest
+    model = FirstToken().eval()
+    convert_(model, dict(base='w2a4', scope='all', activation=dict(granularity='per_tensor')))
+    run = run_pass(model, data)
+    calibrate_activations(model, run)
+    return model, run, data
+
+
+def test_guided_rounding_is_for_the_tokens_that_reach_the_features() -> None:
+    errors = {}
+    for guided in (0.0, 0.5, 1.0):
+        model, run, data = first_token_model()
+        with torch.no_grad():
+            wanted = [model.body(x)[:, 0] for x in data]
+            quantize(model, run, guided=guided)
+            found = [model.body(x)[:, 0] for x in data]
+        errors[guided] = float((torch.stack(found) - torch.stack(wanted)).square().sum())
+    assert max(errors[1.0], errors[0.5]) < errors[0.0]
+
+
+def test_weights_of_tokens_are_powers_of_two_and_zero_where_nothing_reaches_the_features() -> None:
+    model, run, _ = first_token_model()
+    layers = quantized_layers(model)
+    task = PTQTask(model, layers, copy_weights(layers), run)
+    with task.stage1():
+        found = TokenWeights(task, find_units(model, layers, run), 0.5)
+    levels = found.of_call('body', 3, 9)
+    assert levels is not None and levels[1:].unique().tolist() == [LOWEST]
+    assert -3 <= float(levels[0]) <= 0 and levels[0] == levels[0].round()
+    assert found.of_call('body', 3, 10) is None and found.of_call('other', 0, 9) is None
+
+
+@pytest.mark.parametrize('dtype_bits', [4, 8])
+def test_weighted_products_are_exact_sums(dtype_bits: int) -> None:
+    layer = one_layer('linear')[0][0]
+    codes = torch.randint(-7, 8, (1, 50, 6)).float()
+    other = torch.randint(-7, 8, (1, 50, 6)).float()
+    levels = torch.randint(-dtype_bits, 1, (50,)).float()
+    products = CodeProducts(layer, [(0, 4), (4, 6)], torch.device('cpu'))
+    products.add(codes, other, levels)
+    dense = (codes[0].double().T * levels.double().exp2()) @ other[0].double()
+    for total, part in zip(products.sums, (slice(0, 4), slice(4, 6)), strict=True):
+        assert torch.equal(total[0], dense[part, part])
+
+
+def test_guided_two_ranks_give_the_bits_of_one(tmp_path: Path) -> None:
+    ptq = dict(type='gptq', guided=0.5, asymmetric=True)
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    torch.multiprocessing.spawn(ptq_on_rank, (ptq, 2, port, str(tmp_path)), nprocs=2)
+    alone, plain = ptq_state(ptq, images(9)), ptq_state('gptq', images(9))
+    for rank in range(2):
+        state = torch.load(tmp_path / f'{rank}.pt', weights_only=True)
+        assert all(torch.equal(value, alone[key]) for key, value in state.items())
+    assert any(not torch.equal(value, alone[key]) for key, value in plain.items())
+
+
+@pytest.mark.parametrize('guided', [-0.1, 1.5])
+def test_a_power_out_of_range_is_refused(guided: float) -> None:
+    with pytest.raises(ValueError, match='write a power from 0 to 1'):
+        GPTQ(guided=guided)

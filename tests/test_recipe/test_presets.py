@@ -5,7 +5,7 @@ import pytest
 
 from gplq_mm.conversion import PRESETS, resolve_recipe
 from gplq_mm.quantizers import PerChannel, PerTensor, build_observer
-from gplq_mm.recipe import as_recipe, spec_from_settings
+from gplq_mm.recipe import as_recipe, ptq_of, settle_auto, spec_from_settings
 from gplq_mm.recipe.presets import FORMER_PRESETS
 
 
@@ -72,8 +72,19 @@ def test_resolving_hands_out_copies():
 
 
 def test_weights_of_two_bits_aim_at_the_stage_1_output_where_activations_have_more():
-    ptq = {name: resolve_recipe(name)['weight']['ptq'] for name in ('w2a4', 'w2a2', 'w3a3', 'w4a4')}
+    ptq = {name: ptq_of(name) for name in ('w2a4', 'w2a2', 'w3a3', 'w4a4')}
     assert ptq.pop('w2a4') == [{'type': 'gptq', 'asymmetric': True}]
     assert set(ptq.values()) == {'gptq'}
     own = resolve_recipe(dict(base='w2a4', weight=dict(ptq=dict(type='mse'))))
     assert own['weight']['ptq'] == {'type': 'mse'}
+
+
+@pytest.mark.parametrize('name', ['w4a4', 'w3a3', 'w2a4'])
+def test_a_pretrained_classifier_is_fine_tuned_after_guided_rounding(name: str) -> None:
+    gptq, last = settle_auto(name, is_detector=False, width=384).weight.ptq
+    asymmetric = {'asymmetric': True} if name == 'w2a4' else {}
+    assert gptq == {'type': 'gptq', 'guided': 0.5, **asymmetric} and last == 'finetune'
+    for small in (dict(is_detector=False, width=128), dict(is_detector=True, width=384)):
+        assert settle_auto(name, **small).as_dict()['weight']['ptq'] == ptq_of(name)
+    own = settle_auto(dict(base=name, weight=dict(ptq='mse')), is_detector=False, width=384)
+    assert own.weight.ptq == 'mse'

@@ -5,6 +5,7 @@ from .adaround import AdaRound
 from .base import PTQTask, RangePTQ, WeightPTQ, write_codes, write_nearest
 from .bias_correction import BiasCorrection
 from .brecq import BRECQ
+from .finetune import FineTuning
 from .global_reconstruction import GlobalReconstruction
 from .gptq import GPTQ
 from .minmax import MinMaxPTQ
@@ -23,6 +24,7 @@ __all__ = [
     'WEIGHT_PTQ',
     'AdaRound',
     'BiasCorrection',
+    'FineTuning',
     'GlobalReconstruction',
     'MinMaxPTQ',
     'PTQTask',

@@ -2,7 +2,7 @@
 """What a weight PTQ algorithm is, and how it writes its result into a layer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -43,6 +43,10 @@ class PTQTask:
         budget_bytes: Activations kept in memory; the rest lies on disk.
         notes: What an algorithm could not do, one line each; for the log.
         blocks: Results of side branches by block, see ``QwT``.
+        float_model: While open, the model is the float one; None where its weights are not at
+            hand.
+        more_images: Gives a pass like ``run_pass`` over up to so many training images; None
+            where there are no others.
     """
 
     model: nn.Module
@@ -59,6 +63,8 @@ class PTQTask:
     budget_bytes: int = 1 << 27
     notes: list[str] = field(default_factory=list)
     blocks: dict[str, Any] = field(default_factory=dict)
+    float_model: Callable[[], AbstractContextManager[None]] | None = None
+    more_images: Callable[[int], RunPass] | None = None
 
     def stage1(self) -> AbstractContextManager[None]:
         """While open, the layers are those of stage 1: float weights, quantized activations."""

@@ -2,8 +2,11 @@
 """GPTQ: round column by column, each error made up for by the columns not yet rounded.
 
 Source: arXiv 2210.17323, algorithm 1; the target of ``asymmetric`` is that of
-arXiv 2504.02692 (GPTAQ), equation 5, in closed form.
+arXiv 2504.02692 (GPTAQ), equation 5, in closed form; ``guided`` is arXiv 2505.07004.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from ..distributed import all_reduce_sum, broadcast_from_0
 from ..streaming import CallStore, Unit
 from ..streaming.stream import layer_inputs
 from .base import PTQTask, folded, write_codes
+from .guidance import TokenWeights
 from .hessian import damped, output_error, stable_cholesky
 from .layout import (
     CodeProducts,
@@ -51,6 +55,9 @@ class GPTQ(UnitPTQ):
             images that it was not fitted to (``Target``); False for the output of the float
             layer on the quantized model's inputs.
         max_columns: Columns whose products are kept; wider layers are cut into parts.
+        guided: Power of the squared gradient of the model's features by which each token of a
+            linear layer counts in its Hessian (``TokenWeights``); 0 to count all alike. It
+            needs the memory of training with one calibration batch.
 
     Raises:
         ValueError: If an option is out of range.
@@ -63,6 +70,7 @@ class GPTQ(UnitPTQ):
         act_order: bool = True,
         asymmetric: bool = False,
         max_columns: int = 2048,
+        guided: float = 0.0,
     ) -> None:
         check_range('gptq', range, (*RANGES, 'hessian'))
         if not damping >= 0 or max_columns < 1:
@@ -70,9 +78,24 @@ class GPTQ(UnitPTQ):
                 f'gptq damping={damping!r}, max_columns={max_columns!r}: write a damping of at '
                 'least 0, e.g. 0.01, and at least one column'
             )
+        if not 0 <= guided <= 1:
+            raise ValueError(f'gptq guided={guided!r}: write a power from 0 to 1, e.g. 0.5')
         self.range, self.damping, self.act_order = range, damping, act_order
-        self.asymmetric, self.max_columns = asymmetric, max_columns
+        self.asymmetric, self.max_columns, self.guided = asymmetric, max_columns, guided
         self.needs_reference = asymmetric
+        self._guidance: TokenWeights | None = None
+
+    def options(self) -> dict[str, Any]:
+        """As in the base class; ``guided`` where it counts, so that older folders are found."""
+        found = super().options()
+        return found if self.guided else {k: v for k, v in found.items() if k != 'guided'}
+
+    def begin(self, task: PTQTask, units: Sequence[Unit]) -> None:
+        """Weigh the tokens, with the weights of stage 1."""
+        self._guidance = None
+        if self.guided:
+            with task.stage1():
+                self._guidance = TokenWeights(task, units, self.guided)
 
     @torch.no_grad()
     def quantize_unit(
@@ -102,6 +125,7 @@ class GPTQ(UnitPTQ):
         # with a target by halves of the images, so that one can be checked on the other
         own = [CodeProducts(layer, splits, device) for _ in range(2 if reference else 1)]
         cross = [CodeProducts(layer, splits, device) for _ in range(2 if reference else 0)]
+        call = 0
         for index, number in enumerate(image_numbers(inputs)):
             codes = layer_codes(unit, name, inputs, index)
             wanted = codes
@@ -110,10 +134,12 @@ class GPTQ(UnitPTQ):
                     wanted = layer_codes(unit, name, reference, index)
             half = number % len(own)
             for q, p in zip(codes, wanted, strict=True):
+                levels = self._levels(name, call, q)
+                call += 1
                 for left, right in zip(columns(layer, q), columns(layer, p), strict=True):
-                    own[half].add(left, left)
+                    own[half].add(left, left, levels)
                     if cross:
-                        cross[half].add(right - left, left)
+                        cross[half].add(right - left, left, levels)
         for products in (*own, *cross):
             for total in products.sums:
                 all_reduce_sum(total)
@@ -122,6 +148,11 @@ class GPTQ(UnitPTQ):
             for i in range(len(splits) if cross else 0)
         ]
         return own[0].plus(own[1:]), targets
+
+    def _levels(self, name: str, call: int, codes: Tensor) -> Tensor | None:
+        if self._guidance is None:
+            return None
+        return self._guidance.of_call(name, call, codes.numel() // codes.shape[-1])
 
     @torch.no_grad()
     def quantize_layer(

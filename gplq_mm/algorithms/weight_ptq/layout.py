@@ -119,13 +119,29 @@ class CodeProducts:
             torch.zeros(groups, b - a, b - a, dtype=torch.float64, device=device) for a, b in splits
         ]
 
-    def add(self, left: Tensor, right: Tensor) -> None:
-        """Add ``left^T right``, each ``(groups, tokens, columns)`` of codes."""
+    def add(self, left: Tensor, right: Tensor, levels: Tensor | None = None) -> None:
+        """Add ``left^T diag(2^levels) right``.
+
+        Args:
+            left: ``(groups, tokens, columns)`` of codes.
+            right: Same shape.
+            levels: Whole numbers, ``(tokens,)``, not above 0; None for zeros.
+        """
+        if levels is None:
+            self._add(left, right, 1.0)
+            return
+        for level in levels.unique().tolist():
+            rows = (levels == level).nonzero().flatten().to(left.device)
+            lhs = left.index_select(1, rows)
+            self._add(lhs, lhs if right is left else right.index_select(1, rows), 2.0**level)
+
+    def _add(self, left: Tensor, right: Tensor, factor: float) -> None:
         for start in range(0, left.shape[1], self.tokens):
             lhs = left[:, start : start + self.tokens].to(self.dtype)
             rhs = lhs if right is left else right[:, start : start + self.tokens].to(self.dtype)
             for total, (a, b) in zip(self.sums, self.splits, strict=True):
-                total += lhs[..., a:b].transpose(1, 2) @ rhs[..., a:b]
+                product = lhs[..., a:b].transpose(1, 2) @ rhs[..., a:b]
+                total += product if factor == 1 else product.double() * factor
 
     def plus(self, others: list['CodeProducts']) -> 'CodeProducts':
         """These sums with those of others of the same layer; self where there are none."""
