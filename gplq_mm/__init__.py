@@ -7,7 +7,7 @@ needs another library is imported when a config or a model uses it.
 
 from typing import TYPE_CHECKING, Any
 
-from gplq_mm.compat import is_installed
+from gplq_mm.compat.installed import is_installed
 from gplq_mm.version import __version__
 
 if TYPE_CHECKING:

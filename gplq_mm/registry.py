@@ -19,17 +19,24 @@ MODELS = Registry(
     scope='gplq_mm',
     locations=['gplq_mm.models.gplq', 'gplq_mm.models.necks', 'gplq_mm.engine.linear_probe'],
 )
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, scope='gplq_mm', locations=['gplq_mm.engine.hooks'])
-LOOPS = Registry('loop', parent=MMENGINE_LOOPS, scope='gplq_mm', locations=['gplq_mm.engine'])
+HOOKS = Registry(
+    'hook', parent=MMENGINE_HOOKS, scope='gplq_mm', locations=['gplq_mm.engine.hooks.gplq_hook']
+)
+LOOPS = Registry(
+    'loop',
+    parent=MMENGINE_LOOPS,
+    scope='gplq_mm',
+    locations=['gplq_mm.engine.loops.resumable_loop'],
+)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_CONSTRUCTORS,
     scope='gplq_mm',
-    locations=['gplq_mm.engine'],
+    locations=['gplq_mm.engine.optim'],
 )
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper',
     parent=MMENGINE_OPTIM_WRAPPERS,
     scope='gplq_mm',
-    locations=['gplq_mm.engine'],
+    locations=['gplq_mm.engine.amp'],
 )

@@ -26,7 +26,11 @@ FLOORS = {
     'losses': 2,
     'algorithms': 3,
     'adapters': 4,
-    'compat': 4,
+    'compat.__init__': 0,
+    'compat.installed': 0,
+    'compat.torch': 0,
+    'compat.timm': 4,
+    'compat.mmengine': 4,
     'registry': 4,
     'utils': 4,
     'models': 5,
@@ -41,10 +45,10 @@ FLOORS = {
 }
 TORCH_ONLY_UP_TO = 3
 TORCH_ONLY = {*sys.stdlib_module_names, 'gplq_mm', 'torch'}
-KNOWS_OTHER_LIBRARIES = {'adapters'}
+KNOWS_OTHER_LIBRARIES = {'adapters', 'compat.timm'}
 OTHER_LIBRARIES = {'mmdet', 'mmpretrain', 'projects', 'timm', 'torchvision'}
 OUTSIDE = {'configs', 'tests', 'tools'}
-ROOT_MAY_IMPORT = {'typing', 'gplq_mm.compat', 'gplq_mm.version'}
+ROOT_MAY_IMPORT = {'typing', 'gplq_mm.compat.installed', 'gplq_mm.version'}
 ROOT_MAY_DELAY = {'gplq_mm', 'gplq_mm.api'}
 NO_MM = {'mmengine', 'mmcv', 'mmdet', 'mmpretrain'}
 LONGEST = {'gplq_mm': 400, 'tools': 400, 'tests': 400, 'configs': 100, 'configs/gplq': 25}
@@ -69,8 +73,8 @@ class Module:
 
     @property
     def unit(self) -> str:
-        """First part below `gplq_mm`: the key of `FLOORS`."""
-        return self.name.split('.')[1]
+        """Key of `FLOORS`: the first part below `gplq_mm`, or the file of `gplq_mm.compat`."""
+        return unit_of(self.name)
 
     def imports(self) -> Iterator[Import]:
         """List all imports, those inside functions too."""
@@ -111,8 +115,14 @@ def is_delayed(node: ast.AST) -> bool:
 
 def target_unit(target: str) -> str:
     """Key of `FLOORS` that an import reaches; a name of the package root counts as its own."""
-    unit = target.split('.')[1] if '.' in target else '__init__'
-    return unit if unit in FLOORS else 'compat'
+    unit = unit_of(target) if '.' in target else '__init__'
+    return unit if unit in FLOORS else 'version'
+
+
+def unit_of(name: str) -> str:
+    """First part below `gplq_mm` of a dotted path; in `compat` each file is a room of its own."""
+    parts = name.split('.')[1:]
+    return '.'.join(parts[:2]) if parts[0] == 'compat' else parts[0]
 
 
 def goes_up(module: Module) -> Iterator[str]:
@@ -236,6 +246,8 @@ EXAMPLES = [
     ('down', 'gplq_mm.quantizers.a', 'def f():\n    from ..modules import QuantLinear', True),
     ('down', 'gplq_mm.conversion.a', 'from gplq_mm.quantizers import QuantSpec', False),
     ('down', 'gplq_mm.nowhere.a', '', True),
+    ('down', 'gplq_mm.modules.a', 'from ..compat.torch import own_tensor', False),
+    ('down', 'gplq_mm.modules.a', 'from ..compat.mmengine import is_resumed', True),
     ('torch', 'gplq_mm.algorithms.a', 'from mmengine.logging import print_log', True),
     ('torch', 'gplq_mm.quantizers.a', 'import numpy as np', True),
     ('torch', 'gplq_mm.quantizers.a', 'import math\nfrom torch import nn', False),
@@ -251,7 +263,7 @@ EXAMPLES = [
     ('star', 'gplq_mm.models.__init__', 'from .necks import *', True),
     ('star', 'gplq_mm.models.__init__', 'from .necks import Neck', False),
     ('root', 'gplq_mm.__init__', 'from gplq_mm.models import GPLQ', True),
-    ('root', 'gplq_mm.__init__', 'from .compat import is_installed', False),
+    ('root', 'gplq_mm.__init__', 'from .compat.installed import is_installed', False),
     ('root', 'gplq_mm.__init__', 'from gplq_mm.api import quantize', True),
     ('root', 'gplq_mm.__init__', 'def f():\n    from gplq_mm.api import quantize', False),
     ('mm', 'gplq_mm.api.a', 'def f():\n    import mmengine', True),

@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import gplq_mm
-from gplq_mm.compat import COMPONENTS
+from gplq_mm.compat.installed import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {'mm': 'mminstall', 'export': 'optional', 'tests': 'tests', 'lint': 'lint'}

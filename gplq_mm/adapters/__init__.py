@@ -16,6 +16,14 @@ ADAPTERS = {
 MM_LIBRARIES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'projects')
 PLAIN_ADAPTERS = ('timm', 'torchvision')
 """Adapters of libraries without MMEngine, by the library's name; loaded for their models."""
+_FILES = {
+    'mmcv': 'gplq_mm.adapters.mmcv',
+    'mmpretrain': 'gplq_mm.adapters.mmpretrain',
+    'mmdet': 'gplq_mm.adapters.mmdet',
+    'mmdet_vitdet': 'gplq_mm.adapters.mmdet_vitdet',
+    'timm': 'gplq_mm.adapters.timm',
+    'torchvision': 'gplq_mm.adapters.torchvision',
+}
 
 
 def load_adapters() -> list[str]:
@@ -26,7 +34,7 @@ def load_adapters() -> list[str]:
     """
     loaded = [name for name, needed in ADAPTERS.items() if _is_importable(needed)]
     for name in loaded:
-        import_module(f'{__name__}.{name}')
+        import_module(_FILES[name])
     return loaded
 
 
@@ -44,7 +52,7 @@ def load_adapters_of(model: nn.Module) -> list[str]:
     loaded = load_adapters() if used.intersection(MM_LIBRARIES) else []
     plain = [name for name in PLAIN_ADAPTERS if name in used]
     for name in plain:
-        import_module(f'{__name__}.{name}')
+        import_module(_FILES[name])
     return [*loaded, *plain]
 
 

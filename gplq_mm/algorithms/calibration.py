@@ -1,8 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Calibration: set every quantizer's range from a pass or two over images."""
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
@@ -10,15 +8,10 @@ from ..conversion import quantized_layers, quantizers
 from ..quantizers import FakeQuantizer, Observer, build_observer
 from ..quantizers.observers import HistogramObserver
 from .distributed import synchronize_observer
-
-RunPass = Callable[[], None]
-"""Runs the model once over this rank's share of the calibration images."""
+from .passes import RunPass
 
 COUNTED = 512
 """Values of a channel that go into a histogram, of one batch of images."""
-
-Progress = Callable[[str, int, int], None]
-"""Called as ``progress(name, index, total)`` before each layer or block, index from 0."""
 
 
 def observe_activations(model: nn.Module, run_pass: RunPass) -> dict[str, Observer]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat.torch import LoadsState
 from ..modules import swap_class
 from .blocks import block_width, find_blocks
 
@@ -25,7 +26,7 @@ else:
     _Base = object
 
 
-class LinearCompensation(nn.Module):
+class LinearCompensation(LoadsState):
     """The side branch of one block, ``(..., C)`` -> ``(..., C)``.
 
     Weight and bias are buffers: they are saved, but neither trained nor seen by DDP.
@@ -81,10 +82,8 @@ class LinearCompensation(nn.Module):
         """``x @ weight.T + bias`` in the dtype of ``x``."""
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+    def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Know without a device sync whether the branch has values."""
         if prefix + 'fitted' in state_dict:
             self._is_fitted = bool(self.fitted)
 

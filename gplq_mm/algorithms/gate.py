@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import quantizers
+from ..conversion import floating, quantizers
 from ..quantizers import FakeQuantizer
 from .distributed import gather
 from .output_metrics import KL, SQNR
@@ -133,19 +133,6 @@ def active_roles(model: nn.Module) -> dict[str, list[FakeQuantizer]]:
             role = quantizer.role if quantizer.kind == 'activation' else WEIGHTS
             groups.setdefault(role, []).append(quantizer)
     return groups
-
-
-@contextmanager
-def floating(chosen: Iterable[FakeQuantizer]) -> Iterator[None]:
-    """While open, some quantizers pass their input through; restored at the end."""
-    before = [(quantizer, quantizer.enabled) for quantizer in chosen]
-    try:
-        for quantizer, _ in before:
-            quantizer.enabled = False
-        yield
-    finally:
-        for quantizer, enabled in before:
-            quantizer.enabled = enabled
 
 
 @contextmanager

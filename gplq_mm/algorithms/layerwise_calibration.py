@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conversion import quantized_layers, quantizers
+from ..conversion import floating, quantized_layers, quantizers
 from ..modules import QuantizedLayer, QuantLinear
 from .activation_compensation import Compensation, compensate
-from .calibration import Progress, RunPass
 from .distributed import gather, interleave, on_all_ranks, world
 from .float_weights import copy_biases, copy_weights, float_weights
-from .gate import floating
+from .passes import Progress, RunPass
 from .scale_migration import Choice, migrate_scale
 from .streaming import CallStore, Unit, UnitStream, find_units
 from .streaming.stream import layer_inputs

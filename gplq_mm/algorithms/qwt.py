@@ -15,11 +15,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..modules import QuantizedLayer
-from .calibration import Progress, RunPass
 from .compensation import CompensatedBlock, compensated_blocks, compensation_off
 from .distributed import world
 from .float_weights import float_weights
 from .least_squares import NormalEquations
+from .passes import Progress, RunPass
 from .streaming.interception import Reached, intercepted
 
 TARGETS = ('stage1', 'block')

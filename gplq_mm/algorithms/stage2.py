@@ -14,10 +14,10 @@ from ..conversion import quantized_layers
 from ..modules import QuantizedLayer
 from ..quantizers import UncalibratedError
 from ..recipe import RecipeLike, ptq_of
-from .calibration import Progress, RunPass
 from .compensation import attach_compensation, compensation_cost
 from .evaluating import evaluating
 from .float_weights import copy_biases, copy_vectors, copy_weights
+from .passes import Progress, RunPass
 from .qwt import BlockResult, QwT
 from .stage2_recipe import resolve_compensation
 from .weight_error import LayerResult, mean_weight_mse, measure_weight_error, summarize

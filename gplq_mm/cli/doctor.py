@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from gplq_mm.compat import CLASHES, COMPONENTS, OK, Finding, inspect_component
+from gplq_mm.compat.installed import CLASHES, COMPONENTS, OK, Finding, inspect_component
 
 OLDEST_PYTHON = (3, 10)
 SHARED = ('python', 'torch', 'torchvision', 'numpy', 'mmengine', 'mmcv')

@@ -12,7 +12,8 @@ from mmengine.hub import get_config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner.checkpoint import CheckpointLoader
 
-from ..compat import check_versions, is_installed
+from ..compat.installed import check_versions, is_installed
+from ..compat.mmengine import is_lazy_config
 from ..conversion import PRESETS, resolve_recipe
 from ..engine.launch import load_config
 from ..engine.preflight import (
@@ -134,7 +135,7 @@ def check_fits(cfg: Config, config: str, checkpoint: str) -> None:
 
 def is_lazy(config: str) -> bool:
     """Whether a config is of MMEngine's import style, which `_base_` cannot name."""
-    return '::' not in config and Config._is_lazy_import(config)
+    return '::' not in config and is_lazy_config(config)
 
 
 def write_flat(cfg: Config, out: Path) -> str:

@@ -2,11 +2,14 @@
 """``convert_``: attach quantizers to a float model, in place."""
 
 import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from ..compat.torch import ConvNd
 from ..modules import QuantizedLayer
 from ..quantizers import FakeQuantizer
 from ..recipe import Recipe, RecipeLike, RuleBook, as_recipe, in_scope
@@ -92,7 +95,7 @@ class _Conversion:
         handler = find_handler(module)
         if handler is not None:
             handler(module, name, self)
-        elif isinstance(module, nn.modules.conv._ConvNd | nn.Linear | nn.Bilinear):
+        elif isinstance(module, ConvNd | nn.Linear | nn.Bilinear):
             cls = type(module)
             self.keep_float(name, f'no handler for {cls.__module__}.{cls.__qualname__}')
         elif _ATTENTION.search(type(module).__name__):
@@ -172,6 +175,19 @@ def set_quantization(model: nn.Module, enabled: bool, kind: str | None = None) -
     """Switch all quantizers of a kind on or off; off equals the float model."""
     for quantizer in quantizers(model, kind).values():
         quantizer.enabled = enabled
+
+
+@contextmanager
+def floating(chosen: Iterable[FakeQuantizer]) -> Iterator[None]:
+    """While open, some quantizers pass their input through; restored at the end."""
+    before = [(quantizer, quantizer.enabled) for quantizer in chosen]
+    try:
+        for quantizer, _ in before:
+            quantizer.enabled = False
+        yield
+    finally:
+        for quantizer, enabled in before:
+            quantizer.enabled = enabled
 
 
 def _check_scope(model: nn.Module, scope: tuple[str, ...]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compat.torch import ConvNd
 from ..modules import swap_class
 from .handlers import Context, register_handler
 
@@ -95,7 +96,7 @@ def set_predictor_roles(module: nn.Module, name: str, context: Context, pattern:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is a Linear or convolution."""
-    return isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    return isinstance(module, nn.Linear | ConvNd)
 
 
 def _last_layers(module: nn.Module, name: str) -> Iterator[str]:

@@ -13,7 +13,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from ..compat import check_versions
+from ..compat.installed import check_versions
 from ..quantizers import UncalibratedError
 from ..utils.config import apply_cfg_options
 from .cpu_launch import prepare_cpu_launch

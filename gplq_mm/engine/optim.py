@@ -20,6 +20,7 @@ from ..algorithms.stage1_optimizer import (
     short_run_factor,
     vector_ids,
 )
+from ..compat.mmengine import accumulated_batches, train_loop
 from ..recipe import OptimSettings
 from ..registry import OPTIM_WRAPPER_CONSTRUCTORS
 from .amp import on_this_device
@@ -118,7 +119,7 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     full = optim.lr_iterations
     if not getattr(built, _OF_RECIPE, False):
         return None
-    steps = runner.max_iters / built._accumulative_counts
+    steps = runner.max_iters / accumulated_batches(built)
     factor = short_run_factor(optim, steps)
     if factor == 1.0:
         return None
@@ -142,7 +143,7 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
 
 def _longer(runner: Any, times: float) -> str:
     """The config line for a training that is longer by a factor."""
-    loop = getattr(runner, '_train_loop', None)
+    loop = train_loop(runner)
     if isinstance(loop, EpochBasedTrainLoop):
         return f'train_cfg.max_epochs={math.ceil(loop.max_epochs * times)}'
     return f'train_cfg.max_iters={math.ceil(runner.max_iters * times)}'

@@ -10,6 +10,8 @@ import torch
 from mmengine.dataset import worker_init_fn
 from mmengine.dist import get_rank
 
+from ..compat.torch import stop_workers
+
 RandomState = dict[str, Any]
 EPOCH_STRIDE = 1_000_003
 """Distance between the seeds of consecutive epochs; prime, larger than any rank x worker."""
@@ -61,5 +63,4 @@ def seed_epoch(dataloader: Any, seed: int, epoch: int) -> None:
         dataloader.worker_init_fn = partial(
             worker_init_fn, num_workers=workers, rank=get_rank(), seed=epoch_seed
         )
-        if getattr(dataloader, '_iterator', None) is not None:
-            dataloader._iterator = None  # persistent workers keep the old seed
+        stop_workers(dataloader)  # persistent ones keep the old seed

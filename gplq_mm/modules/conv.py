@@ -2,52 +2,18 @@
 """QuantConv2d and QuantConvTranspose2d."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compat.torch import convolution_backward, convolve, output_padding, padding_of_input
 from ..quantizers.functional import positive_scale
 from .dispatch import compute
 from .linear import QuantizedLayer
 
 _STRIP = 1 << 23
 """Elements of an unfolded input handled at once."""
-
-
-def convolution_gradients(
-    layer: Any,
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    wanted: tuple[bool, bool],
-    output_padding: list[int],
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of a convolution's input and weight.
-
-    Args:
-        layer: Gives stride, padding, dilation and groups.
-        grad: Gradient of the output, ``(B, C_out, H', W')``.
-        x: Input, ``(B, C_in, H, W)``.
-        weight: The weight that was used.
-        wanted: Whether the gradient of the input and of the weight is wanted.
-        output_padding: Of a transposed convolution, else zeros.
-    """
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        grad,
-        x,
-        weight,
-        None,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.transposed,
-        output_padding,
-        layer.groups,
-        [*wanted, False],
-    )
-    return grad_x, grad_weight
 
 
 def by_group(tokens: Tensor, groups: int) -> Tensor:
@@ -69,7 +35,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The convolution; padding zeros are code 0."""
-        return self._conv_forward(x, weight, bias)
+        return convolve(self, x, weight, bias)
 
     @property
     def can_pack(self) -> bool:
@@ -80,7 +46,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """As in the base class."""
-        return convolution_gradients(self, grad, x, weight, (of_x, of_weight), [0, 0])
+        return convolution_backward(self, grad, x, weight, (of_x, of_weight), [0, 0])
 
     def product_depth(self) -> int:
         """Elements of one output channel's kernel."""
@@ -90,7 +56,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         """Strips of output rows, so that the unfolded input stays small."""
         x = x[None] if x.dim() == 3 else x
         mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
-        x = F.pad(x, list(self._reversed_padding_repeated_twice), mode=mode)
+        x = F.pad(x, padding_of_input(self), mode=mode)
         (kh, kw), (sh, sw), (dh, dw) = self.kernel_size, self.stride, self.dilation
         height = (x.shape[2] - dh * (kh - 1) - 1) // sh + 1
         width = (x.shape[3] - dw * (kw - 1) - 1) // sw + 1
@@ -144,7 +110,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
             bias,
             self.stride,
             self.padding,  # type: ignore[arg-type]
-            self._padding_behind(x),
+            output_padding(self, x, self._output_size),
             self.groups,
             self.dilation,
         )
@@ -165,19 +131,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
                 strict=True,
             )
         ]
-        return convolution_gradients(self, grad, x, weight, (of_x, of_weight), behind)
-
-    def _padding_behind(self, x: Tensor) -> list[int]:
-        """Output padding that gives the requested output size."""
-        return self._output_padding(
-            x,
-            self._output_size,
-            self.stride,  # type: ignore[arg-type]
-            self.padding,  # type: ignore[arg-type]
-            self.kernel_size,  # type: ignore[arg-type]
-            2,
-            self.dilation,  # type: ignore[arg-type]
-        )
+        return convolution_backward(self, grad, x, weight, (of_x, of_weight), behind)
 
     @property
     def is_matrix_product(self) -> bool:

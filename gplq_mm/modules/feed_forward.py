@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import has_hooks
 from .dispatch import choose
 from .engine import Engine, EngineUser
 from .linear import QuantLinear
@@ -95,7 +96,7 @@ class TwoLayers(Operation):
             return 'these are no two linear layers around a known activation function'
         if not all(_is_identity(drop) for drop in self.drops):
             return 'elements are dropped between the layers'
-        if any(_has_hooks(m) for m in (self.first, self.act, *self.drops, self.second)):
+        if has_hooks((self.first, self.act, *self.drops, self.second)):
             return 'hooks watch the modules'
         return ''
 
@@ -136,12 +137,3 @@ def _is_identity(module: nn.Module) -> bool:
     if isinstance(module, nn.Dropout):
         return module.p == 0 or not module.training
     return isinstance(module, nn.Identity)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )

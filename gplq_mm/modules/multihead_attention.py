@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from ..compat.torch import has_forward_pre_hooks
 from ..quantizers import FakeQuantizer
 from .attention import Attention
 from .linear import QuantLinear
@@ -86,7 +87,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
         quantizers = (m for m in self.modules() if isinstance(m, FakeQuantizer))
         if any(q.enabled or q.observer is not None for q in quantizers):
             return False
-        return not any(layer._forward_pre_hooks for layer in self.children())
+        return not any(has_forward_pre_hooks(layer) for layer in self.children())
 
     def forward(
         self,

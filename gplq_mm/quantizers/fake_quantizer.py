@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..compat.torch import version_of
 from . import cpu_kernels, packed_passes
 from .functional import positive_scale
 from .learned_scale import (
@@ -201,7 +202,7 @@ class FakeQuantizer(QuantizerState):
         grid = Grid(*self.spec.quant_range, 0.0, levels=self.levels if self.spec.is_log else None)
         if self.follows_rows:
             return PackedForm(grid._replace(slack=ROW_SLACK), over, factor, self.spec)
-        key = (self.zero_point.data_ptr(), self.zero_point._version)
+        key = (self.zero_point.data_ptr(), version_of(self.zero_point))
         if self._offset is None or self._offset[0] != key:  # read once: it costs a device sync
             values = self.zero_point.unique()
             self._offset = key, float(values) if len(values) == 1 else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..compat import torch as compat
 from .log_codes import quantize_to_levels, upper_bound
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def softmax_backward(
         )
         slope = (grad - grad_p).mul_(codes).addcmul_(codes.sub_(ratio), grad_p)
         grad_scale = slope.sum_to_size(scale.shape)
-    return torch._softmax_backward_data(grad_p, p, -1, p.dtype), grad_scale
+    return compat.softmax_backward(grad_p, p), grad_scale
 
 
 def flat(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat.torch import LoadsState
 from .log_codes import default_levels
 from .observers import Observer
 from .spec import PerRow, QuantizerKind, QuantSpec
@@ -17,7 +18,7 @@ class UncalibratedError(RuntimeError):
     """A quantizer was asked to quantize before it had a scale."""
 
 
-class QuantizerState(nn.Module):
+class QuantizerState(LoadsState):
     """Scale, zero point, codes and condition of a ``FakeQuantizer``, which documents them.
 
     Args:
@@ -96,7 +97,11 @@ class QuantizerState(nn.Module):
             axis = torch.tensor(self.spec.granularity.axis, dtype=torch.int8)
             self.register_buffer('row_axis', axis.to(self.zero_point.device))
         else:
-            self._buffers.pop('row_axis', None)
+            self._drop_buffer('row_axis')
+
+    def _drop_buffer(self, name: str) -> None:
+        if hasattr(self, name):
+            delattr(self, name)
 
     def _register_levels(self) -> None:
         """The table of a logarithmic code, or none."""
@@ -104,7 +109,7 @@ class QuantizerState(nn.Module):
             levels = default_levels(self.spec.log_code, self.spec.num_bits)
             self.register_buffer('levels', levels.to(self.zero_point.device))
         else:
-            self._buffers.pop('levels', None)
+            self._drop_buffer('levels')
 
     @torch.no_grad()
     def set_spec(self, spec: QuantSpec) -> None:
@@ -164,9 +169,12 @@ class QuantizerState(nn.Module):
                 'calibration images'
             ) from error
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def before_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Refuse codes of another range; take the form that the stored state has.
+
+        Raises:
+            ValueError: The state was quantized to other codes, or is of another form.
+        """
         loaded = state_dict.get(prefix + 'quant_range')
         if self.kind == 'weight' and not bool(state_dict.get(prefix + 'calibrated', True)):
             # a weight that is still float has no codes: stage 2 may give it other bits
@@ -180,7 +188,9 @@ class QuantizerState(nn.Module):
         if self.kind == 'activation':
             self.take_form_of(state_dict, prefix)
             require_same_form(self.state_dict(), state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Know without a device sync whether the quantizer is calibrated."""
         if prefix + 'calibrated' in state_dict:
             self._is_calibrated = bool(self.calibrated)
 

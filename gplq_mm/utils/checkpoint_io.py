@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from ..compat.mmengine import history_statistics
 from .checkpoint_file import load_file, write_checkpoint
 
 __all__ = ['fetch', 'read_checkpoint', 'write_checkpoint']
@@ -22,7 +23,7 @@ def _history_statistic(owner: type, name: str) -> Callable:
 
 
 _URL = re.compile(r'^(https?|file)://')
-_STATISTICS = HistoryBuffer()._statistics_methods
+_STATISTICS = history_statistics()
 _RECONSTRUCT = np.ndarray((0,)).__reduce__()[0]
 _SCALAR = np.float64(0).__reduce__()[0]
 _DTYPES = ('bool', 'int32', 'int64', 'float32', 'float64')

@@ -11,8 +11,8 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
-import gplq_mm.engine.hooks
-import gplq_mm.models.gplq  # noqa: F401
+from gplq_mm.engine.hooks import gplq_hook  # noqa: F401
+from gplq_mm.models import gplq  # noqa: F401
 from gplq_mm.utils.config import override_data_root
 
 from .tiny_projects import TinyProject

@@ -3,7 +3,7 @@ import subprocess
 import sys
 
 from gplq_mm.adapters import ADAPTERS, load_adapters
-from gplq_mm.compat import is_installed
+from gplq_mm.compat.installed import is_installed
 
 WITHOUT_LIBRARIES = """
 import sys

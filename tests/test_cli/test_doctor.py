@@ -13,7 +13,7 @@ import pytest
 
 from gplq_mm import is_installed
 from gplq_mm.cli.doctor import NEEDS
-from gplq_mm.compat import COMPONENTS
+from gplq_mm.compat.installed import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 

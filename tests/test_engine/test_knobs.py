@@ -10,7 +10,7 @@ import torch
 from mmengine.runner import Runner
 
 from gplq_mm.conversion import quantizers
-from gplq_mm.engine import CpuAmpOptimWrapper
+from gplq_mm.engine.amp import CpuAmpOptimWrapper
 from tests.helpers.gplq_runs import assert_same_weights, weights
 from tests.helpers.runners import RECIPE, gplq_config, make_runner
 from tests.helpers.tiny_projects import TinyProject

@@ -21,8 +21,12 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import nn
 
 from gplq_mm.conversion import convert_
-from gplq_mm.engine import GPLQOptimWrapperConstructor
-from gplq_mm.engine.optim import shared_lr_warning, shorten_lr_, slow_average_warning
+from gplq_mm.engine.optim import (
+    GPLQOptimWrapperConstructor,
+    shared_lr_warning,
+    shorten_lr_,
+    slow_average_warning,
+)
 from gplq_mm.recipe import as_recipe
 from tests.helpers.models import Detector
 

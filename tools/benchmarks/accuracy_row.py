@@ -20,6 +20,7 @@ from mmengine.runner import Runner
 
 from gplq_mm.cli import init
 from gplq_mm.cli.gplq_config import is_iteration_based
+from gplq_mm.compat.mmengine import start_from
 from gplq_mm.conversion import quantizers
 from gplq_mm.engine import stage2
 from gplq_mm.engine.checkpoint import STAGE1_NAME, unwrap
@@ -113,7 +114,7 @@ def run_stage2_alone(runner: Runner, stage1: Path) -> None:
     """Stage 2 from the stage 1 of a row that differs only in the weights' settings."""
     own = Path(runner.work_dir, STAGE1_NAME)
     write_checkpoint(for_other_weights(read_checkpoint(stage1), unwrap(runner.model)), own)
-    runner._load_from, runner._resume = str(own), False
+    start_from(runner, str(own), resume=False)
     runner.call_hook('before_run')
     runner.load_checkpoint(str(own))
     stage2.run(runner)

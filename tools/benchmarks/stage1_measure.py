@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gplq_mm.engine import GPLQOptimWrapperConstructor
+from gplq_mm.engine.optim import GPLQOptimWrapperConstructor
 from gplq_mm.engine.resources import StageMeter
 
 Times = tuple[float, float]

@@ -15,6 +15,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from gplq_mm.algorithms.calibration import calibrate_activations
+from gplq_mm.compat.torch import learnable_fake_quantize
 from gplq_mm.engine.teacher import attach_teacher, float_state_of
 from gplq_mm.modules import set_engine
 from gplq_mm.quantizers import FakeQuantizer
@@ -104,7 +105,7 @@ class TorchAOQuantizer(FakeQuantizer):
             return super().forward(x)
         qmin, qmax = self.spec.quant_range
         factor = 1 / math.sqrt(max(x.numel(), 1) * max(qmax, 1))
-        return torch._fake_quantize_learnable_per_tensor_affine(
+        return learnable_fake_quantize(
             x, self.scale.view(1), self.zero_point.view(1), qmin, qmax, factor
         )
 

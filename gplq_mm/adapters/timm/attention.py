@@ -9,6 +9,7 @@ from timm.layers import apply_rot_embed_cat
 from timm.models import beit, eva, vision_transformer
 from torch import Tensor
 
+from ...compat.timm import relative_position_bias
 from ...conversion import Context, child_name, register_attention, register_handler
 from ...modules import biased_qkv, quantized_attention
 from ...modules.attention import added
@@ -106,7 +107,7 @@ class QuantBeitAttention(AttentionProducts, beit.Attention):
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """``(B, N, C)`` -> same; the bias is ``(1, heads, N, N)``."""
         q, k, v = self.split(biased_qkv(self, x))
-        own = [] if self.relative_position_bias_table is None else [self._get_rel_pos_bias()]
+        own = [] if self.relative_position_bias_table is None else [relative_position_bias(self)]
         shared = [] if shared_rel_pos_bias is None else [shared_rel_pos_bias]
         return self.attend(q, k, v, [*own, *shared])
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calibration import RunPass
+from ...compat.torch import version_of
+from ..passes import RunPass
 from .calls import Call, CallStore
 from .interception import Reached, intercepted, run_until_reached
 from .units import Unit
@@ -144,7 +145,7 @@ class _Recorder:
     def _leave(self, position: int) -> Callable[..., None]:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
             first = _first(output)
-            self._output = (first, first._version if isinstance(first, Tensor) else 0)
+            self._output = (first, version_of(first) if isinstance(first, Tensor) else 0)
             if position == len(self.units) - 1 and position == len(self.links) > 0:
                 raise Reached
 
@@ -154,7 +155,7 @@ class _Recorder:
         """The call with a mark for the last output; None if other tensors take part."""
         output, version = self._output
         tensors = call.tensors
-        if not tensors or any(t is not output or t._version != version for t in tensors):
+        if not tensors or any(t is not output or version_of(t) != version for t in tensors):
             return None
         return call.map(lambda _: _LINK)
 

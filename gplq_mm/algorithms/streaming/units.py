@@ -12,8 +12,8 @@ from torch import nn
 
 from ...modules import QuantizedLayer
 from ..blocks import is_block
-from ..calibration import RunPass
 from ..distributed import world
+from ..passes import RunPass
 from .interception import intercepted, run_until_reached
 
 MAX_LAYERS = 16

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...modules import QuantizedLayer
 from ...quantizers import QuantSpec
 from ...quantizers.spec import reduce_dims
-from ..calibration import Progress, RunPass
 from ..float_weights import float_weights
+from ..passes import Progress, RunPass
 
 PREPARES, ROUNDS, MENDS = 'prepares', 'rounds', 'mends'
 

@@ -14,8 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..calibration import RunPass
 from ..distributed import all_reduce_sum, broadcast_from_0, world
+from ..passes import RunPass
 from ..scale_steps import ProportionalSteps
 from ..stage1_optimizer import SCALE_KEY
 from ..streaming import find_units

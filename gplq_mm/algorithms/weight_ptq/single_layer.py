@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...modules import QuantizedLayer
-from ..calibration import RunPass
+from ..passes import RunPass
 from ..streaming import Call, CallStore, UnitStream, find_units
 from .base import ROUNDS, PTQTask, WeightPTQ
 from .gptq import GPTQ

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import RunPass
 from ..distributed import all_reduce_sum
+from ..passes import RunPass
 from ..streaming import Call, CallStore, intercepted
 from .base import PTQTask
 from .feature_source import FeatureSource

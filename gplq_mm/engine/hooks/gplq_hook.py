@@ -9,8 +9,8 @@ from typing import Any
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
-from mmengine.runner.base_loop import BaseLoop
 
+from ...compat.mmengine import is_resumed, load_path, start_from, train_loop
 from ...registry import HOOKS
 from ..checkpoint import check_quantized, is_quantized_checkpoint, load_float_, record, unwrap
 from ..cpu_memory import keep_freed_memory
@@ -55,7 +55,7 @@ class GPLQHook(Hook):
         """
         unwrap(runner.model)
         keep_freed_memory()
-        if not isinstance(runner._train_loop, BaseLoop):
+        if train_loop(runner) is None:
             return
         self._choose_weights(runner)
         for warning in (
@@ -67,7 +67,7 @@ class GPLQHook(Hook):
         shortened = shorten_lr_(runner, unwrap(runner.model))
         if shortened:
             print_log(shortened, logger='current')
-        self.session = GPLQSession(runner, resumed=runner._resume)
+        self.session = GPLQSession(runner, resumed=is_resumed(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that do not fit the model.
@@ -78,7 +78,7 @@ class GPLQHook(Hook):
         """
         model = unwrap(runner.model)
         if self.session is not None:
-            _require_right_kind(checkpoint, runner._resume)
+            _require_right_kind(checkpoint, is_resumed(runner))
         if self.session is None or is_quantized_checkpoint(checkpoint):
             if self.session is None:
                 take_former_form_(model, checkpoint)
@@ -133,25 +133,26 @@ class GPLQHook(Hook):
         log_active_quantizers(unwrap(runner.model))
 
     def _choose_weights(self, runner: Runner) -> None:
-        if runner._resume and runner._load_from is None:
+        if is_resumed(runner) and load_path(runner) is None:
             latest = resumable_checkpoint(runner.work_dir)
             if latest is not None:
-                runner._load_from = latest
+                start_from(runner, latest, resume=True)
                 return
             self.source = recall_source(runner.work_dir)
             if self.source:
                 print_log(
                     'no checkpoint to resume from; starting from FP32 again', logger='current'
                 )
-                runner._resume, runner._load_from = False, self.source['path']
-        if not runner._load_from:
+                start_from(runner, self.source['path'], resume=False)
+        path = load_path(runner)
+        if not path:
             raise ValueError(
                 'GPLQ starts from a trained FP32 model, but load_from is not set; write '
                 "load_from = 'path/to/fp32.pth' or --cfg-options load_from=path/to/fp32.pth"
             )
-        if not runner._resume:
-            check_float_checkpoint(os.fspath(runner._load_from))
-            self.source = remember_source(runner.work_dir, runner._load_from)
+        if not is_resumed(runner):
+            check_float_checkpoint(os.fspath(path))
+            self.source = remember_source(runner.work_dir, path)
 
 
 def _require_right_kind(checkpoint: Mapping[str, Any], resume: bool) -> None:

@@ -4,6 +4,7 @@
 from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop
 
+from ...compat.mmengine import count_epoch
 from ...registry import LOOPS
 
 
@@ -24,16 +25,16 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
 
     def run_epoch(self) -> None:
         """Run one epoch, or the rest of it."""
-        done = self._iter - self._epoch * len(self.dataloader)
+        done = self.iter - self.epoch * len(self.dataloader)
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         batches = enumerate(self.dataloader)
         if done > 0:
-            print_log(f'continuing after batch {done} of epoch {self._epoch + 1}', logger='current')
+            print_log(f'continuing after batch {done} of epoch {self.epoch + 1}', logger='current')
             for _ in range(done):
                 next(batches)
             self.runner.call_hook('after_fast_forward')
         for index, batch in batches:
             self.run_iter(index, batch)
         self.runner.call_hook('after_train_epoch')
-        self._epoch += 1
+        count_epoch(self)

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Necks of the shipped configs that the mmdet wheel does not have."""
 
-from gplq_mm.compat import is_installed
+from gplq_mm.compat.installed import is_installed
 
 from .layer_norm_2d import LayerNorm2d
 

@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....compat.torch import own_tensor
 from ....quantizers.fake_quantizer import PackedForm, quantize_packed, quantize_values
 from ....quantizers.first_order import first_order_only
 from ....quantizers.packed_codes import packed_backward, unpack_values
 from ...dispatch import register_backend
 from .autocast import autocast_state
-from .linear import cannot_pack, own_tensor
+from .linear import cannot_pack
 
 
 def refusal(network: Any, x: Tensor) -> str:

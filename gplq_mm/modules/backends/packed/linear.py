@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....compat.torch import own_tensor
 from ....quantizers import FakeQuantizer
 from ....quantizers.fake_quantizer import PackedForm, quantize_packed
 from ....quantizers.first_order import first_order_only
@@ -105,11 +106,6 @@ class _PackedLinear(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         grad_scale = form.gradient(grad_scale, parameter, steps.scale)
         return grad_x, grad_scale, grad_weight, grad_bias, None, None, None
-
-
-def own_tensor(x: Tensor) -> Tensor:
-    """``x`` as no view of another tensor: an output that in-place operations may change."""
-    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
 
 
 def _cast(x: Tensor | None, dtype: torch.dtype | None) -> Any:

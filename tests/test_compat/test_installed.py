@@ -5,8 +5,15 @@ from types import ModuleType
 
 import pytest
 
-from gplq_mm import compat
-from gplq_mm.compat import CLASHES, MISSING, OK, Component, check_versions, inspect_component
+from gplq_mm.compat import installed
+from gplq_mm.compat.installed import (
+    CLASHES,
+    MISSING,
+    OK,
+    Component,
+    check_versions,
+    inspect_component,
+)
 
 ASSERTION = (
     'MMCV==2.2.0 is used but incompatible. Please install mmcv>=2.0.0rc4, <2.2.0.',
@@ -47,7 +54,7 @@ def test_inspect_component(component: Component, state: str, why: str, mend: str
     ],
 )
 def test_mending_line(message: str, line: str) -> None:
-    assert compat.mending_line(message, 'the default') == line
+    assert installed.mending_line(message, 'the default') == line
 
 
 def test_models_that_fail_beside_transformers_are_told_before_any_work(
@@ -58,9 +65,9 @@ def test_models_that_fail_beside_transformers_are_told_before_any_work(
             raise TypeError('NoneType takes no arguments')
         return ModuleType(name)
 
-    monkeypatch.setattr(compat, 'is_installed', lambda name: True)
-    monkeypatch.setattr(compat, 'import_module', import_module)
-    (component,) = (c for c in compat.COMPONENTS if c.name == 'mmpretrain')
+    monkeypatch.setattr(installed, 'is_installed', lambda name: True)
+    monkeypatch.setattr(installed, 'import_module', import_module)
+    (component,) = (c for c in installed.COMPONENTS if c.name == 'mmpretrain')
     finding = inspect_component(component)
     assert finding.state == CLASHES
     assert 'with transformers' in finding.why
@@ -68,7 +75,7 @@ def test_models_that_fail_beside_transformers_are_told_before_any_work(
 
 
 def test_missing_is_an_error_only_where_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, 'COMPONENTS', (FITS, ABSENT))
+    monkeypatch.setattr(installed, 'COMPONENTS', (FITS, ABSENT))
     check_versions()
     check_versions('json')
     with pytest.raises(ImportError, match='fix: pip install no-such-module'):
@@ -76,7 +83,7 @@ def test_missing_is_an_error_only_where_named(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_clash_is_always_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, 'COMPONENTS', (FITS, CLASH, ABSENT))
+    monkeypatch.setattr(installed, 'COMPONENTS', (FITS, CLASH, ABSENT))
     with pytest.raises(ImportError) as error:
         check_versions('no_such_module')
     text = str(error.value)
@@ -94,5 +101,5 @@ def test_unknown_name_is_refused() -> None:
 def test_is_installed_does_not_import(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'gplq_explosive.py').write_text('raise SystemExit', encoding='utf-8')
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert compat.is_installed('gplq_explosive')
-    assert not compat.is_installed('no_such_module')
+    assert installed.is_installed('gplq_explosive')
+    assert not installed.is_installed('no_such_module')

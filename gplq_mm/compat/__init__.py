@@ -1,0 +1,6 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Which libraries are installed, and what we use of their internals: one file per library."""
+
+from .installed import check_versions, is_installed
+
+__all__ = ['check_versions', 'is_installed']

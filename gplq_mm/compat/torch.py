@@ -1,0 +1,183 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Everything that the package uses of torch and that torch does not document.
+
+No other file touches an underscored name of torch's; ``tests/test_compat/test_torch.py`` has a
+test for each function here, which fails by name where torch changes.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd as ConvNd
+
+__all__ = [
+    'ConvNd',
+    'LoadsState',
+    'convolution_backward',
+    'convolve',
+    'has_forward_pre_hooks',
+    'has_hooks',
+    'learnable_fake_quantize',
+    'output_padding',
+    'own_tensor',
+    'padding_of_input',
+    'softmax_backward',
+    'stop_workers',
+    'version_of',
+]
+
+
+class LoadsState(nn.Module):
+    """A module that looks at its own part of a state dict before and after it is loaded."""
+
+    def before_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Called before this module's parameters and buffers are copied.
+
+        Args:
+            state_dict: The whole state dict; changes of it are loaded.
+            prefix: What this module's keys begin with.
+        """
+
+    def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Called after this module's parameters and buffers are copied.
+
+        Args:
+            state_dict: The whole state dict.
+            prefix: What this module's keys begin with.
+        """
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.before_load(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        self.after_load(state_dict, prefix)
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor's memory was changed in place."""
+    return tensor._version
+
+
+def own_tensor(x: Tensor) -> Tensor:
+    """``x`` as no view of another tensor: an output that in-place operations may change."""
+    return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
+
+
+def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:
+    """Gradient of the logits of a softmax over the last axis.
+
+    Args:
+        grad: Gradient of the probabilities, ``(..., N)``.
+        probabilities: Output of the softmax, same shape.
+    """
+    return torch._softmax_backward_data(grad, probabilities, -1, probabilities.dtype)
+
+
+def convolution_backward(
+    layer: Any,
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    required: tuple[bool, bool],
+    output_padding: list[int],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a convolution's input and weight.
+
+    Args:
+        layer: Gives stride, padding, dilation and groups.
+        grad: Gradient of the output, ``(B, C_out, H', W')``.
+        x: Input, ``(B, C_in, H, W)``.
+        weight: The weight that was used.
+        required: Whether the gradient of the input and of the weight is required.
+        output_padding: Of a transposed convolution, else zeros.
+    """
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+        grad,
+        x,
+        weight,
+        None,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.transposed,
+        output_padding,
+        layer.groups,
+        [*required, False],
+    )
+    return grad_x, grad_weight
+
+
+def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a convolution layer computes with another weight, its padding mode included."""
+    return layer._conv_forward(x, weight, bias)
+
+
+def padding_of_input(layer: nn.Conv2d) -> list[int]:
+    """``(left, right, top, bottom)`` by which a convolution layer pads its input."""
+    return list(layer._reversed_padding_repeated_twice)
+
+
+def output_padding(
+    layer: nn.ConvTranspose2d, x: Tensor, output_size: list[int] | None
+) -> list[int]:
+    """Output padding that gives the requested output size.
+
+    Args:
+        layer: Transposed convolution.
+        x: Its input, ``(B, C_in, H, W)``.
+        output_size: ``(H', W')``; None for the layer's own padding.
+    """
+    return layer._output_padding(
+        x,
+        output_size,
+        layer.stride,  # type: ignore[arg-type]
+        layer.padding,  # type: ignore[arg-type]
+        layer.kernel_size,  # type: ignore[arg-type]
+        2,
+        layer.dilation,  # type: ignore[arg-type]
+    )
+
+
+def has_forward_pre_hooks(module: nn.Module) -> bool:
+    """Whether a hook is called with a module's input."""
+    return bool(module._forward_pre_hooks)
+
+
+def has_hooks(modules: Sequence[nn.Module]) -> bool:
+    """Whether a hook is called when one of the modules runs, forward or backward."""
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        for module in modules
+    )
+
+
+def stop_workers(dataloader: Any) -> None:
+    """End persistent workers of a dataloader: its next epoch starts new ones."""
+    if getattr(dataloader, '_iterator', None) is not None:
+        dataloader._iterator = None
+
+
+def learnable_fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, grad_factor: float
+) -> Tensor:
+    """Values on the grid of one learned scale, by torch's own operator.
+
+    It is what ``torch.ao.quantization`` computes in its learnable fake quantize.
+
+    Args:
+        x: Any shape.
+        scale: ``(1,)``.
+        zero_point: ``(1,)``.
+        qmin: Lowest code.
+        qmax: Highest code.
+        grad_factor: What the gradient of the scale is multiplied by.
+    """
+    return torch._fake_quantize_learnable_per_tensor_affine(
+        x, scale, zero_point, qmin, qmax, grad_factor
+    )
