@@ -61,7 +61,7 @@ def test_a_broken_start_stops_before_the_first_step(
 ) -> None:
     runner = make_runner(gplq_config(project, fp32, tmp_path, recipe()))
     monkeypatch.setattr(type(runner.model), 'train_step', lambda *_, **__: pytest.fail('a step'))
-    with pytest.raises(ValueError, match=r'too far from the float one.*cost most') as caught:
+    with pytest.raises(ValueError, match=r'too far from the float one.*largest error') as caught:
         runner.train()
     assert runner.iter == 0
     found = gate_of(tmp_path)

@@ -80,7 +80,7 @@ def test_missing_file_and_no_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match=f'no checkpoint at {tmp_path}/a.pth'):
         read_checkpoint(tmp_path / 'a.pth')
     torch.save([1], tmp_path / 'a.pth')
-    with pytest.raises(ValueError, match='holds a list, no checkpoint'):
+    with pytest.raises(ValueError, match='holds a list, not a checkpoint'):
         read_checkpoint(tmp_path / 'a.pth')
 
 
