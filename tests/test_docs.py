@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from gplq_mm.algorithms.weight_ptq import build_weight_ptq
-from gplq_mm.recipe import Recipe, as_recipe
+from gplq_mm.recipe import Recipe, as_recipe, ptq_of
 from gplq_mm.recipe.section import Section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ def require_recipe_entry(text: str) -> None:
         changed = as_recipe({section: [{**given, 'num_bits': 8}] if section == 'rules' else given})
         stored = changed.as_dict()[section]
         assert (stored[-1] if section == 'rules' else stored)[key] == given[key]
-        build_weight_ptq(changed.weight.ptq)
+        build_weight_ptq(ptq_of(changed))
 
 
 def require_name(path: str) -> None:
