@@ -83,7 +83,7 @@ if __name__ == '__main__':
             'Topic :: Scientific/Engineering :: Artificial Intelligence',
         ],
         packages=find_packages(include=['gplq_mm', 'gplq_mm.*']),
-        package_data={'gplq_mm.quantizers': ['*.c']},
+        package_data={'gplq_mm.quantizers.packing': ['csrc/*.c']},
         python_requires='>=3.10',
         install_requires=read_requirements('runtime'),
         extras_require={

@@ -17,26 +17,30 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='gplq_mm',
-    locations=['gplq_mm.models.gplq', 'gplq_mm.models.necks', 'gplq_mm.engine.linear_probe'],
+    locations=[
+        'gplq_mm.integrations.mm.builder',
+        'gplq_mm.integrations.mm.necks',
+        'gplq_mm.integrations.mm.studies.probe_model',
+    ],
 )
 HOOKS = Registry(
-    'hook', parent=MMENGINE_HOOKS, scope='gplq_mm', locations=['gplq_mm.engine.hooks.gplq_hook']
+    'hook', parent=MMENGINE_HOOKS, scope='gplq_mm', locations=['gplq_mm.integrations.mm.hook']
 )
 LOOPS = Registry(
     'loop',
     parent=MMENGINE_LOOPS,
     scope='gplq_mm',
-    locations=['gplq_mm.engine.loops.resumable_loop'],
+    locations=['gplq_mm.integrations.mm.resumable_loop'],
 )
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optimizer wrapper constructor',
     parent=MMENGINE_CONSTRUCTORS,
     scope='gplq_mm',
-    locations=['gplq_mm.engine.optim'],
+    locations=['gplq_mm.integrations.mm.optim'],
 )
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper',
     parent=MMENGINE_OPTIM_WRAPPERS,
     scope='gplq_mm',
-    locations=['gplq_mm.engine.amp'],
+    locations=['gplq_mm.integrations.mm.cpu_amp'],
 )

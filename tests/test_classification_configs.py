@@ -15,10 +15,10 @@ from mmengine.utils import get_installed_path
 
 pytest.importorskip('mmpretrain')
 
-from gplq_mm.conversion import quantized_layers, resolve_recipe
-from gplq_mm.engine.preflight import ConfigError, check_float_checkpoint
+from gplq_mm.convert import quantized_layers, resolve_recipe
+from gplq_mm.integrations.mm.launch.config import apply_cfg_options, override_image_size
+from gplq_mm.integrations.mm.launch.preflight import ConfigError, check_float_checkpoint
 from gplq_mm.registry import MODELS
-from gplq_mm.utils.config import apply_cfg_options, override_image_size
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / 'configs/gplq'

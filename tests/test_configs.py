@@ -17,9 +17,9 @@ from mmengine.utils import get_installed_path
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 
-from gplq_mm.conversion import resolve_recipe
+from gplq_mm.convert import resolve_recipe
+from gplq_mm.integrations.mm.launch.config import override_data_root, override_image_size
 from gplq_mm.registry import MODELS
-from gplq_mm.utils.config import override_data_root, override_image_size
 
 ROOT = Path(__file__).resolve().parents[1]
 DETECTORS = ('mask_rcnn', 'cascade_mask_rcnn', 'retinanet')

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from gplq_mm.algorithms.weight_ptq import build_weight_ptq
+from gplq_mm.ptq import build_weight_ptq
 from gplq_mm.recipe import Recipe, as_recipe, ptq_of
-from gplq_mm.recipe.section import Section
+from gplq_mm.recipe.sections.section import Section
 
 ROOT = Path(__file__).resolve().parents[1]
 GLOSSARY = ROOT / 'docs' / 'glossary.md'
@@ -93,8 +93,8 @@ def test_a_wrong_key_or_value_fails(wrong: str) -> None:
 
 
 def test_a_wrong_name_fails() -> None:
-    with pytest.raises(AssertionError, match=r'gplq_mm\.modules\.Nothing'):
-        require_name('gplq_mm.modules.Nothing')
+    with pytest.raises(AssertionError, match=r'gplq_mm\.ops\.Nothing'):
+        require_name('gplq_mm.ops.Nothing')
 
 
 def test_the_index_names_every_document() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,38 +19,43 @@ ROOT = Path(__file__).resolve().parents[1]
 
 FLOORS = {
     'version': 0,
-    'quantizers': 0,
-    'modules': 1,
-    'recipe': 1,
-    'conversion': 2,
-    'losses': 2,
-    'algorithms': 3,
-    'adapters': 4,
-    'compat.__init__': 0,
-    'compat.installed': 0,
-    'compat.torch': 0,
-    'compat.timm': 4,
-    'compat.mmengine': 4,
-    'registry': 4,
-    'utils': 4,
-    'models': 5,
-    'api': 5,
-    'engine': 5,
-    'evaluation': 5,
-    'export': 5,
-    'cli': 6,
-    'doctor': 6,
-    '__init__': 6,
-    '__main__': 6,
+    'compat': 0,
+    'quantizers': 1,
+    'recipe': 2,
+    'ops': 2,
+    'convert': 3,
+    'stream': 4,
+    'distillation': 5,
+    'calibration': 6,
+    'ptq': 7,
+    'analysis': 8,
+    'integrations.__init__': 9,
+    'integrations.loading': 9,
+    'api': 10,
+    'compat.mmengine': 11,
+    'compat.timm': 11,
+    'registry': 11,
+    'integrations': 12,
+    'cli': 13,
+    'doctor': 15,
+    '__init__': 14,
+    '__main__': 14,
 }
-TORCH_ONLY_UP_TO = 3
+"""Dotted path below `gplq_mm` -> floor; the longest one that a file's path begins with counts."""
+TORCH_ONLY_UP_TO = 10
 TORCH_ONLY = {*sys.stdlib_module_names, 'gplq_mm', 'torch'}
-KNOWS_OTHER_LIBRARIES = {'adapters', 'compat.timm'}
+LIBRARY_FOLDERS = {
+    'integrations.mm.adapters.mmcv',
+    'integrations.mm.adapters.mmdet',
+    'integrations.mm.adapters.mmpretrain',
+    'integrations.timm',
+    'integrations.torchvision',
+}
+KNOWS_OTHER_LIBRARIES = {*LIBRARY_FOLDERS, 'compat.timm'}
 OTHER_LIBRARIES = {'mmdet', 'mmpretrain', 'projects', 'timm', 'torchvision'}
 OUTSIDE = {'configs', 'tests', 'tools'}
 ROOT_MAY_IMPORT = {'typing', 'gplq_mm.compat.installed', 'gplq_mm.version'}
 ROOT_MAY_DELAY = {'gplq_mm', 'gplq_mm.api'}
-NO_MM = {'mmengine', 'mmcv', 'mmdet', 'mmpretrain'}
 LONGEST = {'gplq_mm': 400, 'tools': 400, 'tests': 400, 'configs': 100, 'configs/gplq': 25}
 LICENSE_LINE = '# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.'
 
@@ -72,9 +77,9 @@ class Module:
     text: str
 
     @property
-    def unit(self) -> str:
-        """Key of `FLOORS`: the first part below `gplq_mm`, or the file of `gplq_mm.compat`."""
-        return unit_of(self.name)
+    def room(self) -> str:
+        """Key of `FLOORS`."""
+        return room_of(self.name)
 
     def imports(self) -> Iterator[Import]:
         """List all imports, those inside functions too."""
@@ -113,34 +118,46 @@ def is_delayed(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
 
 
-def target_unit(target: str) -> str:
-    """Key of `FLOORS` that an import reaches; a name of the package root counts as its own."""
-    unit = unit_of(target) if '.' in target else '__init__'
-    return unit if unit in FLOORS else 'version'
-
-
-def unit_of(name: str) -> str:
-    """First part below `gplq_mm` of a dotted path; in `compat` each file is a room of its own."""
+def room_of(name: str) -> str:
+    """Key of `FLOORS` that a dotted path below `gplq_mm` begins with; empty where none does."""
     parts = name.split('.')[1:]
-    return '.'.join(parts[:2]) if parts[0] == 'compat' else parts[0]
+    heads = ('.'.join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((head for head in heads if head in FLOORS), '')
+
+
+def reached_room(target: str) -> str:
+    """Key of `FLOORS` that an import reaches; a name of the package root counts as its version."""
+    return room_of(target) or 'version'
+
+
+def is_within(name: str, folders: set[str]) -> str:
+    """The folder, as a dotted path below `gplq_mm`, that holds a module; empty for none."""
+    path = f'{name.partition(".")[2]}.'
+    return next((folder for folder in folders if path.startswith(f'{folder}.')), '')
 
 
 def goes_up(module: Module) -> Iterator[str]:
-    """Imports of a higher floor."""
-    floor = FLOORS.get(module.unit)
-    if floor is None:
-        yield f'{module.name}: unit {module.unit!r} has no floor in FLOORS'
+    """Imports of a higher floor, or of another room on the same floor."""
+    if not module.room:
+        yield f'{module.name}: no entry of FLOORS'
         return
+    floor = FLOORS[module.room]
     for item in module.imports():
-        if item.target.split('.')[0] == 'gplq_mm' and module.unit != '__init__':
-            unit = target_unit(item.target)
-            if FLOORS[unit] > floor:
-                yield at(module, item, f'floor {floor} imports floor {FLOORS[unit]}')
+        if item.target.split('.')[0] != 'gplq_mm' or module.room == '__init__':
+            continue
+        room = reached_room(item.target)
+        if FLOORS[room] > floor or (FLOORS[room] == floor and is_other_room(room, module.room)):
+            yield at(module, item, f'{module.room} (floor {floor}) imports {room} ({FLOORS[room]})')
+
+
+def is_other_room(first: str, second: str) -> bool:
+    """Whether two keys of `FLOORS` name different folders below `gplq_mm`, or files there."""
+    return first.split('.')[0] != second.split('.')[0]
 
 
 def more_than_torch(module: Module) -> Iterator[str]:
     """Libraries other than torch on the floors of pure arithmetic."""
-    if FLOORS.get(module.unit, 9) > TORCH_ONLY_UP_TO:
+    if FLOORS.get(module.room, 99) > TORCH_ONLY_UP_TO:
         return
     for item in module.imports():
         if item.target.split('.')[0] not in TORCH_ONLY:
@@ -148,25 +165,21 @@ def more_than_torch(module: Module) -> Iterator[str]:
 
 
 def knows_other_library(module: Module) -> Iterator[str]:
-    """The classes of mmdet, mmpretrain, timm or torchvision outside the adapters."""
-    if module.unit in KNOWS_OTHER_LIBRARIES:
+    """The classes of mmdet, mmpretrain, timm or torchvision outside their folders."""
+    if is_within(module.name, KNOWS_OTHER_LIBRARIES):
         return
     for item in module.imports():
         if item.target.split('.')[0] in OTHER_LIBRARIES:
             yield at(module, item)
 
 
-def imports_its_like(folder: str) -> Callable[[Module], Iterator[str]]:
-    """Rule against files of one folder that import one another; its `__init__` may."""
-
-    def check(module: Module) -> Iterator[str]:
-        if not module.name.startswith(folder + '.') or module.name.endswith('__init__'):
-            return
-        for item in module.imports():
-            if f'{item.target}.'.startswith(f'{folder}.'):
-                yield at(module, item)
-
-    return check
+def imports_another_adapter(module: Module) -> Iterator[str]:
+    """One library's handlers that import another library's."""
+    own = is_within(module.name, LIBRARY_FOLDERS)
+    for item in module.imports():
+        other = is_within(item.target, LIBRARY_FOLDERS)
+        if own and other and other != own:
+            yield at(module, item)
 
 
 def leaves_the_package(module: Module) -> Iterator[str]:
@@ -180,16 +193,6 @@ def imports_star(module: Module) -> Iterator[str]:
     """`from x import *`."""
     for item in module.imports():
         if item.target.endswith('.*'):
-            yield at(module, item)
-
-
-def api_knows_mm(module: Module) -> Iterator[str]:
-    """MMEngine, or what needs it, in the functions for torch alone."""
-    if module.unit != 'api':
-        return
-    for item in module.imports():
-        root, unit = item.target.split('.')[0], target_unit(item.target)
-        if root in NO_MM or (root == 'gplq_mm' and unit in ('engine', 'evaluation', 'registry')):
             yield at(module, item)
 
 
@@ -211,29 +214,22 @@ def at(module: Module, item: Import, remark: str = '') -> str:
 RULES = {
     'down': ('Imports go down only: see FLOORS. Move the code down, or pass it in.', goes_up),
     'torch': (
-        'Floors 0-3 import torch and the standard library only, so that they can be tested and '
-        'reused alone: whatever knows MMEngine belongs on floor 4 or 5.',
+        'Floors 0-10 import torch and the standard library only, so that they can be tested and '
+        'reused alone: whatever knows MMEngine or another library belongs to integrations.',
         more_than_torch,
     ),
     'library': (
-        "Only adapters know another library's classes: register a handler in gplq_mm/adapters/.",
+        "Only a library's own folder knows its classes: register a handler in "
+        'gplq_mm/integrations/timm/, torchvision/ or mm/adapters/.',
         knows_other_library,
     ),
     'adapters': (
         'Adapters do not import one another, or a missing library takes the others down: '
-        'move what they share to gplq_mm/conversion/.',
-        imports_its_like('gplq_mm.adapters'),
-    ),
-    'hooks': (
-        'Hooks do not import hooks: a hook says when, the arithmetic they share goes down.',
-        imports_its_like('gplq_mm.engine.hooks'),
+        'move what they share to gplq_mm/convert/.',
+        imports_another_adapter,
     ),
     'outside': ('The package imports no tools, configs or tests.', leaves_the_package),
     'star': ('No `import *`: nobody can tell where a name comes from.', imports_star),
-    'mm': (
-        'gplq_mm.api works with torch alone: what it shares with MMEngine runs goes to floor 3.',
-        api_knows_mm,
-    ),
     'root': (
         '`import gplq_mm` gives the version and the feature checks, needs no other library; the '
         'functions of gplq_mm.api are imported at their first use.',
@@ -241,34 +237,41 @@ RULES = {
     ),
 }
 
+MM = 'gplq_mm.integrations.mm'
 # One file that breaks each rule, and one that is close to it and fine.
 EXAMPLES = [
-    ('down', 'gplq_mm.quantizers.a', 'def f():\n    from ..modules import QuantLinear', True),
-    ('down', 'gplq_mm.conversion.a', 'from gplq_mm.quantizers import QuantSpec', False),
+    ('down', 'gplq_mm.quantizers.a', 'def f():\n    from ..ops import QuantLinear', True),
+    ('down', 'gplq_mm.convert.a', 'from gplq_mm.quantizers import QuantSpec', False),
     ('down', 'gplq_mm.nowhere.a', '', True),
-    ('down', 'gplq_mm.modules.a', 'from ..compat.torch import own_tensor', False),
-    ('down', 'gplq_mm.modules.a', 'from ..compat.mmengine import is_resumed', True),
-    ('torch', 'gplq_mm.algorithms.a', 'from mmengine.logging import print_log', True),
+    ('down', 'gplq_mm.ops.a', 'from ..compat.torch import own_tensor', False),
+    ('down', 'gplq_mm.ops.a', 'from ..compat.mmengine import is_resumed', True),
+    ('down', 'gplq_mm.ops.a', 'from ..recipe import Recipe', True),
+    ('down', 'gplq_mm.calibration.a', 'from ..ptq.stage2 import run_stage2', True),
+    ('down', 'gplq_mm.api.a', 'from ..integrations.mm.run import teacher', True),
+    ('down', 'gplq_mm.api.a', 'from ..integrations.loading import load_adapters', False),
+    ('down', 'gplq_mm.api.a', 'from ..distillation.mimic_terms import build_term', False),
+    ('down', f'{MM}.run.a', 'from ..checkpoints.resume import resumable_checkpoint', False),
+    ('torch', 'gplq_mm.ptq.a', 'from mmengine.logging import print_log', True),
+    ('torch', 'gplq_mm.api.a', 'def f():\n    import mmengine', True),
+    ('torch', 'gplq_mm.integrations.loading', 'import mmengine', True),
     ('torch', 'gplq_mm.quantizers.a', 'import numpy as np', True),
     ('torch', 'gplq_mm.quantizers.a', 'import math\nfrom torch import nn', False),
-    ('library', 'gplq_mm.models.a', 'def f():\n    import mmdet.models', True),
+    ('torch', f'{MM}.a', 'import mmengine', False),
+    ('library', 'gplq_mm.distillation.a', 'def f():\n    import mmdet.models', True),
     ('library', 'gplq_mm.api.a', 'def f():\n    import timm', True),
-    ('library', 'gplq_mm.adapters.mmdet', 'from mmdet.models import WindowMSA', False),
-    ('adapters', 'gplq_mm.adapters.mmdet', 'from .mmcv import convert_ffn', True),
-    ('adapters', 'gplq_mm.adapters.__init__', 'from .mmcv import convert_ffn', False),
-    ('hooks', 'gplq_mm.engine.hooks.a', 'from gplq_mm.engine.hooks import GPLQHook', True),
-    ('hooks', 'gplq_mm.engine.hooks.a', 'from gplq_mm.engine.stages import run', False),
-    ('outside', 'gplq_mm.engine.a', 'from tools.train import main', True),
-    ('outside', 'gplq_mm.engine.a', 'from gplq_mm.utils.tools import main', False),
-    ('star', 'gplq_mm.models.__init__', 'from .necks import *', True),
-    ('star', 'gplq_mm.models.__init__', 'from .necks import Neck', False),
-    ('root', 'gplq_mm.__init__', 'from gplq_mm.models import GPLQ', True),
+    ('library', f'{MM}.run.a', 'from mmdet.models import WindowMSA', True),
+    ('library', f'{MM}.adapters.mmdet.a', 'from mmdet.models import WindowMSA', False),
+    ('adapters', f'{MM}.adapters.mmdet.a', 'from ..mmcv.layers import convert_ffn', True),
+    ('adapters', f'{MM}.adapters.mmdet.a', 'from .vitdet import convert_block', False),
+    ('adapters', 'gplq_mm.integrations.timm.a', 'from ..torchvision import swin', True),
+    ('outside', f'{MM}.a', 'from tools.train import main', True),
+    ('outside', f'{MM}.a', 'from gplq_mm.integrations.mm.launch.tools import run_tool', False),
+    ('star', 'gplq_mm.ops.__init__', 'from .linear import *', True),
+    ('star', 'gplq_mm.ops.__init__', 'from .linear import QuantLinear', False),
+    ('root', 'gplq_mm.__init__', 'from gplq_mm.ops import QuantLinear', True),
     ('root', 'gplq_mm.__init__', 'from .compat.installed import is_installed', False),
     ('root', 'gplq_mm.__init__', 'from gplq_mm.api import quantize', True),
     ('root', 'gplq_mm.__init__', 'def f():\n    from gplq_mm.api import quantize', False),
-    ('mm', 'gplq_mm.api.a', 'def f():\n    import mmengine', True),
-    ('mm', 'gplq_mm.api.a', 'from ..engine.checkpoint import record', True),
-    ('mm', 'gplq_mm.api.a', 'from ..models.mimic_terms import build_term', False),
 ]
 
 
@@ -356,8 +359,7 @@ print('imported', len(sys.argv) - 1)
 
 
 def test_lower_floors_import_without_any_mm_package() -> None:
-    low = [m.name for m in package() if FLOORS.get(m.unit, 9) <= TORCH_ONLY_UP_TO]
-    low += [m.name for m in package() if m.unit == 'api']
+    low = [m.name for m in package() if FLOORS.get(m.room, 99) <= TORCH_ONLY_UP_TO]
     names = ['gplq_mm', *(name.removesuffix('.__init__') for name in low)]
     command = [sys.executable, '-c', IMPORT_WITHOUT_MM, *names]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 
-from gplq_mm.algorithms.calibration import calibrate_activations
-from gplq_mm.algorithms.stage2 import run_stage2
-from gplq_mm.conversion import set_quantization
-from gplq_mm.engine.checkpoint import load_float_
-from gplq_mm.utils.checkpoint_io import read_checkpoint
+from gplq_mm.calibration.activation_ranges import calibrate_activations
+from gplq_mm.convert import set_quantization
+from gplq_mm.integrations.mm.checkpoints.checkpoint_io import read_checkpoint
+from gplq_mm.integrations.mm.checkpoints.run_checkpoint import load_float_
+from gplq_mm.ptq.stage2 import run_stage2
 
 
 def build(data: Path, name: str, recipe: Any) -> tuple[nn.Module, nn.Module, Config]:

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
 
-from gplq_mm.algorithms.bit_assignment import size_groups
-from gplq_mm.algorithms.bit_search import search_bits
-from gplq_mm.algorithms.calibration import calibrate_activations
-from gplq_mm.algorithms.operands import baseline, bit_rules, find_operands, weight_precisions
-from gplq_mm.algorithms.output_metrics import KL
-from gplq_mm.algorithms.sensitivity import SensitivityMeter
-from gplq_mm.algorithms.stage2 import run_stage2
-from gplq_mm.algorithms.weight_ptq import build_weight_ptq
-from gplq_mm.conversion import set_quantization
+from gplq_mm.analysis.bit_assignment import size_groups
+from gplq_mm.analysis.bit_search import search_bits
+from gplq_mm.analysis.operands import baseline, bit_rules, find_operands, weight_precisions
+from gplq_mm.analysis.output_metrics import KL
+from gplq_mm.analysis.sensitivity import SensitivityMeter
+from gplq_mm.calibration.activation_ranges import calibrate_activations
+from gplq_mm.convert import set_quantization
+from gplq_mm.ptq import build_weight_ptq
+from gplq_mm.ptq.stage2 import run_stage2
 from tests.test_real_data import build, cifar
 
 W3: dict[str, Any] = dict(  # per-tensor inputs: weights are quantized without calibration

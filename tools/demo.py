@@ -98,7 +98,7 @@ def quantize(work_dir: Path, checkpoint: Path) -> dict:
 
 def comparison(report: dict) -> str:
     """Return the table of the three models, one row per quantity."""
-    from gplq_mm.evaluation.report import format_table
+    from gplq_mm.analysis.report import format_table
 
     rows = [[name, *(show(report[stage]) for stage in STAGES)] for name, show in ROWS.items()]
     return format_table(['', *STAGES.values()], rows)

@@ -17,11 +17,16 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from gplq_mm.algorithms.weight_ptq import build_weight_ptq
-from gplq_mm.algorithms.weight_ptq.labels import parse_ptq
-from gplq_mm.engine.launch import add_arguments, build_runner, read_config, run_tool
-from gplq_mm.engine.preflight import ConfigError, check_checkpoint, check_data, is_gplq
-from gplq_mm.engine.ptq_comparison import PTQComparison
+from gplq_mm.integrations.mm.launch.preflight import (
+    ConfigError,
+    check_checkpoint,
+    check_data,
+    is_gplq,
+)
+from gplq_mm.integrations.mm.launch.tools import add_arguments, build_runner, read_config, run_tool
+from gplq_mm.integrations.mm.studies.ptq_comparison import PTQComparison
+from gplq_mm.ptq import build_weight_ptq
+from gplq_mm.ptq.labels import parse_ptq
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

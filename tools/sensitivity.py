@@ -16,13 +16,22 @@ from mmengine.config import Config
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 
-from gplq_mm.algorithms.operands import KINDS
-from gplq_mm.engine import mixed_recipe
-from gplq_mm.engine.launch import add_arguments, build_runner, read_config, run_tool
-from gplq_mm.engine.mixed_recipe import Budget
-from gplq_mm.engine.preflight import ConfigError, check_checkpoint, check_data, is_gplq
-from gplq_mm.engine.sensitivity import SensitivityOptions, SensitivityRun, prepare
-from gplq_mm.evaluation.sensitivity_page import comparison_table, sensitivity_page, worst_table
+from gplq_mm.analysis.operands import KINDS
+from gplq_mm.analysis.sensitivity_page import comparison_table, sensitivity_page, worst_table
+from gplq_mm.integrations.mm.launch.preflight import (
+    ConfigError,
+    check_checkpoint,
+    check_data,
+    is_gplq,
+)
+from gplq_mm.integrations.mm.launch.tools import add_arguments, build_runner, read_config, run_tool
+from gplq_mm.integrations.mm.studies import mixed_recipe
+from gplq_mm.integrations.mm.studies.measured_sensitivity import (
+    SensitivityOptions,
+    SensitivityRun,
+    prepare,
+)
+from gplq_mm.integrations.mm.studies.mixed_recipe import Budget
 
 PAGE_NAME = 'sensitivity.html'
 RECIPE_NAME = 'mixed_recipe.py'

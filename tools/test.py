@@ -15,14 +15,8 @@ from mmengine.fileio import dump
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
-from gplq_mm.engine.launch import (
-    add_arguments,
-    build_runner,
-    read_config,
-    run_tool,
-)
-from gplq_mm.engine.library_ways import show_predictions, wrap_for_tta
-from gplq_mm.engine.preflight import (
+from gplq_mm.integrations.mm.launch.library_ways import show_predictions, wrap_for_tta
+from gplq_mm.integrations.mm.launch.preflight import (
     ConfigError,
     check_checkpoint,
     check_data,
@@ -30,6 +24,7 @@ from gplq_mm.engine.preflight import (
     is_gplq,
     require_hook,
 )
+from gplq_mm.integrations.mm.launch.tools import add_arguments, build_runner, read_config, run_tool
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

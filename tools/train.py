@@ -13,19 +13,19 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import print_log
 
-from gplq_mm.engine.launch import (
-    add_arguments,
-    build_runner,
-    read_config,
-    run_tool,
-    set_resume,
-)
-from gplq_mm.engine.preflight import (
+from gplq_mm.integrations.mm.launch.preflight import (
     ConfigError,
     check_checkpoint,
     check_data,
     check_float_checkpoint,
     is_gplq,
+)
+from gplq_mm.integrations.mm.launch.tools import (
+    add_arguments,
+    build_runner,
+    read_config,
+    run_tool,
+    set_resume,
 )
 
 CONSTRUCTOR = 'gplq_mm.GPLQOptimWrapperConstructor'

@@ -18,10 +18,10 @@ from mmengine.fileio import dump
 from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
-from gplq_mm.algorithms.linear_probe import ProbeSettings
-from gplq_mm.engine.launch import add_arguments, read_config, run_tool
-from gplq_mm.engine.preflight import ConfigError, check_checkpoint, check_data
-from gplq_mm.engine.transfer import transfer, transfer_by_training
+from gplq_mm.analysis.linear_probe import ProbeSettings
+from gplq_mm.integrations.mm.launch.preflight import ConfigError, check_checkpoint, check_data
+from gplq_mm.integrations.mm.launch.tools import add_arguments, read_config, run_tool
+from gplq_mm.integrations.mm.studies.transfer import transfer, transfer_by_training
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

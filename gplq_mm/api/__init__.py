@@ -1,13 +1,13 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 5: quantization of any torch module without MMEngine, exported by ``gplq_mm``."""
+"""Quantization of any torch module without MMEngine, exported by ``gplq_mm``."""
 
-from .calibration import CalibrationResult, calibrate
-from .checkpoint import load, save
-from .conversion import quantize
-from .distillation import Distillation, distill
+from .calibrating import CalibrationResult, calibrate
+from .distilling import Distillation, distill
 from .model_state import QuantizationState
-from .stage1 import stage1_optimizer, train_stage1
-from .stage2 import quantize_weights
+from .quantizing import quantize
+from .saving import load, save
+from .training import stage1_optimizer, train_stage1
+from .weights import quantize_weights
 
 __all__ = [
     'CalibrationResult',

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..algorithms.distributed import world
-from ..algorithms.evaluating import evaluating
+from ..stream.distributed import world
+from ..stream.evaluating import evaluating
 from .model_state import device_of
 
 Inputs = Tensor | Mapping[str, Any]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..conversion import CoverageReport
-from ..modules import Engine
+from ..convert import CoverageReport
+from ..ops import Engine
 from ..recipe import Recipe
 
 CONVERTED, CALIBRATED, STAGE1, STAGE2 = STAGES = ('converted', 'calibrated', 'stage1', 'stage2')

@@ -14,9 +14,8 @@ from mmengine.runner.checkpoint import CheckpointLoader
 
 from ..compat.installed import check_versions, is_installed
 from ..compat.mmengine import is_lazy_config
-from ..conversion import PRESETS, resolve_recipe
-from ..engine.launch import load_config
-from ..engine.preflight import (
+from ..convert import PRESETS, resolve_recipe
+from ..integrations.mm.launch.preflight import (
     ConfigError,
     check_checkpoint,
     check_float_checkpoint,
@@ -24,6 +23,7 @@ from ..engine.preflight import (
     is_url,
     key_mismatch,
 )
+from ..integrations.mm.launch.tools import load_config
 from .gplq_config import config_text
 
 

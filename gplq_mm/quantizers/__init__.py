@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 0: numbers. Uniform 2 to 8 bit quantizers in plain torch."""
+"""Numbers. Uniform 2 to 8 bit quantizers in plain torch."""
 
 from .fake_quantizer import FakeQuantizer
 from .functional import dequantize, integer_range, quantize

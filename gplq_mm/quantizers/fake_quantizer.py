@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..compat.torch import version_of
-from . import cpu_kernels, packed_passes
 from .functional import positive_scale
 from .learned_scale import (
     centered_codes_ste,
@@ -17,6 +16,7 @@ from .learned_scale import (
     positive_scale_ste,
     scale_gradient,
 )
+from .packing import cpu_kernels, torch_passes
 from .quantizer_state import QuantizerState, UncalibratedError
 from .row_range import ROW_SLACK, row_extent, row_scale, row_zero_point
 from .spec import Granularity, PerChannel, PerRow, QuantSpec
@@ -327,13 +327,13 @@ def quantize_values(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 def passes_for(*tensors: Tensor) -> Any:
     """Passes from C where they can read these tensors, the scale last; else those in torch."""
     if cpu_kernels.load()[0] is None or tensors[0].device.type != 'cpu':
-        return packed_passes
-    return cpu_kernels.kernels_for(*tensors) or packed_passes
+        return torch_passes
+    return cpu_kernels.kernels_for(*tensors) or torch_passes
 
 
 def _in_pairs(field: Tensor) -> Tensor:
     """Two fields a byte, in the order of memory."""
-    flat = packed_passes.flat(field)
+    flat = torch_passes.flat(field)
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])
     pairs = flat.view(-1, 2)

@@ -1,23 +1,28 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Floor 1: the typed recipe, its presets, and its validation."""
+"""The typed recipe, its presets, and its validation."""
 
 from .auto_settings import AUTO, ptq_of, settle_auto, typical_width
 from .former import former_base, former_counterpart, is_former
 from .match import RuleBook, in_scope, sets_bits
-from .mimic import MimicTerm, mimic_terms
-from .operands import ActivationSettings, OperandSettings, WeightSettings, spec_from_settings
 from .presets import FORMER_PRESETS, PRESETS
 from .recipe import Recipe, scope_prefixes
 from .resolve import RecipeLike, as_recipe, recipe_difference, resolve_recipe
-from .rule import ROLES, Rule
-from .run_settings import (
+from .sections.mimic import MimicTerm, mimic_terms
+from .sections.operand_settings import (
+    ActivationSettings,
+    OperandSettings,
+    WeightSettings,
+    spec_from_settings,
+)
+from .sections.rule import ROLES, Rule
+from .sections.run_settings import (
     CalibrationSettings,
     CompensationSettings,
     GateSettings,
     OptimSettings,
     Stage2Settings,
 )
-from .section import plain
+from .sections.section import plain
 
 __all__ = [
     'AUTO',

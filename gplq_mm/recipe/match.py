@@ -4,8 +4,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
-from .operands import OBSERVER_KEYS, OperandSettings
-from .rule import Rule
+from .sections.operand_settings import OBSERVER_KEYS, OperandSettings
+from .sections.rule import Rule
 
 _Operand = TypeVar('_Operand', bound=OperandSettings)
 

@@ -4,11 +4,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .mimic import MimicTerm
-from .operands import ActivationSettings, WeightSettings
-from .rule import Rule
-from .run_settings import CalibrationSettings, GateSettings, OptimSettings, Stage2Settings
-from .section import Section, setting
+from .sections.mimic import MimicTerm
+from .sections.operand_settings import ActivationSettings, WeightSettings
+from .sections.rule import Rule
+from .sections.run_settings import CalibrationSettings, GateSettings, OptimSettings, Stage2Settings
+from .sections.section import Section, setting
 
 SCOPES = {
     'backbone': ('backbone',),

@@ -4,7 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from .section import plain
+from .sections.section import plain
 
 _OF_A_GRID: dict[str, Any] = {
     'qat': False,

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from .check import close_hint
-from .mimic import OF_TYPE
 from .presets import PRESETS
 from .recipe import Recipe
-from .section import plain
+from .sections.mimic import OF_TYPE
+from .sections.section import plain
 
 RecipeLike = str | Mapping[str, Any] | Recipe
 """Forms of a recipe that a config, a checkpoint or a caller may give."""

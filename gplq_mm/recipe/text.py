@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .recipe import Recipe
-from .section import Section, plain
+from .sections.section import Section, plain
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gplq_mm.conversion import quantized_layers, quantizers
-from gplq_mm.modules import weight_rows
+from gplq_mm.convert import quantized_layers, quantizers
+from gplq_mm.ops import weight_rows
 from gplq_mm.quantizers import build_observer, qparams_from_range
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gplq_mm.conversion import convert_
-from gplq_mm.modules import set_engine
+from gplq_mm.convert import convert_
+from gplq_mm.ops import set_engine
 from tests.helpers.calibration import calibrate_activations, tensors
 
 Run = Callable[[nn.Module, Tensor], Any]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gplq_mm.conversion import CoverageReport, convert_, quantizers, set_quantization
+from gplq_mm.convert import CoverageReport, convert_, quantizers, set_quantization
 from gplq_mm.quantizers import PerRow
 from tests.helpers.calibration import tensors
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gplq_mm.modules import QuantConv2d, QuantConvTranspose2d, QuantLinear, swap_class
+from gplq_mm.ops import QuantConv2d, QuantConvTranspose2d, QuantLinear, swap_class
 from gplq_mm.quantizers import FakeQuantizer, PerChannel, PerTensor, QuantSpec
 from tests.helpers.reference import calibrated
 

@@ -12,7 +12,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from gplq_mm.adapters import load_adapters
+from gplq_mm.integrations.loading import load_adapters
 from tests.helpers.calibration import calibrate_activations, calibrate_weights, tensors
 
 __all__ = ['calibrate_activations', 'calibrate_weights', 'tensors']

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gplq_mm.modules import QuantMatMul
+from gplq_mm.ops import QuantMatMul
 
 
 class Attention(nn.Module):

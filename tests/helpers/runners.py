@@ -11,9 +11,11 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
-from gplq_mm.engine.hooks import gplq_hook  # noqa: F401
-from gplq_mm.models import gplq  # noqa: F401
-from gplq_mm.utils.config import override_data_root
+from gplq_mm.integrations.mm import (
+    builder,  # noqa: F401
+    hook,  # noqa: F401
+)
+from gplq_mm.integrations.mm.launch.config import override_data_root
 
 from .tiny_projects import TinyProject
 

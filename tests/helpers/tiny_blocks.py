@@ -5,9 +5,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gplq_mm.algorithms.calibration import calibrate_activations
-from gplq_mm.algorithms.stage2 import run_stage2
-from gplq_mm.conversion import convert_, resolve_recipe
+from gplq_mm.calibration.activation_ranges import calibrate_activations
+from gplq_mm.convert import convert_, resolve_recipe
+from gplq_mm.ptq.stage2 import run_stage2
 
 WIDTH = 6
 

@@ -16,9 +16,9 @@ from mmengine.registry import DefaultScope
 from mmpretrain.structures import DataSample
 
 import gplq_mm
-from gplq_mm.engine import session
-from gplq_mm.engine.optim import GPLQOptimWrapperConstructor
-from gplq_mm.models.gplq import build_gplq
+from gplq_mm.integrations.mm import session
+from gplq_mm.integrations.mm.builder import build_gplq
+from gplq_mm.integrations.mm.optim import GPLQOptimWrapperConstructor
 from gplq_mm.registry import MODELS
 from tests.helpers.plain_vit import pixels
 

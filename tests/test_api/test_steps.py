@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gplq_mm
-from gplq_mm.algorithms.calibration import calibrate_activations
-from gplq_mm.algorithms.layerwise_calibration import calibrate_layerwise
-from gplq_mm.algorithms.stage2 import run_stage2
-from gplq_mm.conversion import convert_, quantizers, resolve_recipe, settle_auto
-from gplq_mm.losses import RelativeFeatureLoss, SoftLogitLoss
+from gplq_mm.calibration.activation_ranges import calibrate_activations
+from gplq_mm.calibration.layerwise import calibrate_layerwise
+from gplq_mm.convert import convert_, quantizers, resolve_recipe, settle_auto
+from gplq_mm.distillation.losses import RelativeFeatureLoss, SoftLogitLoss
+from gplq_mm.ptq.stage2 import run_stage2
 from tests.helpers.plain_vit import PlainViT, pixels, plain_vit
 
 MINMAX = dict(weight=dict(ptq='minmax'))

@@ -19,7 +19,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from gplq_mm.compat import mmengine as compat
-from gplq_mm.utils import checkpoint_io  # noqa: F401  lets torch load MMEngine's types
+from gplq_mm.integrations.mm.checkpoints import checkpoint_io  # noqa: F401  lets torch load MMEngine's types
 
 
 class Scale(BaseModel):

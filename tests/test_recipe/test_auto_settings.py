@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 from torch import nn
 
-from gplq_mm.conversion import PRESETS, resolve_recipe, settle_auto, typical_width
+from gplq_mm.convert import PRESETS, resolve_recipe, settle_auto, typical_width
 from gplq_mm.recipe import CalibrationSettings, OptimSettings
 from gplq_mm.recipe.auto_settings import _CLASSIFIER, _DETECTOR
 from gplq_mm.recipe.check import alternatives

@@ -11,20 +11,21 @@ from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
-from gplq_mm.algorithms.drop_rates import set_drop_rates_
-from gplq_mm.algorithms.gate import StartFigures
-from gplq_mm.algorithms.stage2_recipe import resolve_compensation
-from gplq_mm.algorithms.trainable import choose_trained_
-from gplq_mm.algorithms.weight_ptq import build_weight_ptq
-from gplq_mm.conversion import convert_, make_matmul, quantizers, register_handler
-from gplq_mm.conversion.handlers import HANDLERS
-from gplq_mm.engine import session, stage2, start
-from gplq_mm.engine.calibration_data import CalibrationSet
-from gplq_mm.engine.gate import GateResult
-from gplq_mm.engine.optim import shorten_lr_
-from gplq_mm.evaluation.report import scope_line
-from gplq_mm.models.mimic_settings import resolve_mimic
-from gplq_mm.modules import swap_class
+from gplq_mm.analysis.report import scope_line
+from gplq_mm.analysis.start_error import StartFigures
+from gplq_mm.convert import convert_, make_matmul, quantizers, register_handler
+from gplq_mm.convert.handlers import HANDLERS
+from gplq_mm.distillation.drop_rates import set_drop_rates_
+from gplq_mm.distillation.mimic_settings import resolve_mimic
+from gplq_mm.distillation.trainable import choose_trained_
+from gplq_mm.integrations.mm import session
+from gplq_mm.integrations.mm.data.calibration_data import CalibrationSet
+from gplq_mm.integrations.mm.optim import shorten_lr_
+from gplq_mm.integrations.mm.run import start_check, weight_stage
+from gplq_mm.integrations.mm.run.gate import GateResult
+from gplq_mm.ops import swap_class
+from gplq_mm.ptq import build_weight_ptq
+from gplq_mm.ptq.stage2_recipe import resolve_compensation
 from gplq_mm.recipe import Recipe, as_recipe, settle_auto
 from tests.helpers.models import Attention, Detector, QuantAttention
 from tests.test_recipe.test_fuzz import LEAVES, RULE_LEAVES, put
@@ -118,7 +119,7 @@ class Drops(Detector):
 
 @pytest.fixture(autouse=True)
 def attention_handler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('gplq_mm.conversion.handlers.HANDLERS', dict(HANDLERS))
+    monkeypatch.setattr('gplq_mm.convert.handlers.HANDLERS', dict(HANDLERS))
 
     @register_handler(Attention)
     def convert_attention(module: Any, name: str, context: Any) -> None:
@@ -208,18 +209,18 @@ def run_of(model: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[
         ),
     }.items():
         monkeypatch.setattr(session, name, value)
-    monkeypatch.setattr(start, 'Gate', FailedGate)
+    monkeypatch.setattr(start_check, 'Gate', FailedGate)
     images = Images.of_recipe(ConfigDict(), recipe)
     seen.append(images.asked)
     run: Any = session.GPLQSession.__new__(session.GPLQSession)
     run.model, run.calibration, run.report = model, images, report
     run._calibrate()
     try:
-        start.check_start(SimpleNamespace(model=model), images, {}, report, lambda: None)  # type: ignore[arg-type]
+        start_check.check_start(SimpleNamespace(model=model), images, {}, report, lambda: None)  # type: ignore[arg-type]
     except ValueError as error:
         seen.append(str(error))
-    monkeypatch.setattr(stage2, 'CalibrationSet', Images)
-    seen.append(stage2.stage2_set(ConfigDict(), recipe, images).asked)
+    monkeypatch.setattr(weight_stage, 'CalibrationSet', Images)
+    seen.append(weight_stage.stage2_set(ConfigDict(), recipe, images).asked)
     return seen
 
 

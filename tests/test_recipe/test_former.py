@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 import pytest
 
-from gplq_mm.conversion import PRESETS, recipe_difference, resolve_recipe
+from gplq_mm.convert import PRESETS, recipe_difference, resolve_recipe
 from gplq_mm.recipe.former import former_base, former_counterpart, is_former
 from gplq_mm.recipe.presets import FORMER_PRESETS
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from torch import nn
 
-from gplq_mm.conversion import convert_
+from gplq_mm.convert import convert_
 from gplq_mm.recipe import PRESETS, Recipe, Rule, as_recipe, plain
 from gplq_mm.recipe.check import Limits, alternatives, is_section
 

@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from gplq_mm.conversion import PRESETS, resolve_recipe
+from gplq_mm.convert import PRESETS, resolve_recipe
 from gplq_mm.quantizers import PerChannel, PerTensor, build_observer
 from gplq_mm.recipe import as_recipe, ptq_of, settle_auto, spec_from_settings
 from gplq_mm.recipe.presets import FORMER_PRESETS

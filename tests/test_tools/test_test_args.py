@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gplq_mm.engine.launch import USER_ERROR, run_tool
+from gplq_mm.integrations.mm.launch.tools import USER_ERROR, run_tool
 from tests.helpers.tiny_projects import make_project
 from tests.helpers.tools import load_tool
 

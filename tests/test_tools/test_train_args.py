@@ -5,8 +5,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from gplq_mm.engine.launch import USER_ERROR, run_tool
-from gplq_mm.engine.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.tools import USER_ERROR, run_tool
 from tests.helpers.tiny_projects import TinyProject, make_project
 from tests.helpers.tools import load_tool
 

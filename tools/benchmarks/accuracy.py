@@ -28,10 +28,10 @@ from accuracy_plan import RESULT_NAME, ROOT, Row, plan
 from accuracy_recipes import DEFAULT, RECIPES
 from accuracy_table import read_rows, row_key, table, write_rows
 
-from gplq_mm.engine.checkpoint import STAGE1_NAME
-from gplq_mm.engine.launch import run_tool
-from gplq_mm.engine.preflight import ConfigError
-from gplq_mm.evaluation import read_json, write_json
+from gplq_mm.analysis import read_json, write_json
+from gplq_mm.integrations.mm.checkpoints.run_checkpoint import STAGE1_NAME
+from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.tools import run_tool
 
 OUT = Path('docs/benchmarks/accuracy.json')
 WORK_ROOT = Path('work_dirs/accuracy')

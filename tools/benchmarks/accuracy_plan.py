@@ -10,9 +10,9 @@ from typing import Any
 
 from accuracy_recipes import DEFAULT, Recipe, fingerprint, parse_recipe, settled, stage1_part
 
-from gplq_mm.engine.checkpoint import file_sha256
-from gplq_mm.engine.launch import load_config
-from gplq_mm.engine.preflight import ConfigError
+from gplq_mm.integrations.mm.checkpoints.run_checkpoint import file_sha256
+from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.tools import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT_NAME = 'result.json'

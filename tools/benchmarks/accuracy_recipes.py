@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from gplq_mm.conversion import PRESETS, resolve_recipe, settle_auto
-from gplq_mm.engine.preflight import ConfigError
-from gplq_mm.models.mimic_settings import resolve_mimic
+from gplq_mm.convert import PRESETS, resolve_recipe, settle_auto
+from gplq_mm.distillation.mimic_settings import resolve_mimic
+from gplq_mm.integrations.mm.launch.preflight import ConfigError
 
 PAPER = 'gplq_w4a4_paper'
 SCHEDULES = ('cosine', 'constant')

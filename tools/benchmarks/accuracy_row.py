@@ -18,17 +18,17 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner
 
+from gplq_mm.analysis import REPORT_NAME, read_json, write_json
 from gplq_mm.cli import init
 from gplq_mm.cli.gplq_config import is_iteration_based
 from gplq_mm.compat.mmengine import start_from
-from gplq_mm.conversion import quantizers
-from gplq_mm.engine import stage2
-from gplq_mm.engine.checkpoint import STAGE1_NAME, unwrap
-from gplq_mm.engine.launch import build_runner, read_config, run_tool
-from gplq_mm.engine.preflight import ConfigError
-from gplq_mm.evaluation import REPORT_NAME, read_json, write_json
-from gplq_mm.utils.checkpoint_io import read_checkpoint, write_checkpoint
-from gplq_mm.utils.config import apply_cfg_options
+from gplq_mm.convert import quantizers
+from gplq_mm.integrations.mm.checkpoints.checkpoint_io import read_checkpoint, write_checkpoint
+from gplq_mm.integrations.mm.checkpoints.run_checkpoint import STAGE1_NAME, unwrap
+from gplq_mm.integrations.mm.launch.config import apply_cfg_options
+from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.tools import build_runner, read_config, run_tool
+from gplq_mm.integrations.mm.run import weight_stage
 
 RESULT_NAME = 'result.json'
 
@@ -117,7 +117,7 @@ def run_stage2_alone(runner: Runner, stage1: Path) -> None:
     start_from(runner, str(own), resume=False)
     runner.call_hook('before_run')
     runner.load_checkpoint(str(own))
-    stage2.run(runner)
+    weight_stage.run(runner)
     runner.call_hook('after_run')
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gplq_mm.evaluation import format_table
+from gplq_mm.analysis import format_table
 
 KEYS = ('model', 'dataset', 'recipe', 'bits', 'seed')
 TITLES = ['recipe', 'bits', 'seeds', 'FP32', 'stage 1', 'stage 2', 'drop', 'on', 's', 'peak MiB']

@@ -16,12 +16,12 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-from gplq_mm.engine.checkpoint import FINAL_NAME, STAGE1_NAME, load_float_
-from gplq_mm.engine.launch import run_tool
-from gplq_mm.engine.resources import StageMeter
-from gplq_mm.engine.transfer import probe
-from gplq_mm.evaluation import write_json
-from gplq_mm.utils.checkpoint_io import read_checkpoint
+from gplq_mm.analysis import write_json
+from gplq_mm.integrations.mm.checkpoints.checkpoint_io import read_checkpoint
+from gplq_mm.integrations.mm.checkpoints.run_checkpoint import FINAL_NAME, STAGE1_NAME, load_float_
+from gplq_mm.integrations.mm.launch.tools import run_tool
+from gplq_mm.integrations.mm.run.resources import StageMeter
+from gplq_mm.integrations.mm.studies.transfer import probe
 
 
 def probe_data(cfg: Config, root: str) -> Config:

@@ -28,8 +28,8 @@ from stage1_config import workload_of
 from stage1_measure import interleaved, peak_memory, saved_bytes
 from stage1_models import WORKLOADS, Workload
 
-from gplq_mm.evaluation import read_json, write_json
-from gplq_mm.modules.engine import TEACHERS
+from gplq_mm.analysis import read_json, write_json
+from gplq_mm.ops.engine import TEACHERS
 
 ENGINES = ('float', 'reference', 'torchao', 'fused')
 Key = tuple[str, bool]

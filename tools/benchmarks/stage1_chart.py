@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gplq_mm.evaluation import format_table
+from gplq_mm.analysis import format_table
 
 Rows = Sequence[dict[str, Any]]
 FIGURES = {

@@ -13,13 +13,13 @@ from mmengine.runner import Runner
 from stage1_models import Batch, Workload, quantizer_keys, use_torchao
 from torch import nn
 
-from gplq_mm.algorithms.calibration import calibrate_activations
-from gplq_mm.engine.calibration_data import CalibrationSet
-from gplq_mm.engine.checkpoint import load_float_
-from gplq_mm.engine.teacher import attach_teacher, float_state_of, pca_images
-from gplq_mm.modules import set_engine
-from gplq_mm.utils.checkpoint_io import read_checkpoint
-from gplq_mm.utils.config import apply_cfg_options
+from gplq_mm.calibration.activation_ranges import calibrate_activations
+from gplq_mm.integrations.mm.checkpoints.checkpoint_io import read_checkpoint
+from gplq_mm.integrations.mm.checkpoints.run_checkpoint import load_float_
+from gplq_mm.integrations.mm.data.calibration_data import CalibrationSet
+from gplq_mm.integrations.mm.launch.config import apply_cfg_options
+from gplq_mm.integrations.mm.run.teacher import attach_teacher, float_state_of, pca_images
+from gplq_mm.ops import set_engine
 
 
 @dataclass

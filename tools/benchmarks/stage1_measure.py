@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gplq_mm.engine.optim import GPLQOptimWrapperConstructor
-from gplq_mm.engine.resources import StageMeter
+from gplq_mm.integrations.mm.optim import GPLQOptimWrapperConstructor
+from gplq_mm.integrations.mm.run.resources import StageMeter
 
 Times = tuple[float, float]
 

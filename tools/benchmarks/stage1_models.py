@@ -14,10 +14,10 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
-from gplq_mm.algorithms.calibration import calibrate_activations
+from gplq_mm.calibration.activation_ranges import calibrate_activations
 from gplq_mm.compat.torch import learnable_fake_quantize
-from gplq_mm.engine.teacher import attach_teacher, float_state_of
-from gplq_mm.modules import set_engine
+from gplq_mm.integrations.mm.run.teacher import attach_teacher, float_state_of
+from gplq_mm.ops import set_engine
 from gplq_mm.quantizers import FakeQuantizer
 
 Batch = dict[str, Any]

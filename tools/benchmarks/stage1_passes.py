@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from gplq_mm.evaluation import format_table
-from gplq_mm.quantizers import cpu_kernels, packed_passes
+from gplq_mm.analysis import format_table
+from gplq_mm.quantizers.fake_quantizer import Grid
 from gplq_mm.quantizers.functional import quantize
-from gplq_mm.quantizers.grid import Grid
+from gplq_mm.quantizers.packing import cpu_kernels, torch_passes
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
@@ -49,7 +49,7 @@ def main() -> None:
     reference = milliseconds(lambda: quantize(x, scale, zero, -8, 7).sub_(zero).mul_(scale))
     rows = [['fake quantization in torch', f'{reference:.3f}', '', '']]
     kernels, description = cpu_kernels.load()
-    for name, passes in (('compiled from C', kernels), ('in torch', packed_passes)):
+    for name, passes in (('compiled from C', kernels), ('in torch', torch_passes)):
         if passes is None:
             print(description)
             continue

@@ -3,8 +3,8 @@
 
 from pathlib import Path
 
-from gplq_mm.adapters.swin_checkpoint import convert_swin_state_dict
-from gplq_mm.cli.model_converter import main
+from gplq_mm.integrations.mm.converters.command import main
+from gplq_mm.integrations.mm.converters.swin_checkpoint import convert_swin_state_dict
 
 URL = (
     'https://github.com/SwinTransformer/storage/releases/download/v1.0.2/'

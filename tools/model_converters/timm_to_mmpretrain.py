@@ -7,8 +7,8 @@ write, and with --config the target: a float config of mmpretrain or a GPLQ conf
 
 from pathlib import Path
 
-from gplq_mm.adapters.timm_checkpoint import convert_timm_state_dict
-from gplq_mm.cli.model_converter import main
+from gplq_mm.integrations.mm.converters.command import main
+from gplq_mm.integrations.mm.converters.timm_checkpoint import convert_timm_state_dict
 
 URL = (
     'https://huggingface.co/timm/vit_small_patch16_224.augreg_in21k_ft_in1k/resolve/main/'

@@ -3,8 +3,8 @@
 
 from pathlib import Path
 
-from gplq_mm.adapters.vitdet_checkpoint import convert_vitdet_state_dict
-from gplq_mm.cli.model_converter import main
+from gplq_mm.integrations.mm.converters.command import main
+from gplq_mm.integrations.mm.converters.vitdet_checkpoint import convert_vitdet_state_dict
 
 URL = (
     'https://download.openmmlab.com/mmdetection/v3.0/vitdet/vitdet_mask-rcnn_vit-b-mae_lsj-100e/'

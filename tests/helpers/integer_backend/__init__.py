@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gplq_mm.modules import register_backend, unregister_backend
-from gplq_mm.modules.dispatch import not_quantized
+from gplq_mm.ops import register_backend, unregister_backend
+from gplq_mm.ops.dispatch import not_quantized
 
 NAME = 'integer'
 EXPORTED: list[dict[str, Tensor]] = []

@@ -1,0 +1,116 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""More bits for the activations of some roles: in place, as rules, and from a checkpoint."""
+
+import glob
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..convert import quantizers
+from ..quantizers import FakeQuantizer
+from ..recipe import Recipe, plain
+from .operands import find_operands
+
+ADD_BITS = 'add_bits'
+"""Action of a recipe's gate that gives operands more bits where the start is broken."""
+
+
+def adds_bits(recipe: Recipe) -> bool:
+    """Whether a recipe may be given more bits than it says.
+
+    Examples:
+        >>> from gplq_mm.recipe import as_recipe
+        >>> adds_bits(as_recipe('auto')), adds_bits(as_recipe('w4a4'))
+        (True, False)
+    """
+    return recipe.gate is not None and recipe.gate.action == ADD_BITS
+
+
+def add_bits_(model: nn.Module, roles: Iterable[str], num_bits: int) -> int:
+    """Give activations of some roles more bits, in place; their calibration is not valid after it.
+
+    Args:
+        model: Converted model.
+        roles: Whose operands.
+        num_bits: Their bits; operands that have as many, or more, keep theirs.
+
+    Returns:
+        Number of operands changed.
+    """
+    chosen = _below(model, roles, num_bits)
+    for quantizer in chosen:
+        quantizer.set_spec(replace(quantizer.spec, num_bits=num_bits))
+    return len(chosen)
+
+
+def bit_rules_of_roles(
+    model: nn.Module, roles: Iterable[str], num_bits: int
+) -> list[dict[str, Any]]:
+    """Rules that say what ``add_bits_`` does, to append to the recipe's own before it is done.
+
+    Args:
+        model: Converted model, before its bits change.
+        roles: As for ``add_bits_``.
+        num_bits: As for ``add_bits_``.
+
+    Returns:
+        A rule a role, and one for each operand of it that keeps more bits.
+    """
+    rules: list[dict[str, Any]] = []
+    operands = find_operands(model, kinds=('activation',)).values()
+    for role in roles:
+        rules.append({'role': role, 'activation': {'num_bits': num_bits}})
+        rules += [
+            {'name': glob.escape(o.name), 'activation': {'num_bits': o.num_bits}}
+            for o in operands
+            if o.role == role and o.num_bits > num_bits
+        ]
+    return rules
+
+
+def adopt_rules_(model: nn.Module, recipe: Recipe, made_with: Mapping[str, Any]) -> Recipe:
+    """Take over the bits that a run's gate added, from the recipe in its checkpoint.
+
+    Args:
+        model: Converted model; its activation quantizers get the bits, calibrated or not.
+        recipe: Its recipe.
+        made_with: Recipe of the checkpoint, plain.
+
+    Returns:
+        The recipe with the added rules; as it was unless both recipes may add bits.
+    """
+    own, rules = plain(recipe.rules), plain(made_with.get('rules', ()))
+    added_bits = (made_with.get('gate') or {}).get('action') == ADD_BITS
+    if not (adds_bits(recipe) and added_bits) or rules[: len(own)] != own:
+        return recipe
+    adopted = recipe.change(rules=rules)
+    for rule in adopted.rules[len(own) :]:
+        if rule.role is not None:
+            add_bits_(model, [rule.role], rule.settings_of('activation')['num_bits'])
+    return adopted
+
+
+def adopt_bits(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
+    """Give activations the bits that a state dict holds, where it holds more (a pre-hook).
+
+    For ``load_state_dict`` without any check before it, as mmdet's ``init_detector`` does.
+
+    Args:
+        model: Converted model.
+        state_dict: To be loaded.
+        prefix: Of the model's keys.
+        *args: What else a pre-hook is given.
+    """
+    for name, quantizer in quantizers(model, 'activation').items():
+        codes = state_dict.get(f'{prefix}{name}.quant_range')
+        if codes is not None:
+            num_bits = int(codes[1] - codes[0]).bit_length()
+            if num_bits > quantizer.spec.num_bits:
+                quantizer.set_spec(replace(quantizer.spec, num_bits=num_bits))
+
+
+def _below(model: nn.Module, roles: Iterable[str], num_bits: int) -> Sequence[FakeQuantizer]:
+    wanted, found = set(roles), quantizers(model, 'activation').values()
+    return [q for q in found if q.role in wanted and q.spec.num_bits < num_bits]

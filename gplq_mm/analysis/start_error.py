@@ -1,0 +1,191 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""How far a calibrated model is from the float one, and which roles cost most of it."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..convert import floating, quantizers
+from ..quantizers import FakeQuantizer
+from ..stream.distributed import gather
+from .output_metrics import KL, SQNR
+
+WEIGHTS = 'weights'
+"""Stands in place of a role for the weights, where stage 1 quantizes them."""
+
+State = Callable[[], AbstractContextManager[None]]
+"""Opens a state of the model, and restores the former one at the end."""
+Terms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StartOutputs:
+    """What is compared for one batch.
+
+    Attributes:
+        features: A level each: a classifier's penultimate feature, a detector's neck outputs.
+        scores: Outputs of the RPN, a level each; empty where there is none.
+        logits: ``(B, classes)``, one a task; empty where the model is no classifier.
+    """
+
+    features: Sequence[Tensor]
+    scores: Sequence[Tensor] = ()
+    logits: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True)
+class StartFigures:
+    """How far the quantized model is from the float one.
+
+    Attributes:
+        feature_error: ``||f_q - f||^2 / ||f||^2``, mean over levels.
+        levels: The same for each level.
+        rpn_error: The same of the RPN's scores; None without an RPN.
+        kl: Mean divergence of the class probabilities in nats; None without logits.
+        agreement: Share of images with the same first class; None without logits.
+    """
+
+    feature_error: float
+    levels: tuple[float, ...]
+    rpn_error: float | None = None
+    kl: float | None = None
+    agreement: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for a report; figures that the model does not have are left out."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
+
+
+@dataclass(frozen=True)
+class RoleError:
+    """Feature error with the operands of one role float.
+
+    Attributes:
+        role: One of ``recipe.ROLES``, or ``WEIGHTS``.
+        operands: How many there are.
+        feature_error: What is left; the less, the more the role costs.
+    """
+
+    role: str
+    operands: int
+    feature_error: float
+
+
+class StartMeter:
+    """Compares a calibrated model with the float one, batch by batch.
+
+    Args:
+        model: Converted model, calibrated, in evaluation mode.
+        forward: Outputs for one batch.
+        batches: This rank's batches with their number over all ranks, the same every call.
+        as_float_model: State in which the model is the float one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        forward: Callable[[Any], StartOutputs],
+        batches: Callable[[], Iterable[tuple[int, Any]]],
+        as_float_model: State,
+    ) -> None:
+        self.model = model
+        self.forward = forward
+        self.batches = batches
+        self.as_float = as_float_model
+
+    def figures(self) -> StartFigures:
+        """Figures of the model as it is, the same on all ranks."""
+        return _figures(self._compare({'': lambda: floating(())})[''])
+
+    def role_errors(self) -> list[RoleError]:
+        """Feature error with each role float in turn, those that cost most first."""
+        groups = active_roles(self.model)
+        states: dict[str, State] = {r: _opener(found) for r, found in groups.items()}
+        sums = self._compare(states)
+        errors = [RoleError(r, len(q), _figures(sums[r]).feature_error) for r, q in groups.items()]
+        return sorted(errors, key=lambda e: (e.feature_error != e.feature_error, e.feature_error))
+
+    @torch.no_grad()
+    def _compare(self, states: Mapping[str, State]) -> dict[str, Terms]:
+        """Terms of each state, summed over the batches of all ranks in their order."""
+        mine: dict[int, dict[str, Terms]] = {}
+        for number, batch in self.batches():
+            with self.as_float():
+                reference = self.forward(batch)
+            mine[number] = {}
+            for name, state in states.items():
+                with state():
+                    mine[number][name] = _terms(reference, self.forward(batch))
+        found = {number: terms for share in gather(mine) for number, terms in share.items()}
+        ordered = [found[number] for number in sorted(found)]
+        return {name: _sum([terms[name] for terms in ordered]) for name in states}
+
+
+def active_roles(model: nn.Module) -> dict[str, list[FakeQuantizer]]:
+    """Quantizers that a forward pass uses, by role; weights stand under ``WEIGHTS``."""
+    groups: dict[str, list[FakeQuantizer]] = {}
+    for quantizer in quantizers(model).values():
+        if quantizer.is_active:
+            role = quantizer.role if quantizer.kind == 'activation' else WEIGHTS
+            groups.setdefault(role, []).append(quantizer)
+    return groups
+
+
+@contextmanager
+def as_float_model(model: nn.Module, float_state: Mapping[str, Tensor]) -> Iterator[None]:
+    """While open, a converted model is the float one; restored at the end.
+
+    Args:
+        model: Converted model.
+        float_state: FP32 weights by their names in the model: its own may be others by now.
+    """
+    own = model.state_dict()
+    kept = {k: own[k].clone() for k in float_state}
+    model.load_state_dict(float_state, strict=False)
+    try:
+        with floating(quantizers(model).values()):
+            yield
+    finally:
+        model.load_state_dict(kept, strict=False)
+
+
+def _opener(chosen: Sequence[FakeQuantizer]) -> State:
+    return lambda: floating(chosen)
+
+
+def _terms(reference: StartOutputs, outputs: StartOutputs) -> Terms:
+    """Terms of one batch that add up over batches."""
+    power = SQNR()
+    terms = {'features': power.terms(reference.features, outputs.features)}
+    if reference.scores:
+        terms['scores'] = power.terms(reference.scores, outputs.scores)
+    if reference.logits:
+        terms['logits'] = KL().terms(reference.logits, outputs.logits)
+        terms['agreement'] = _agreement(reference.logits, outputs.logits)
+    return {name: value.cpu() for name, value in terms.items()}
+
+
+def _agreement(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
+    """Number of rows with the same first class, and of all rows."""
+    same = [r.argmax(1) == o.argmax(1) for r, o in zip(reference, outputs, strict=True)]
+    joined = torch.cat(same).double()
+    return torch.stack([joined.sum(), joined.new_tensor(len(joined))])
+
+
+def _sum(terms: Sequence[Terms]) -> Terms:
+    return {name: torch.stack([t[name] for t in terms]).sum(0) for name in terms[0]}
+
+
+def _figures(sums: Terms) -> StartFigures:
+    noise, signal = sums['features'][::2], sums['features'][1::2]
+    return StartFigures(
+        feature_error=SQNR().damage(sums['features']),
+        levels=tuple((noise / signal.clamp_min(1e-300)).tolist()),
+        rpn_error=SQNR().damage(sums['scores']) if 'scores' in sums else None,
+        kl=KL().damage(sums['logits']) if 'logits' in sums else None,
+        agreement=float(sums['agreement'][0] / sums['agreement'][1]) if 'logits' in sums else None,
+    )

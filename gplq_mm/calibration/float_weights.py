@@ -1,0 +1,71 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The stage-1 weights, kept while stage 2 overwrites them."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..distillation.optimizer_groups import SCALE_KEY
+from ..ops import QuantizedLayer
+
+
+def copy_weights(layers: Mapping[str, QuantizedLayer]) -> dict[str, nn.Parameter]:
+    """Copies of the layers' weights, on the same device, without gradient."""
+    return {
+        name: nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        for name, layer in layers.items()
+    }
+
+
+def copy_biases(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
+    """Copies of the layers' biases, of those that have one."""
+    return {n: la.bias.detach().clone() for n, la in layers.items() if la.bias is not None}
+
+
+def copy_vectors(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Copies of biases, normalization parameters and LayerScale, by parameter."""
+    return {
+        parameter: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() == 1 and SCALE_KEY not in name
+    }
+
+
+@contextmanager
+def float_weights(
+    layers: Mapping[str, QuantizedLayer],
+    weights: Mapping[str, nn.Parameter],
+    biases: Mapping[str, Tensor] | None = None,
+    norms: Mapping[nn.Parameter, Tensor] | None = None,
+) -> Iterator[None]:
+    """While open, the layers are those of stage 1: float weights, quantized activations.
+
+    Parameters are exchanged by reference, so it costs no copy and may be opened for
+    every image.
+
+    Args:
+        layers: The layers whose weights stage 2 quantized.
+        weights: What ``copy_weights`` returned before stage 2 wrote codes.
+        biases: What ``copy_biases`` returned then; None where biases did not change.
+        norms: What ``copy_vectors`` returned then; None where normalizations did not change.
+    """
+    own = {layers[name].bias: value for name, value in (biases or {}).items() if name in layers}
+    wanted = {p: v for p, v in {**own, **(norms or {})}.items() if not torch.equal(p, v)}
+    moved = {p: p.detach().clone() for p in wanted}
+    current = {name: layer.weight for name, layer in layers.items()}
+    enabled = {name: layer.weight_quantizer.enabled for name, layer in layers.items()}
+    try:
+        for name, layer in layers.items():
+            layer.weight = weights[name]
+            layer.weight_quantizer.enabled = False
+        for parameter, value in wanted.items():
+            parameter.detach().copy_(value)
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.weight = current[name]
+            layer.weight_quantizer.enabled = enabled[name]
+        for parameter, value in moved.items():
+            parameter.detach().copy_(value)

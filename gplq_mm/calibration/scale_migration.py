@@ -1,0 +1,229 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""How far a layer's input scales follow its channels: the strength of scale migration.
+
+A per-channel input scale is folded into the weight, ``W (s * q) = (W diag(s)) q``. Where it
+follows every channel's range (strength 1) the activation loses least, but outlier channels become
+outlier columns of the weight; one scale for all channels (strength 0) leaves the weight as it was.
+In between, ``s_c = clip * range_c ^ strength * range_max ^ (1 - strength)``. Strength and clip are
+those with the least error of the layer's output, from its input and from its weight together.
+
+Source: the strength is SmoothQuant's alpha (arXiv 2211.10438, equation 4), here with a scale and a
+zero point for each channel.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..ops import QuantizedLayer, QuantLinear
+from ..quantizers import QuantSpec, dequantize, qparams_from_range, quantize
+from ..quantizers.range_search import search_range
+
+STRENGTHS = (1.0, 0.85, 0.7, 0.5, 0.25, 0.0)
+CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_WEIGHT_STEPS = 10
+"""Candidates of the range of a folded weight: only the step's size is asked for."""
+WEIGHT_BITS = 4
+"""Bits at which the weight's error counts, whatever the recipe's: one stage-1 model serves all."""
+MOST_SAMPLES = 1024
+"""Tokens of a linear layer that the error of its input is measured on."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a layer's input.
+
+    Attributes:
+        strength: 1 where every channel has its own range, 0 where all share one.
+        clip: Factor of the scales.
+        activation_error: Squared error of the output by quantizing the input, relative to the
+            output's energy.
+        weight_error: The same by rounding the folded weight as GPTQ does, estimated.
+    """
+
+    strength: float
+    clip: float
+    activation_error: float
+    weight_error: float
+
+
+@torch.no_grad()
+def migrate_scale(layer: QuantizedLayer, samples: list[Tensor]) -> Choice:
+    """Search, and set, the scales of one layer's input.
+
+    Args:
+        layer: Its input quantizer is per channel and calibrated: every channel's own range is
+            where the search starts. Weights float.
+        samples: Inputs to measure on, the same on all ranks: one ``(tokens, C)`` for a linear
+            layer, maps ``(B, C, H, W)`` for a convolution.
+    """
+    quantizer = layer.input_quantizer
+    spec = quantizer.spec
+    low, high = _range(quantizer.scale, quantizer.zero_point, spec)
+    errors = _Errors(layer, samples)
+    best: tuple[float, Choice, Tensor, Tensor] | None = None
+    for strength in STRENGTHS:
+        base = migrated(high - low, strength) / (spec.quant_range[1] - spec.quant_range[0])
+        clip, of_input, scale, zero_point = _best_clip(errors, base, low, high, spec)
+        of_weight = errors.of_weight(scale)
+        if best is None or of_input + of_weight < best[0]:
+            choice = Choice(strength, clip, of_input, of_weight)
+            best = of_input + of_weight, choice, scale, zero_point
+    assert best is not None
+    _, choice, scale, zero_point = best
+    quantizer.set_qparams(scale, zero_point)
+    return choice
+
+
+def _best_clip(
+    errors: '_Errors', base: Tensor, low: Tensor, high: Tensor, spec: QuantSpec
+) -> tuple[float, float, Tensor, Tensor]:
+    """The first minimum over ``CLIPS``: ``(clip, error, scale, zero_point)``."""
+    best: tuple[float, float, Tensor, Tensor] | None = None
+    for clip in CLIPS:
+        scale = base * clip
+        zero_point = zero_point_of(scale, low, high, spec)
+        error = errors.of_input(scale, zero_point)
+        if best is not None and error >= best[1]:
+            break
+        best = clip, error, scale, zero_point
+    assert best is not None
+    return best
+
+
+def migrated(ranges: Tensor, strength: float) -> Tensor:
+    """Ranges between each channel's own and the largest, ``(C,)``.
+
+    Examples:
+        >>> migrated(torch.tensor([1.0, 4.0]), 0.5), migrated(torch.tensor([1.0, 4.0]), 1.0)
+        (tensor([2., 4.]), tensor([1., 4.]))
+    """
+    return ranges.pow(strength) * ranges.max().pow(1 - strength)
+
+
+def zero_point_of(scale: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
+    """Zero points that put the middle of each range onto the middle of the codes.
+
+    Args:
+        scale: ``(C,)``.
+        low: Smallest values, ``(C,)``, at most 0.
+        high: Largest values, ``(C,)``, at least 0.
+        spec: Codes; zero points are 0 if symmetric.
+    """
+    if spec.symmetric:
+        return torch.zeros_like(scale)
+    qmin, qmax = spec.quant_range
+    return torch.round((qmin + qmax) / 2 - (low + high) / 2 / scale).clamp(qmin, qmax)
+
+
+def _range(scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    qmin, qmax = spec.quant_range
+    scale = scale.detach()
+    return (qmin - zero_point) * scale, (qmax - zero_point) * scale
+
+
+class _Errors:
+    """Errors of a layer's output, relative to its variance over the samples.
+
+    Args:
+        layer: Weights float.
+        samples: Inputs.
+    """
+
+    def __init__(self, layer: QuantizedLayer, samples: list[Tensor]) -> None:
+        self.layer = layer
+        self.weight_spec = replace(layer.weight_quantizer.spec, num_bits=WEIGHT_BITS)
+        self.weight = layer.weight.detach().float()
+        self.shape = (-1, *[1] * (-1 - layer.channel_axis))
+        self.gram: Tensor | None = None
+        if isinstance(layer, QuantLinear):
+            every = max(1, len(samples[0]) // MOST_SAMPLES)
+            self.freedom = _freedom(samples[0])
+            samples = [samples[0][::every]]
+            if layer.out_features > layer.in_features:
+                self.gram = self.weight.t() @ self.weight
+        self.samples = samples
+        centred = [x - x.mean(0) if x.dim() == 2 else x for x in samples]
+        self.variance = max(self._sum(centred), 1e-12)
+
+    def _sum(self, changes: list[Tensor]) -> float:
+        """Squared norm of the outputs of changed inputs."""
+        if self.gram is not None:
+            return sum(float(((x @ self.gram) * x).double().sum()) for x in changes)
+        outputs = (self.layer.product(x, self.weight, None) for x in changes)
+        return sum(float(y.double().square().sum()) for y in outputs)
+
+    def of_input(self, scale: Tensor, zero_point: Tensor) -> float:
+        """Error by quantizing the input; both arguments are ``(C,)``."""
+        s, z = scale.view(self.shape), zero_point.view(self.shape)
+        bounds = self.layer.input_quantizer.spec.quant_range
+        changes = [dequantize(quantize(x, s, z, *bounds), s, z).sub_(x) for x in self.samples]
+        return self._sum(changes) / self.variance
+
+    def of_weight(self, scale: Tensor) -> float:
+        """Error by rounding the weight, folded with an input scale ``(C,)``.
+
+        Linear layers: what GPTQ leaves, a twelfth of a squared step for what no other column
+        makes up. Convolutions: rounding to nearest.
+        """
+        rows, step, zero_point = self._folded(scale)
+        if isinstance(self.layer, QuantLinear):
+            left = (self.freedom / scale.double().square()).sum()
+            return float(step.double().square().sum() * left / 12 / self.samples_scale)
+        spec = self.weight_spec
+        change = dequantize(quantize(rows, step, zero_point, *spec.quant_range), step, zero_point)
+        change.sub_(rows)
+        shape = self.layer.weight.movedim(self.layer.weight_axis, 0).shape
+        change = change.view(shape).movedim(0, self.layer.weight_axis)
+        change = change / self._on_weight(scale)
+        outputs = (self.layer.product(x, change, None) for x in self.samples)
+        return sum(float(y.double().square().sum()) for y in outputs) / self.variance
+
+    @property
+    def samples_scale(self) -> float:
+        """Variance of the outputs a token, summed over channels."""
+        return self.variance / len(self.samples[0])
+
+    def _on_weight(self, scale: Tensor) -> Tensor:
+        """An input scale as it broadcasts over the weight."""
+        quantizer = self.layer.input_quantizer
+        kept = quantizer.scale.detach().clone()
+        quantizer.scale.copy_(scale)
+        try:
+            return self.layer.input_scale_on_weight().clone()
+        finally:
+            quantizer.scale.copy_(kept)
+
+    def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the folded weight, and step and zero point of each with the least error."""
+        layer, spec = self.layer, self.weight_spec
+        folded = self.weight * self._on_weight(scale)
+        rows = folded.movedim(layer.weight_axis, 0).flatten(1)
+        low, high = search_range(
+            rows,
+            None,
+            rows.amin(1),
+            rows.amax(1),
+            lambda a, b: qparams_from_range(a, b, spec),
+            spec.quant_range,
+            steps=_WEIGHT_STEPS,
+            symmetric=spec.symmetric,
+        )
+        step, zero_point = qparams_from_range(low, high, spec)
+        return rows, step[:, None], zero_point[:, None]
+
+
+def _freedom(x: Tensor, damping: float = 0.01) -> Tensor:
+    """What of each column's energy the columns after it cannot make up, ``(C,)``, a token.
+
+    GPTQ rounds column by column, and the error of one is spread over those still to come: of a
+    rounding error ``e`` of column i the output keeps ``e^2 / U_ii^2``, with U the upper Cholesky
+    factor of the inverse second moments of the inputs (arXiv 2210.17323, equation 3).
+    """
+    rms = x.square().mean(0).sqrt().clamp_min(1e-12)
+    x = x / rms
+    moments = (x.t() @ x / len(x)).double()
+    moments.diagonal().add_(damping)
+    lower = torch.linalg.cholesky(moments.flip(0, 1))
+    return lower.diagonal().square().flip(0) * rms.double().square()

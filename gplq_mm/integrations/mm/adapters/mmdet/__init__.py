@@ -1,0 +1,2 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Handlers of the classes of mmdet and of its `projects/ViTDet`."""

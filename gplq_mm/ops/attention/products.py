@@ -1,0 +1,186 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Scaled dot-product attention written out, so that both matmuls can be quantized."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..dispatch import compute
+from ..engine import REFERENCE
+from ..matmul import QuantMatMul
+from ..operation import Codes, Operand, Operation
+
+
+def quant_scaled_dot_product_attention(
+    qk_matmul: QuantMatMul,
+    pv_matmul: QuantMatMul,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+    float_attention: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
+    """``softmax(q k^T * scale + mask) v`` with quantized operands.
+
+    Args:
+        qk_matmul: Product of scaled queries and keys.
+        pv_matmul: Product of probabilities and values.
+        query: ``(B, heads, N, D)``.
+        key: ``(B, heads, M, D)``.
+        value: ``(B, heads, M, D)``.
+        attn_mask: Added to the logits (float), or True where attended (bool).
+        dropout_p: Dropout probability of the attention weights.
+        scale: Factor of the logits; ``D ** -0.5`` if None.
+        float_attention: What the float model calls; used as it is while both
+            products are off, since a fused kernel rounds differently.
+
+    Returns:
+        ``(B, heads, N, D)``.
+    """
+    if qk_matmul.is_float and pv_matmul.is_float:
+        options = {} if scale is None else {'scale': scale}
+        return float_attention(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, **options
+        )
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    extras = () if attn_mask is None else (attn_mask,)
+    return quantized_attention(
+        qk_matmul, pv_matmul, query * factor, key, value, added, extras, dropout_p
+    )
+
+
+def added(logits: Tensor, *terms: Tensor) -> Tensor:
+    """Logits plus float biases and masks; minus infinity where a bool mask is False."""
+    for term in terms:
+        if term.dtype == torch.bool:
+            logits = logits.masked_fill(~term, float('-inf'))
+        else:
+            logits = logits + term
+    return logits
+
+
+def multiplied(logits: Tensor, factor: Tensor | float) -> Tensor:
+    """Logits times a factor that broadcasts over them, as a learned one a head."""
+    return logits * factor
+
+
+class Attention(Operation):
+    """``softmax(adjust(q k^T, *extras)) v`` with quantized operands; holds no state of its own.
+
+    As one operation it saves packed codes of q, k and v only, unless a product is float or
+    there is dropout between softmax and product: then both are computed as they stand.
+
+    Args:
+        qk_matmul: ``QuantMatMul`` of queries and transposed keys, or a ``FloatMatMul``.
+        pv_matmul: The same of probabilities and values.
+        adjust: What comes between product and softmax. It may use no tensor of the graph
+            but its arguments.
+        extras: Its further arguments (bias, mask, factor).
+        dropout: Of the attention weights: a probability, 0 outside training, or a module.
+    """
+
+    kind = 'attention'
+
+    def __init__(
+        self,
+        qk_matmul: Any,
+        pv_matmul: Any,
+        adjust: Callable[..., Tensor] = added,
+        extras: Sequence[Tensor] = (),
+        dropout: float | nn.Module = 0.0,
+    ) -> None:
+        self.qk_matmul, self.pv_matmul = qk_matmul, pv_matmul
+        self.adjust, self.extras, self.dropout = adjust, extras, dropout
+        self.engine = getattr(qk_matmul, 'engine', REFERENCE)
+
+    @property
+    def refusal(self) -> str:
+        """Why the attention cannot be computed as one; empty if it can."""
+        if _drops(self.dropout):
+            return 'attention weights are dropped'
+        if not all(isinstance(m, QuantMatMul) for m in (self.qk_matmul, self.pv_matmul)):
+            return 'a rule keeps a product float'
+        return ''
+
+    def operands(self) -> dict[str, Operand]:
+        """``query``, ``key``, ``probabilities``, ``value``; without those of a float product."""
+        names = (('query', 'key'), ('probabilities', 'value'))
+        return {
+            name: operand
+            for own, product in zip(names, (self.qk_matmul, self.pv_matmul), strict=True)
+            if isinstance(product, QuantMatMul)
+            for name, operand in zip(own, product.operands().values(), strict=True)
+        }
+
+    def codes(self, *inputs: Tensor) -> dict[str, Codes]:
+        """Codes of q, transposed k, v and of the probabilities that follow from them."""
+        q, k, v = inputs
+        values = {'query': q, 'key': k, 'probabilities': self.weights(q, k), 'value': v}
+        return {n: Codes(*o.quantizer.codes(values[n])) for n, o in self.operands().items()}
+
+    def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
+        """Of both products."""
+        q, k, _ = inputs
+        return (q.numel() + output.numel()) * k[-1]
+
+    def logits(self, q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
+        """What the softmax is taken of, from q, transposed k and extras on their grids."""
+        return self.adjust(q @ k, *extras)
+
+    def extras_on_grid(self) -> Sequence[Tensor]:
+        """Further arguments of ``logits``, quantized if they are operands."""
+        return self.extras
+
+    def weights(self, q: Tensor, k: Tensor) -> Tensor:
+        """Attention weights of q and transposed k, ``(B, heads, N, M)``, with dropout."""
+        weights = self.adjust(self.qk_matmul(q, k), *self.extras).softmax(dim=-1)
+        if isinstance(self.dropout, nn.Module):
+            return self.dropout(weights)
+        return F.dropout(weights, self.dropout) if self.dropout > 0 else weights
+
+    def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Product by product: q ``(B, heads, N, D)``, k ``(B, heads, D, M)``, v the values."""
+        return self.pv_matmul(self.weights(q, k), v)
+
+
+def quantized_attention(
+    qk_matmul: Any,
+    pv_matmul: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    adjust: Callable[..., Tensor],
+    extras: Sequence[Tensor] = (),
+    dropout: float | nn.Module = 0.0,
+) -> Tensor:
+    """``softmax(adjust(q k^T, *extras)) v`` with quantized operands.
+
+    Args:
+        qk_matmul: See ``Attention``.
+        pv_matmul: See ``Attention``.
+        q: Scaled queries, ``(B, heads, N, D)``.
+        k: Keys, ``(B, heads, M, D)``.
+        v: Values, ``(B, heads, M, D')``.
+        adjust: See ``Attention``.
+        extras: See ``Attention``.
+        dropout: See ``Attention``.
+
+    Returns:
+        ``(B, heads, N, D')``.
+    """
+    attention = Attention(qk_matmul, pv_matmul, adjust, extras, dropout)
+    return compute(attention, q, k.transpose(-2, -1), v)
+
+
+def _drops(dropout: float | nn.Module) -> bool:
+    """Whether attention weights are dropped now; an unknown module may do anything."""
+    if isinstance(dropout, nn.Dropout):
+        return dropout.training and dropout.p > 0
+    if isinstance(dropout, nn.Module):
+        return not isinstance(dropout, nn.Identity)
+    return dropout > 0

@@ -1,0 +1,236 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Fine-tuning after rounding: biases, normalization and LayerScale learn, the codes stay.
+
+Source: the parameters are those of Norm Tweaking (arXiv 2309.02784) with the biases; training
+them end to end with weights fixed on their grid is the second phase of EfficientQAT
+(arXiv 2407.11062). The loss is the relative error of the float model's features.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ...distillation.optimizer_groups import SCALE_KEY
+from ...distillation.scale_steps import ProportionalSteps
+from ...stream import find_units
+from ...stream.distributed import all_reduce_sum, broadcast_from_0, world
+from ...stream.passes import RunPass
+from ..algorithms import register_weight_ptq
+from ..finished_units import FinishedUnits
+from ..rounding.feature_source import FeatureSource, feature_source
+from ..rounding.soft_rounding import only_trainable, without_checkpointing
+from ..rounding.target_features import WantedFeatures
+from ..task import MENDS, PTQTask, WeightPTQ
+
+_FIXED = 2.0**40
+"""Gradients are summed as multiples of its inverse: exact in float64, in any order."""
+_WARM_UP = 3
+"""Steps over which the learning rate rises."""
+_HELD_OUT = 16
+"""One batch of so many is not trained on; the result is kept if their error falls."""
+
+
+@register_weight_ptq('finetune')
+class FineTuning(WeightPTQ):
+    """Biases, normalization and LayerScale approach the float model's features.
+
+    The features are those of ``GlobalReconstruction``: for a classifier what its head gets and
+    gives. Where the caller gives no float model they are those of the stage-1 model. Steps are
+    proportional to each parameter, see ``ProportionalSteps``. Batches that are held out decide
+    whether the result is kept. It needs the memory of training with one calibration batch.
+
+    Args:
+        num_images: Training images, at most; all where there are fewer.
+        epochs: How often they are gone over.
+        lr: Learning rate in proportion to a parameter's size; it rises for three steps and
+            falls by a cosine.
+        batches: Calibration batches a step, over all ranks.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    needs_data: ClassVar[bool] = True
+    phase: ClassVar[str] = MENDS
+
+    def __init__(
+        self, num_images: int = 512, epochs: int = 1, lr: float = 1.5e-3, batches: int = 2
+    ) -> None:
+        if min(num_images, epochs, batches) < 1 or not lr > 0:
+            raise ValueError(
+                f'finetune num_images={num_images!r}, epochs={epochs!r}, lr={lr!r}, batches='
+                f'{batches!r}: write positive numbers'
+            )
+        self.num_images, self.epochs, self.lr, self.batches = num_images, epochs, lr, batches
+
+    def apply(self, task: PTQTask) -> None:
+        """Learn over the training images, once an epoch."""
+        assert task.run_pass is not None
+        title = f'{self.name} {vars(self)} {task.seed} {task.data_key}'
+        finished = FinishedUnits(task.folder, title, task.model)
+        if finished.restore(0, task.model):
+            return
+        if task.float_model is None:
+            task.note('finetune: no float model is at hand; it aims at the features of stage 1')
+        source, _ = feature_source(task.model, find_units(task.model, task.layers, task.run_pass))
+        images = task.more_images(self.num_images) if task.more_images else task.run_pass
+        learned = vectors_of(task.model, task.layers)
+        start = {name: p.detach().clone() for name, p in learned.items()}
+        with (
+            only_trainable(task.model, learned.values()),
+            without_checkpointing(task.model),
+        ):
+            problem = _Problem(task, source, images)
+            if problem.trained < 1:
+                task.note(
+                    'finetune: all images are one batch, so that none can be held out, and it is '
+                    'left out; give more images, or a smaller recipe.calibration.batch_size'
+                )
+                return
+            after = self._learn(task, problem, learned)
+        if not after < problem.before:
+            for name, parameter in learned.items():
+                parameter.detach().copy_(start[name])
+            task.note('finetune: the features of held-out images came no closer; undone')
+        for parameter in learned.values():
+            parameter.detach().copy_(broadcast_from_0(parameter.detach()))
+        finished.save(0, task.model)
+
+    def _learn(self, task: PTQTask, problem: '_Problem', learned: dict[str, nn.Parameter]) -> float:
+        """Train; returns the error of the held-out batches."""
+        steps = self.epochs * -(-problem.trained // self.batches)
+        parameters = list(learned.values())
+        optimizer = torch.optim.Adam(parameters, lr=self.lr, betas=(0.9, 0.95))
+        biases = [p for n, p in learned.items() if n.endswith('bias')]
+        ProportionalSteps(
+            optimizer, biases, [p for n, p in learned.items() if not n.endswith('bias')]
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=steps))
+        done = 0
+
+        def step() -> None:
+            nonlocal done
+            if done % max(steps // 10, 1) == 0:
+                task.report(f'finetune step {done + 1}', done, steps)
+            optimizer.step()
+            schedule.step()
+            done += 1
+
+        error = problem.before
+        for _ in range(self.epochs):
+            error = problem.go_over(parameters, self.batches, step)
+        return error
+
+
+class _Problem(WantedFeatures):
+    """Features of all images; the last batches are held out.
+
+    Attributes:
+        before: Mean error of the held-out batches at the start.
+        trained: Batches to train on, over all ranks.
+    """
+
+    def __init__(self, task: PTQTask, source: FeatureSource, images: RunPass) -> None:
+        super().__init__(task, source, task.budget_bytes, images, task.float_model)
+        self.trained = self.batches - max(1, self.batches // _HELD_OUT)
+        self._held_out: list[float] = []
+        seen = 0
+
+        def check(run: partial[Any]) -> None:
+            nonlocal seen
+            if self._number(seen) >= self.trained:
+                self._held_out.append(float(self.loss(run, seen)))
+            seen += 1
+
+        self.each(check)
+        self.before = self._mean_of_held_out()
+
+    def go_over(
+        self, parameters: Sequence[nn.Parameter], batches: int, step: Callable[[], None]
+    ) -> float:
+        """One pass: train on the first batches, then measure the held-out ones.
+
+        Args:
+            parameters: Get their gradients before each step, the same on all ranks.
+            batches: Batches a step.
+            step: Called on every rank.
+
+        Returns:
+            Mean error of the held-out batches.
+        """
+        sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        seen, stepped = 0, 0
+
+        def flush(until: int) -> None:
+            nonlocal stepped
+            while stepped < until:
+                count = min(batches, self.trained - stepped * batches)
+                for parameter, total in zip(parameters, sums, strict=True):
+                    all_reduce_sum(total)
+                    parameter.grad = (total / (_FIXED * count)).to(parameter.dtype)
+                    total.zero_()
+                step()
+                stepped += 1
+
+        steps = -(-self.trained // batches)
+
+        def handle(run: partial[Any]) -> None:
+            nonlocal seen
+            number = self._number(seen)
+            flush(min(number // batches, steps) if number < self.trained else steps)
+            if number < self.trained:
+                with torch.enable_grad():
+                    loss = self.loss(run, seen)
+                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for total, grad in zip(sums, grads, strict=True):
+                    if grad is not None:
+                        total += (grad.double() * _FIXED).round_()
+            else:
+                self._held_out.append(float(self.loss(run, seen)))
+            seen += 1
+
+        self.each(handle)
+        flush(steps)
+        return self._mean_of_held_out()
+
+    def _mean_of_held_out(self) -> float:
+        """Of all ranks' batches, whose number is known."""
+        total = torch.tensor(self._held_out, dtype=torch.float64).mul(_FIXED).round().sum()
+        self._held_out = []
+        all_reduce_sum(total)
+        return float(total) / _FIXED / (self.batches - self.trained)
+
+    @staticmethod
+    def _number(seen: int) -> int:
+        """Number over all ranks of a batch of this rank."""
+        rank, size = world()
+        return rank + seen * size
+
+
+def vectors_of(model: nn.Module, layers: Any) -> dict[str, nn.Parameter]:
+    """Biases and gains of the parts of a model that hold quantized layers, by name.
+
+    Args:
+        model: Converted model.
+        layers: Its quantized layers by name.
+    """
+    parts = {name.partition('.')[0] for name in layers}
+    return {
+        name: p
+        for name, p in model.named_parameters()
+        if p.dim() == 1 and SCALE_KEY not in name and name.partition('.')[0] in parts
+    }
+
+
+def learning_rate(step: int, steps: int) -> float:
+    """Factor of the learning rate: a short rise, then half a cosine.
+
+    Examples:
+        >>> [round(learning_rate(s, 8), 2) for s in (0, 1, 4, 8)]
+        [0.33, 0.64, 0.5, 0.0]
+    """
+    return min(1.0, (step + 1) / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,0 +1,190 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Linear side branches of transformer blocks: ``block(x) + W x + b``.
+
+The structure is attached when the model is built, unfitted (an exact identity), so
+that checkpoints fit; ``qwt`` finds the values. A fitted branch multiplies float32
+numbers: such a model is not integer-only, and ``compensation_cost`` says by how much.
+
+Source: arXiv 2411.13918 (QwT), section 3.2.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...compat.torch import LoadsState
+from ...ops import swap_class
+from ...stream.blocks import block_width, find_blocks
+
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
+
+
+class LinearCompensation(LoadsState):
+    """The side branch of one block, ``(..., C)`` -> ``(..., C)``.
+
+    Weight and bias are buffers: they are saved, but neither trained nor seen by DDP.
+
+    Args:
+        width: Channels C of the block.
+
+    Attributes:
+        weight: ``(C, C)``, float32.
+        bias: ``(C,)``, float32.
+        fitted: Whether the branch has values; without, the block ignores it.
+        enabled: Whether a fitted branch is used.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    fitted: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer('weight', torch.zeros(width, width))
+        self.register_buffer('bias', torch.zeros(width))
+        self.register_buffer('fitted', torch.tensor(False))
+        self.enabled = True
+        self._is_fitted = False
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the branch has values (kept beside the buffer to spare a device sync)."""
+        return self._is_fitted
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the block adds the branch now."""
+        return self.enabled and self._is_fitted
+
+    @torch.no_grad()
+    def set_values(self, weight: Tensor, bias: Tensor) -> None:
+        """Store ``weight`` (C, C) and ``bias`` (C,) and mark the branch fitted."""
+        self.weight.copy_(weight)
+        self.bias.copy_(bias)
+        self.fitted.fill_(True)
+        self._is_fitted = True
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        """Back to the unfitted identity."""
+        for buffer in (self.weight, self.bias, self.fitted):
+            buffer.zero_()
+        self._is_fitted = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x @ weight.T + bias`` in the dtype of ``x``."""
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+    def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Know without a device sync whether the branch has values."""
+        if prefix + 'fitted' in state_dict:
+            self._is_fitted = bool(self.fitted)
+
+    def extra_repr(self) -> str:
+        """One line for ``print(model)``."""
+        return f'width={len(self.bias)}, fitted={self._is_fitted}'
+
+
+class CompensatedBlock(_Base):
+    """Mixin for a block whose output gets the side branch of its first input.
+
+    The block's class is swapped in place: its keys stay, ``compensation.*`` is added.
+    """
+
+    compensation: LinearCompensation
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The float class's forward, plus the branch once it is fitted."""
+        if not self.compensation.is_active:
+            return super().forward(x, *args, **kwargs)
+        side = self.compensation(x)
+        return super().forward(x, *args, **kwargs) + side
+
+
+def attach_compensation(model: nn.Module, blocks: str | Sequence[str] = 'auto') -> list[str]:
+    """Give transformer blocks an unfitted side branch, in place.
+
+    Call it on the converted model before a checkpoint is loaded. Blocks that
+    have a branch keep it.
+
+    Args:
+        model: Converted model.
+        blocks: ``auto`` or shell patterns of block names, see ``find_blocks``.
+
+    Returns:
+        Names of the chosen blocks, in model order.
+
+    Raises:
+        ValueError: If no block is found or a pattern matches none.
+    """
+    found = find_blocks(model, blocks)
+    for block in found.values():
+        if isinstance(block, CompensatedBlock):
+            continue
+        device = next(block.parameters()).device
+        branch = LinearCompensation(block_width(block)).to(device)
+        swap_class(block, _compensated_class(type(block)))
+        block.compensation = branch
+    return list(found)
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _compensated_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """One subclass a block class, so that equal blocks have equal types."""
+    if cls not in _CLASSES:
+        name, bases = f'Compensated{cls.__name__}', (CompensatedBlock, cls)
+        _CLASSES[cls] = type(name, bases, {'__module__': __name__})
+    return _CLASSES[cls]
+
+
+def detach_compensation(model: nn.Module) -> None:
+    """Take all side branches away; the blocks are of their own class again."""
+    for block in compensated_blocks(model).values():
+        del block.compensation
+        block.__class__ = type(block).__mro__[2]
+
+
+def compensated_blocks(model: nn.Module) -> dict[str, CompensatedBlock]:
+    """Blocks with a side branch, fitted or not, by name, in model order."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, CompensatedBlock)}
+
+
+def compensation_cost(model: nn.Module) -> dict[str, int]:
+    """What the fitted branches add to the model.
+
+    Returns:
+        ``side_params``: float32 numbers stored; ``side_macs_per_token``: float
+        multiply-adds of one token that passes every fitted block.
+    """
+    widths = [
+        len(b.compensation.bias)
+        for b in compensated_blocks(model).values()
+        if b.compensation.is_fitted
+    ]
+    return {
+        'side_params': sum(w * w + w for w in widths),
+        'side_macs_per_token': sum(w * w for w in widths),
+    }
+
+
+@contextmanager
+def compensation_off(model: nn.Module) -> Iterator[None]:
+    """While open, no block adds its branch."""
+    branches = [b.compensation for b in compensated_blocks(model).values()]
+    enabled = [branch.enabled for branch in branches]
+    try:
+        for branch in branches:
+            branch.enabled = False
+        yield
+    finally:
+        for branch, value in zip(branches, enabled, strict=True):
+            branch.enabled = value

@@ -1,0 +1,150 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Learned rounding: each weight between two neighbouring codes, driven to one of them.
+
+Source: AdaRound, arXiv 2004.10568, equations 22 to 25.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import QuantizedLayer
+from ..task import folded, write_codes
+
+ZETA, GAMMA = 1.1, -0.1
+"""Ends of the stretched sigmoid."""
+
+
+def rectified_sigmoid(v: Tensor) -> Tensor:
+    """Share of the upper code, 0 to 1, reached with a slope.
+
+    Examples:
+        >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
+        tensor([0.0000, 0.5000, 1.0000])
+    """
+    return (torch.sigmoid(v) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
+
+
+def inverse_rectified_sigmoid(share: Tensor) -> Tensor:
+    """The ``v`` of a share, which is moved off 0 and 1 where the slope ends.
+
+    Examples:
+        >>> rectified_sigmoid(inverse_rectified_sigmoid(torch.tensor([0.25, 1.0])))
+        tensor([0.2500, 0.9900])
+    """
+    share = share.clamp(0.01, 0.99)
+    return -torch.log((ZETA - GAMMA) / (share - GAMMA) - 1)
+
+
+class SoftRounding(nn.Module):
+    """Weight of one layer with learnable rounding and, if asked for, a learnable scale.
+
+    Args:
+        layer: Its quantizer has a scale; if its weight holds codes they are the start.
+        weight: Stage-1 weight, not folded.
+        learn_scale: Whether the weight scale is learned (as a factor).
+        commitment: How far the start is the layer's codes (1) rather than the float
+            weight between its neighbours (0).
+    """
+
+    def __init__(
+        self, layer: QuantizedLayer, weight: Tensor, learn_scale: bool, commitment: float
+    ) -> None:
+        super().__init__()
+        self._layer = (layer,)
+        quantizer = layer.weight_quantizer
+        ratio_of = folded(layer, weight)
+        scale, zero_point = quantizer.qparams(ratio_of)
+        self.scale = scale.detach().clone()
+        low, high = (bound - zero_point for bound in quantizer.spec.quant_range)
+        self.low, self.high = low, high
+        ratio = ratio_of / self.scale
+        start = quantizer.codes(folded(layer, layer.weight))[0].detach()
+        self.base = torch.where(start > ratio, start - 1, start)
+        self.base = torch.minimum(torch.maximum(self.base, low), high)
+        share = torch.lerp((ratio - self.base).clamp(0, 1), start - self.base, commitment)
+        self.v = nn.Parameter(inverse_rectified_sigmoid(share))
+        self.log_factor = nn.Parameter(torch.zeros_like(self.scale), requires_grad=learn_scale)
+
+    @property
+    def layer(self) -> QuantizedLayer:
+        """The layer; not registered here."""
+        return self._layer[0]
+
+    def share(self) -> Tensor:
+        """Share of the upper code, shape of the weight."""
+        return rectified_sigmoid(self.v)
+
+    def weight(self) -> Tensor:
+        """Soft weight, as the layer multiplies it."""
+        codes = torch.minimum(self.base + self.share(), self.high)
+        return self.layer.unfolded_weight(codes * (self.scale * self.log_factor.exp()))
+
+    def regularizer(self, beta: float) -> Tensor:
+        """``mean(1 - |2 h - 1|^beta)``: 0 once every share is 0 or 1."""
+        return 1 - (2 * self.share() - 1).abs().pow(beta).mean()
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Round the shares, and write codes and scale into the layer."""
+        codes = torch.minimum(self.base + (self.share() >= 0.5).float(), self.high)
+        quantizer = self.layer.weight_quantizer
+        scale = (self.scale * self.log_factor.exp()).expand_as(self.scale)
+        quantizer.set_qparams(scale.reshape(quantizer.scale.shape), quantizer.zero_point.clone())
+        write_codes(self.layer, codes)
+
+
+@contextmanager
+def soft_weights(roundings: Iterable[SoftRounding]) -> Iterator[None]:
+    """While open, the layers multiply their soft weights, and gradients reach the roundings."""
+    roundings = list(roundings)
+    try:
+        for rounding in roundings:
+            vars(rounding.layer)['effective_weight'] = rounding.weight
+        yield
+    finally:
+        for rounding in roundings:
+            vars(rounding.layer).pop('effective_weight', None)
+
+
+@contextmanager
+def only_trainable(module: nn.Module, parameters: Iterable[Any]) -> Iterator[None]:
+    """While open, of all parameters of ``module`` only the given ones take gradients."""
+    wanted = {id(p) for p in parameters}
+    before = {p: p.requires_grad for p in module.parameters()}
+    try:
+        for p in before:
+            p.requires_grad_(id(p) in wanted)
+        yield
+    finally:
+        for p, value in before.items():
+            p.requires_grad_(value)
+            p.grad = None
+
+
+@contextmanager
+def without_checkpointing(model: nn.Module) -> Iterator[None]:
+    """Activation checkpointing (``with_cp``) off: it cannot give gradients of chosen tensors."""
+    switched = [m for m in model.modules() if getattr(m, 'with_cp', False) is True]
+    try:
+        for module in switched:
+            module.with_cp = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module in switched:
+            module.with_cp = True  # type: ignore[assignment]
+
+
+def annealed_beta(step: int, steps: int, warm_up: float, first: float, last: float) -> float:
+    """Exponent of the regulariser: falls from ``first`` to ``last`` by a cosine after warm-up.
+
+    Examples:
+        >>> [round(annealed_beta(s, 10, 0.2, 20, 2)) for s in (2, 6, 10)]
+        [20, 11, 2]
+    """
+    share = min(max((step / steps - warm_up) / (1 - warm_up), 0.0), 1.0)
+    cosine = (1 + torch.cos(torch.tensor(share * torch.pi)).item()) / 2
+    return last + (first - last) * cosine

@@ -1,0 +1,75 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Features that the quantized model is to have: those of the stage-1 or of the float model."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...stream import Call, CallStore, intercepted
+from ...stream.distributed import all_reduce_sum
+from ...stream.passes import RunPass
+from ..task import PTQTask
+from .feature_source import FeatureSource
+
+
+class WantedFeatures:
+    """Features of another state of the model on all images, from one pass.
+
+    Args:
+        task: The task.
+        source: Which features.
+        budget_bytes: Features kept in memory; the rest lies on disk.
+        run_pass: Runs the model over this rank's images; ``task.run_pass`` if None.
+        state: Opens the state whose features are wanted; that of stage 1 if None.
+
+    Attributes:
+        batches: Calibration batches over all ranks.
+    """
+
+    def __init__(
+        self,
+        task: PTQTask,
+        source: FeatureSource,
+        budget_bytes: int,
+        run_pass: RunPass | None = None,
+        state: Callable[[], AbstractContextManager[Any]] | None = None,
+    ) -> None:
+        self.task, self.source = task, source
+        self.run_pass = run_pass or task.run_pass
+        self.state = state or task.stage1
+        self.wanted = CallStore(budget_bytes, task.folder)
+        self.each(self.keep)
+        total = torch.tensor(float(len(self.wanted)))
+        all_reduce_sum(total)
+        self.batches = int(total)
+
+    def each(self, handle: Callable[[partial[Any]], Any]) -> None:
+        """Call ``handle`` with the forward of each of this rank's batches."""
+        assert self.run_pass is not None
+        with intercepted(self.task.model, handle):
+            self.run_pass()
+
+    def keep(self, run: partial[Any]) -> None:
+        """Keep the features that one batch has in the other state."""
+        with self.state():
+            self.wanted.append(Call(tuple(self.source.features(run, len(self.wanted)))))
+
+    def loss(self, run: Callable[[], Any], index: int) -> Tensor:
+        """Mean over a batch's features of their squared error, each relative to its power.
+
+        Args:
+            run: The model's forward with the batch.
+            index: Number of the batch on this rank.
+        """
+        parts = []
+        for y, wanted in zip(
+            self.source.features(run, index), self.wanted[index].args, strict=True
+        ):
+            target = wanted.to(y.device)
+            power = target.square().mean().clamp_min(1e-12)
+            parts.append((y - target).square().mean() / power)
+        return torch.stack(parts).mean()

@@ -1,0 +1,41 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""What the recipe's ``stage2`` section means for a model."""
+
+from typing import Any
+
+from torch import nn
+
+from ..recipe import CompensationSettings, RecipeLike, as_recipe
+from ..stream.blocks import is_block
+
+_HEADS = ('roi_head', 'bbox_head', 'rpn_head')
+
+
+def resolve_compensation(model: nn.Module, recipe: RecipeLike) -> dict[str, Any] | None:
+    """Options of the compensation that a recipe asks for.
+
+    Args:
+        model: Converted model; ``auto`` means ``qwt`` for a classifier with
+            transformer blocks and None for a detector, as in arXiv 2506.11784.
+        recipe: ``stage2.compensation`` is None, ``auto``, ``qwt``
+            or ``dict(type=..., blocks=..., ridge=..., target=...)``.
+
+    Returns:
+        ``blocks``, ``ridge`` and ``target``, or None for no compensation.
+
+    Raises:
+        ValueError: If the recipe is not valid.
+    """
+    setting = as_recipe(recipe).after_training.compensation
+    if setting is None:
+        return None
+    options = CompensationSettings(type=setting) if isinstance(setting, str) else setting
+    is_auto = options.type == 'auto'
+    if is_auto and (_is_detector(model) or not any(map(is_block, model.modules()))):
+        return None
+    blocks = options.blocks if isinstance(options.blocks, str) else list(options.blocks)
+    return {'blocks': blocks, 'ridge': options.ridge, 'target': options.target}
+
+
+def _is_detector(model: nn.Module) -> bool:
+    return any(getattr(model, head, None) is not None for head in _HEADS)

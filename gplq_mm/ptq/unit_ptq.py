@@ -1,0 +1,136 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Base of algorithms that work on one unit after the other with its calibration inputs."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..ops import QuantizedLayer
+from ..stream import CallStore, Unit, UnitStream, find_units
+from ..stream.distributed import on_all_ranks
+from .finished_units import FinishedUnits
+from .ranges.for_rounding import set_range
+from .task import MENDS, PTQTask, WeightPTQ, write_nearest
+
+
+class UnitPTQ(WeightPTQ):
+    """Runs over the units in order: those before are quantized, those behind are not yet."""
+
+    needs_data: ClassVar[bool] = True
+    needs_reference: bool = False
+    """Whether ``quantize_unit`` gets the unit's inputs in the stage-1 model too."""
+
+    @abstractmethod
+    def quantize_unit(
+        self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
+    ) -> None:
+        """Quantize the unit's layers.
+
+        Args:
+            task: The task.
+            unit: The unit; its layers have float weights, or the codes of an earlier
+                algorithm.
+            inputs: Its inputs in the quantized model.
+            reference: Its inputs in the stage-1 model for the same images in the same
+                order; None unless ``needs_reference``, or where the two cannot be paired.
+        """
+
+    def begin(self, task: PTQTask, units: Sequence[Unit]) -> None:
+        """Called once, before the first unit that is still to be quantized."""
+
+    def options(self) -> dict[str, Any]:
+        """What decides the result; names the folder of finished units."""
+        return {k: v for k, v in vars(self).items() if not k.startswith('_')}
+
+    def apply(self, task: PTQTask) -> None:
+        """Unit by unit; a finished unit is kept in ``task.folder``.
+
+        Raises:
+            ValueError: If the calibration images reach no layer.
+        """
+        assert task.run_pass is not None
+        units = find_units(task.model, task.layers, task.run_pass)
+        if not units:
+            raise ValueError(
+                'stage 2: the calibration images reach no quantized layer; the calibration set '
+                'is empty, or its pass calls another model than the one given'
+            )
+        title = f'{type(self).__name__} {self.options()} {task.seed} {task.data_key}'
+        finished = FinishedUnits(task.folder, title, task.model)
+        self._quantize_unreached(task, units)
+        done = finished.count(units)
+        for index, unit in enumerate(units[:done]):
+            finished.restore(index, unit.module)
+        if done < len(units):
+            self.begin(task, units)
+        stream, reference = self._streams(task, units)
+        for index in range(done, len(units)):
+            unit = units[index]
+            task.report(unit.name, index, len(units))
+            inputs = stream.inputs(index)
+            wanted = reference.inputs(index) if reference else None
+            if wanted is not None and not on_all_ranks(paired(unit, inputs, wanted)):
+                task.note(
+                    f'{unit.name}: its inputs in the quantized and in the stage-1 model do not '
+                    f"belong together; {self.name} aims at its own inputs' outputs"
+                )
+                wanted = None
+            self.quantize_unit(task, unit, inputs, wanted)
+            finished.save(index, unit.module)
+
+    def _streams(self, task: PTQTask, units: list[Unit]) -> tuple[UnitStream, UnitStream | None]:
+        assert task.run_pass is not None
+        budget = task.budget_bytes // (2 if self.needs_reference else 1)
+        stream = UnitStream(task.model, units, task.run_pass, None, budget, task.folder)
+        if not self.needs_reference:
+            return stream, None
+        return stream, UnitStream(
+            task.model, units, task.run_pass, task.stage1, budget, task.folder
+        )
+
+    def _quantize_unreached(self, task: PTQTask, units: list[Unit]) -> None:
+        if self.phase == MENDS:
+            return
+        reached = {name for unit in units for name in unit.layers}
+        for name in task.layers.keys() - reached:
+            task.note(f'{name}: no calibration image reaches it; rounded to nearest, mse range')
+            fall_back(task, name)
+
+
+def fall_back(task: PTQTask, name: str) -> None:
+    """Round a layer to nearest; its range is kept, or found by least squared error."""
+    layer = task.layers[name]
+    if not layer.weight_quantizer.is_calibrated:
+        set_range(layer, task.float_weights[name], 'mse')
+    write_nearest(layer, task.float_weights[name])
+
+
+@torch.no_grad()
+def paired(unit: Unit, inputs: CallStore, reference: CallStore) -> bool:
+    """Whether two stores hold the same things, call by call and element by element.
+
+    Proposals differ between two models, so RoI features cannot be compared; unequal
+    shapes, or values that have little to do with each other, tell.
+    """
+    if len(inputs) != len(reference) or 'roi_head' in unit.name.split('.'):
+        return False
+    return all(
+        len(ours.tensors) == len(theirs.tensors)
+        and all(map(_related, ours.tensors, theirs.tensors))
+        for ours, theirs in zip(inputs, reference, strict=True)
+    )
+
+
+def _related(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.shape != theirs.shape:
+        return False
+    error = (ours.double() - theirs.double()).square().sum()
+    return bool(error <= theirs.double().square().sum())
+
+
+def codes_of(layer: QuantizedLayer, x: Tensor) -> Tensor:
+    """Centred integer codes of a layer's input: what its weight codes are multiplied with."""
+    return layer.input_quantizer.codes(x)[0]

@@ -1,0 +1,324 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""The packed passes as compiled C on a CPU, where a compiler is at hand.
+
+One sweep over memory instead of a dozen. A C file without torch's headers compiles in about
+a second (``torch.compile`` of the same passes: minutes on two cores); the library is kept in
+the user's cache. Whatever fails, the passes in torch are used instead.
+"""
+
+import ctypes
+import functools
+import hashlib
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..log_codes import thresholds, upper_bound
+
+if TYPE_CHECKING:
+    from ..fake_quantizer import Grid
+
+SWITCH = 'GPLQ_CPU_KERNELS'
+"""Environment variable: ``0`` keeps to torch."""
+_SOURCE = Path(__file__).with_name('csrc') / 'packed_kernels.c'
+_FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math']
+_FLAGS += ['-std=gnu11', '-fPIC']
+_PARALLEL_FROM = 1 << 15
+"""Elements from which several threads pay."""
+_BLOCK, _ROWS = 4096, 64
+"""As in the C file: elements, or rows of channels, that a thread sums at a time."""
+_READS = (torch.float32, torch.int8)
+_NAMES = ('pack', 'quantize', 'unpack', 'backward', 'softmax_backward')
+
+
+class CGrid(ctypes.Structure):
+    """``Grid`` of the C file."""
+
+    _fields_ = [
+        ('scale', ctypes.c_void_p),
+        ('zero_point', ctypes.c_void_p),
+        ('groups', ctypes.c_int64),
+        ('outer', ctypes.c_int64),
+        ('channels', ctypes.c_int64),
+        ('inner', ctypes.c_int64),
+        ('qmin', ctypes.c_float),
+        ('qmax', ctypes.c_float),
+        ('offset', ctypes.c_float),
+        ('slack', ctypes.c_float),
+        ('upper', ctypes.c_float),
+        ('levels', ctypes.c_void_p),
+        ('thresholds', ctypes.c_void_p),
+        ('num_levels', ctypes.c_int),
+        ('narrow', ctypes.c_int),
+        ('threads', ctypes.c_int),
+    ]
+
+
+class Kernels:
+    """The compiled passes; methods as the functions of ``packed_passes``.
+
+    Args:
+        library: The loaded library.
+    """
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._functions = {name: getattr(library, f'gplq_{name}') for name in _NAMES}
+        for function in self._functions.values():
+            function.restype = None
+
+    def pack(self, x: Tensor, scale: Tensor, grid: 'Grid') -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(values, codes, fields)``; codes hold the fields too where they fit a byte."""
+        x = _dense(x)
+        values, codes = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
+        field = None if grid.is_narrow else torch.empty_like(codes)
+        self._call('pack', _Layout(x, scale, grid), x, values, codes, field)
+        return values, codes, field
+
+    def quantize(self, x: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
+        """Values on the grid."""
+        x = _dense(x)
+        values = torch.empty_like(x)
+        self._call('quantize', _Layout(x, scale, grid), x, values)
+        return values
+
+    def unpack(self, codes: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
+        """Values of packed codes."""
+        values = torch.empty_like(codes, dtype=torch.float32)
+        self._call('unpack', _Layout(codes, scale, grid), codes, values)
+        return values
+
+    def backward(
+        self,
+        codes: Tensor,
+        field: Tensor | None,
+        grad: Tensor,
+        scale: Tensor,
+        grid: 'Grid',
+        of_scale: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(grad_x, grad_scale)``; ``grad`` is overwritten."""
+        layout = _Layout(codes, scale, grid)
+        sums = layout.partial_sums()
+        self._call('backward', layout, codes, field, grad, sums)
+        return grad, layout.total(sums) if of_scale else None
+
+    def softmax_backward(
+        self, p: Tensor, grad: Tensor, scale: Tensor, grid: 'Grid', of_scale: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``(grad_logits, grad_scale)``; ``grad`` is overwritten."""
+        layout = _Layout(p, scale, grid)
+        width = p.shape[-1]
+        sums = layout.row_sums(width)
+        self._call('softmax_backward', layout, p, grad, ctypes.c_int64(width), sums)
+        return grad, layout.total(sums) if of_scale else None
+
+    def _call(self, name: str, layout: '_Layout', *arguments: Any) -> None:
+        pointers = [
+            ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments
+        ]
+        self._functions[name](ctypes.byref(layout.grid), *pointers)
+
+
+class _Layout:
+    """How a dense tensor and its scale lie in memory: ``(G, A, C, I)``, ``G * C`` scales.
+
+    Args:
+        x: Dense tensor.
+        scale: Broadcasts to it, see ``fits``.
+        grid: Codes allowed.
+    """
+
+    def __init__(self, x: Tensor, scale: Tensor, grid: 'Grid') -> None:
+        self.shape = scale.shape
+        self.order, self.around = _around(x, scale)
+        # all are kept alive while C looks at them
+        self._scale, zero_point = self._in_memory_order(scale), grid.zero_point
+        if isinstance(zero_point, Tensor):
+            self._zero_point: Any = self._in_memory_order(zero_point)
+            address = self._zero_point.data_ptr()
+        else:
+            self._zero_point = torch.full((scale.numel(),), float(zero_point))
+            address = self._zero_point.data_ptr()
+        self._levels = self._thresholds = torch.empty(0)
+        upper = 0.0
+        if grid.levels is not None:
+            self._levels, self._thresholds = grid.levels.float(), thresholds(grid.levels)
+            upper = float(upper_bound(grid.levels))
+        self.grid = CGrid(
+            self._scale.data_ptr(),
+            address,
+            *self.around,
+            grid.qmin,
+            grid.qmax,
+            grid.offset,
+            grid.slack,
+            upper,
+            self._levels.data_ptr(),
+            self._thresholds.data_ptr(),
+            len(self._levels),
+            grid.is_narrow,
+            torch.get_num_threads() if x.numel() > _PARALLEL_FROM else 1,
+        )
+
+    def _in_memory_order(self, values: Tensor) -> Tensor:
+        """Scales or zero points in the order in which C meets them."""
+        if values.numel() == 1 or not self.order:
+            return values.contiguous()
+        return values.permute(self.order).contiguous()
+
+    def partial_sums(self) -> Tensor:
+        """Where the backward pass puts its sums: part by part, so that threads do not matter."""
+        groups, outer, channels, inner = self.around
+        if inner == 1:
+            return torch.zeros(groups, -(-outer // _ROWS), channels, 1, dtype=torch.float64)
+        return torch.zeros(1, outer, channels, -(-inner // _BLOCK), dtype=torch.float64)
+
+    def row_sums(self, width: int) -> Tensor:
+        """The same for the softmax: a sum a row."""
+        _, outer, channels, inner = self.around
+        return torch.zeros(1, outer, channels, inner // width, dtype=torch.float64)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums of each scale, float32, shape of the scale."""
+        of_scales = sums.sum((1, 3)).float()
+        if of_scales.numel() == 1 or not self.order:
+            return of_scales.view(self.shape)
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return of_scales.view([self.shape[d] for d in self.order]).permute(inverse)
+
+
+def fits(x: Tensor, scale: Tensor) -> bool:
+    """Whether C can follow how the scales of a tensor lie in its memory."""
+    return _around(x, scale)[1][0] > 0
+
+
+def _around(x: Tensor, scale: Tensor) -> tuple[list[int], tuple[int, int, int, int]]:
+    """Axes in the order of memory, and the tensor's shape as ``(G, A, C, I)``.
+
+    The scales lie along axes that are neighbours in memory, C, or along the outermost and the
+    innermost axes, G and C. The shape is 0 where they lie otherwise.
+    """
+    if scale.numel() == 1:
+        return [], (1, 1, 1, x.numel())
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    shape = (1,) * (x.dim() - scale.dim()) + tuple(scale.shape)
+    runs: list[tuple[bool, int]] = []  # neighbours with and without scales, and their elements
+    for d in order:
+        size, has_scales = x.shape[d], shape[d] > 1
+        if size != 1 and runs and runs[-1][0] == has_scales:
+            runs[-1] = has_scales, runs[-1][1] * size
+        elif size != 1:
+            runs.append((has_scales, size))
+    kinds, sizes = [has for has, _ in runs], [size for _, size in runs]
+    if kinds == [True, False, True]:
+        return order, (sizes[0], sizes[1], sizes[2], 1)
+    if kinds.count(True) != 1:
+        return order, (0, 0, 0, 0)
+    at = kinds.index(True)
+    before, behind = math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
+    return (order if scale.dim() == x.dim() else []), (1, before, sizes[at], behind)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """``x`` without gaps, in the layout that elementwise operations give."""
+    like = torch.empty_like(x)
+    return x if like.stride() == x.stride() else like.copy_(x)
+
+
+def _like_dense(x: Tensor) -> Tensor:
+    """A tensor without memory in the layout of ``_dense(x)``."""
+    return torch.empty_like(x, device='meta')
+
+
+def kernels_for(*tensors: Tensor) -> Kernels | None:
+    """The compiled passes, or None where torch's own are to be used.
+
+    Args:
+        tensors: All that a pass reads, values and codes, the scale last: C looks at their
+            memory, so one on another device (torch multiplies by a scale there if it is a
+            scalar) is not for it, nor a scale along axes that lie apart.
+    """
+    on_cpu = all(t.device.type == 'cpu' and t.dtype in _READS for t in tensors)
+    if not on_cpu or torch.compiler.is_compiling():
+        return None
+    if not fits(_like_dense(tensors[0]), tensors[-1]):
+        return None
+    return load()[0]
+
+
+@functools.cache
+def load() -> tuple[Kernels | None, str]:
+    """Compile and load the library once.
+
+    Returns:
+        ``(kernels, description)``; the first is None where there is none, and the
+        description says why.
+    """
+    if os.environ.get(SWITCH) == '0':
+        return None, f'passes in torch ({SWITCH}=0)'
+    try:
+        kernels = Kernels(ctypes.CDLL(str(_compiled())))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        reason = str(error).strip().splitlines()
+        return None, f'passes in torch (no compiled ones: {reason[-1] if reason else error!r})'
+    return kernels, 'passes compiled from C'
+
+
+def _compiled() -> Path:
+    """Path of the shared library, compiled if it is not in the cache."""
+    compiler = os.environ.get('CC') or shutil.which('gcc') or shutil.which('cc')
+    if compiler is None:
+        raise OSError('no C compiler')
+    openmp = _openmp_library()
+    key = '\n'.join([_SOURCE.read_text(), compiler, *_FLAGS, str(openmp), _processor()])
+    folder = _cache_folder()
+    path = folder / f'packed_kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _compile(compiler, openmp, Path(scratch), path)
+    return path
+
+
+def _compile(compiler: str, openmp: Path | None, scratch: Path, path: Path) -> None:
+    """Compile next to ``path`` and move there, so that several processes may do it at once."""
+    part, built = scratch / 'part.o', scratch / 'built.so'
+    flags = [*_FLAGS, '-fopenmp' if openmp else '-fopenmp-simd']
+    link = [str(openmp), f'-Wl,-rpath,{openmp.parent}'] if openmp else []
+    for command in (
+        [compiler, *flags, '-c', str(_SOURCE), '-o', str(part)],
+        [compiler, '-shared', str(part), *link, '-lm', '-o', str(built)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise OSError(f'{compiler}: {done.stderr.strip()}')
+    os.replace(built, path)
+
+
+def _openmp_library() -> Path | None:
+    """The OpenMP runtime that torch itself has loaded: a second one would fight for the cores."""
+    root = Path(torch.__file__).parent
+    found = [*root.glob('lib/libgomp*.so*'), *root.parent.glob('torch.libs/libgomp*.so*')]
+    return sorted(found)[0] if found else None
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return Path(base) / 'gplq_mm'
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a cache may be shared by several machines."""
+    info = Path('/proc/cpuinfo')
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        return next((line for line in lines if line.startswith('flags')), platform.machine())
+    return f'{platform.machine()} {platform.processor()} {platform.node()}'

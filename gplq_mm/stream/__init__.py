@@ -1,0 +1,18 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Running a model over images unit by unit, one unit's activations at a time."""
+
+from .calls import Call, CallStore, all_tensors
+from .interception import Reached, intercepted
+from .unit_stream import UnitStream
+from .units import Unit, find_units
+
+__all__ = [
+    'Call',
+    'CallStore',
+    'Reached',
+    'Unit',
+    'UnitStream',
+    'all_tensors',
+    'find_units',
+    'intercepted',
+]
