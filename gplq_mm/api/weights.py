@@ -30,7 +30,7 @@ def quantize_weights(
         loader: Images, see ``gplq_mm.calibrate``; GPTQ, which the ``wXaY`` presets use, needs them.
         forward_loop: Instead of a loader, see ``gplq_mm.calibrate``.
         teacher: The float model, whose features are the target of ``finetune``; those of the
-            stage-1 model without it. ``finetune`` takes up to 512 images of the loader.
+            stage-1 model without it. ``finetune`` takes up to 1 024 images of the loader.
 
     Returns:
         Error of each layer's weight (``result.summary``), and the result of compensation.

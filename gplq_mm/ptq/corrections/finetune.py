@@ -58,7 +58,7 @@ class FineTuning(WeightPTQ):
     phase: ClassVar[str] = MENDS
 
     def __init__(
-        self, num_images: int = 512, epochs: int = 1, lr: float = 1.5e-3, batches: int = 2
+        self, num_images: int = 1024, epochs: int = 1, lr: float = 1.5e-3, batches: int = 2
     ) -> None:
         if min(num_images, epochs, batches) < 1 or not lr > 0:
             raise ValueError(
