@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Layers that quantize their operands, in plain torch."""
+"""Operations with quantized operands, in plain torch."""
 
 from . import backends
 from .attention.products import Attention, quant_scaled_dot_product_attention, quantized_attention

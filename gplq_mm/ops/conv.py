@@ -13,7 +13,7 @@ from .dispatch import compute
 from .linear import QuantizedLayer
 
 _STRIP = 1 << 23
-"""Elements of an unfolded input handled at once."""
+"""Most elements of an unfolded input in memory at once."""
 
 
 def by_group(tokens: Tensor, groups: int) -> Tensor:
@@ -28,18 +28,18 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
     channel_axis = -3
 
     def input_scale_on_weight(self) -> Tensor:
-        """``(out, in / groups, 1, 1)``: each output channel's own input channels."""
+        """``(out, in / groups, 1, 1)``: scales of the input channels of each output channel."""
         scale = positive_scale(self.input_quantizer.scale).view(self.groups, 1, -1)
         scale = scale.expand(-1, self.out_channels // self.groups, -1)
         return scale.reshape(self.out_channels, -1, 1, 1)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution; padding zeros are code 0."""
+        """The convolution; zero padding has code 0."""
         return convolve(self, x, weight, bias)
 
     @property
     def can_pack(self) -> bool:
-        """Not with padding other than a number of zeros (``same``, ``reflect``, ...)."""
+        """True for zero padding given as numbers, not for ``same``, ``reflect``, ..."""
         return self.padding_mode == 'zeros' and not isinstance(self.padding, str)
 
     def product_gradients(
@@ -49,11 +49,11 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return convolution_backward(self, grad, x, weight, (of_x, of_weight), [0, 0])
 
     def product_depth(self) -> int:
-        """Elements of one output channel's kernel."""
+        """Elements of the kernel of one output channel."""
         return self.weight[0].numel()
 
     def input_columns(self, x: Tensor) -> Iterator[Tensor]:
-        """Strips of output rows, so that the unfolded input stays small."""
+        """Unfolded input in strips of output rows, so that it stays small."""
         x = x[None] if x.dim() == 3 else x
         mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
         x = F.pad(x, padding_of_input(self), mode=mode)
@@ -118,7 +118,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
     def product_gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """As in the base class; ``output_size`` is read off ``grad``."""
+        """As in the base class; the output size is that of ``grad``."""
         behind = [
             size - ((n - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
             for size, n, stride, padding, dilation, kernel in zip(
@@ -135,7 +135,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
 
     @property
     def is_matrix_product(self) -> bool:
-        """Not where kernels overlap in the output."""
+        """False where kernels overlap in the output."""
         return (
             tuple(self.stride) == tuple(self.kernel_size)
             and set(self.padding) == {0}
@@ -152,11 +152,11 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
         return rows.transpose(1, 2).reshape(self.weight.shape)
 
     def input_columns(self, x: Tensor) -> Iterator[Tensor]:
-        """Each pixel meets each kernel element once."""
+        """Pixels of the input; each is multiplied with each kernel element once."""
         yield by_group(x.flatten(2).transpose(1, 2).flatten(0, 1), self.groups)
 
     def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
-        """Every input element meets one kernel of each output channel of its group."""
+        """Every input element is multiplied with one kernel per output channel of its group."""
         return inputs[0].numel() * self.weight[0].numel()
 
     def product_depth(self) -> int:

@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The one place where the backend of an operation is chosen, call by call.
+"""Choice of the backend that computes an operation, for each call.
 
 A backend computes some kinds of operations, in training or in inference. It registers itself
-and says which calls it refuses and why. What no backend takes, the operation's own
-``reference`` computes.
+and gives a reason for each call that it refuses. A call that every backend refuses is computed
+by the operation's own ``reference``.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,8 +23,8 @@ class Implementation(NamedTuple):
     Attributes:
         backend: Name of the backend.
         phase: ``training`` (with gradients) or ``inference`` (without).
-        refusal: ``refusal(operation, *inputs)`` says why not this call; empty if it is taken.
-        compute: ``compute(operation, *inputs)`` gives what ``operation.reference`` gives.
+        refusal: ``refusal(operation, *inputs)`` is the reason to refuse a call, or empty.
+        compute: ``compute(operation, *inputs)`` returns the result of ``operation.reference``.
     """
 
     backend: str
@@ -43,7 +43,7 @@ def register_backend(
     refusal: Callable[..., str],
     compute: Callable[..., Any],
 ) -> None:
-    """Add a backend for some kinds of operations; it is asked before those already there.
+    """Add a backend for some kinds of operations; it is asked before those registered earlier.
 
     Args:
         backend: Its name.
@@ -64,11 +64,11 @@ def unregister_backend(backend: str) -> None:
 
 
 def compute(operation: Operation, *inputs: Any) -> Any:
-    """The operation by the backend that fits this call.
+    """Compute an operation with the first backend that accepts the call.
 
     Args:
         operation: The operation.
-        *inputs: Those of its ``reference``.
+        *inputs: Inputs of its ``reference``.
     """
     chosen = choose(operation, *inputs)
     if chosen is None:
@@ -77,7 +77,7 @@ def compute(operation: Operation, *inputs: Any) -> Any:
 
 
 def choose(operation: Operation, *inputs: Any) -> Implementation | None:
-    """The first backend that takes the call; None for the operation's reference."""
+    """The first backend that accepts the call; None for the operation's reference."""
     for implementation in _IMPLEMENTATIONS.get(operation.kind, ()):
         if not _refusal(implementation, operation, inputs):
             return implementation
@@ -85,11 +85,11 @@ def choose(operation: Operation, *inputs: Any) -> Implementation | None:
 
 
 def explain(operation: Operation, *inputs: Any) -> str:
-    """The backend that ``compute`` takes for a call now, and why the others refuse it.
+    """The backend that ``compute`` chooses for a call, and why the others refuse it.
 
     Args:
         operation: The operation.
-        *inputs: Those of the call.
+        *inputs: Inputs of the call.
     """
     known = _IMPLEMENTATIONS.get(operation.kind, ())
     reasons = [(i.backend, _refusal(i, operation, inputs)) for i in known]
@@ -112,7 +112,7 @@ def _refusal(implementation: Implementation, operation: Operation, inputs: Seque
 
 
 def not_quantized(quantizers: Iterable[FakeQuantizer]) -> str:
-    """A reason to refuse: the first operand that is not quantized now; empty if all are."""
+    """Reason to refuse: names the first operand that is not quantized; empty if all are."""
     for quantizer in quantizers:
         if not quantizer.is_active:
             return f'{quantizer.name or "an operand"} is not quantized now'

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which implementation the quantized operators train with; the numbers are the same."""
+"""Engine: implementation of a training step; all give the same numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -16,21 +16,21 @@ TEACHERS = ('auto', 'float32', 'bfloat16', 'float16')
 
 @dataclass(frozen=True)
 class Engine:
-    """How a converted model computes a training step; not a part of what it is.
+    """How a converted model computes a training step; the result does not depend on it.
 
     Attributes:
-        type: ``fused`` saves packed codes for the backward pass, ``reference`` saves
-            what autograd saves for the formulas as they are written.
+        type: ``fused`` saves packed codes for the backward pass, ``reference`` the float
+            tensors that autograd saves for the formulas as written.
         ffn: ``layers`` saves the input of the activation function between two quantized
-            layers and the packed codes of its output, ``recompute`` neither: the
-            backward pass computes the first layer again from its packed input.
-        teacher: What the float teacher multiplies in; ``auto`` is bfloat16 on GPUs
-            that do it in hardware, else float32.
+            layers and the packed codes of its output; ``recompute`` saves neither, and the
+            backward pass recomputes the first layer from its packed input.
+        teacher: Type of the teacher's matrix products; ``auto`` is bfloat16 on GPUs with
+            hardware support, else float32.
         teacher_cache: Folder that keeps the teacher's outputs from epoch to epoch, for
             training pipelines without random transforms; None for no cache.
 
     Raises:
-        ValueError: If a value is none of these.
+        ValueError: If a value is not one of these.
     """
 
     type: Literal['fused', 'reference'] = 'fused'
@@ -49,7 +49,7 @@ class Engine:
     def description(self) -> str:
         """One line that says which path is active."""
         if not self.is_fused:
-            return 'engine reference: saves what autograd saves'
+            return 'engine reference: autograd saves float tensors'
         return f'engine fused: saves packed codes; on a CPU {cpu_kernels.load()[1]}; ffn={self.ffn}'
 
     @property
@@ -62,7 +62,7 @@ REFERENCE = Engine('reference', teacher='float32')
 
 
 class EngineUser:
-    """Mixin of the modules that train with an engine."""
+    """Mixin of modules whose training step depends on the engine."""
 
     engine: Engine = REFERENCE
 

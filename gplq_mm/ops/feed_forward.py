@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Feed-forward networks of two quantized layers, as one operation or layer by layer."""
+"""Feed-forward network of two quantized layers, as one operation or layer by layer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,19 +23,19 @@ class FeedForward(EngineUser):
     def recomputed(
         self, x: Tensor, first: Any, act: nn.Module, drops: Sequence[nn.Module], second: Any
     ) -> Tensor | None:
-        """``second(drops(act(first(x))))`` with a backward pass that computes it again.
+        """``second(drops(act(first(x))))`` with a backward pass that recomputes it.
 
         Args:
             x: ``(..., C)``.
             first: First layer.
             act: Activation function.
-            drops: What stands between it and the second layer.
+            drops: Modules between it and the second layer.
             second: Second layer.
 
         Returns:
-            ``(..., C')``; None where the modules are to be called one by one: for another
-            engine or setting, in evaluation and calibration, where something is float or
-            drops elements, and where hooks want to see the calls.
+            ``(..., C')``; None if the modules have to be called one by one: with another
+            engine or setting, in evaluation and calibration, with a float layer or active
+            dropout, and if a module has hooks.
         """
         network = TwoLayers(self.engine, first, act, drops, second)
         backend = choose(network, x)
@@ -59,7 +59,7 @@ class SequentialFeedForward(FeedForward):
 
 
 class MlpFeedForward(FeedForward):
-    """Mixin for modules with ``fc1``, ``act``, ``fc2`` and perhaps ``drop`` at the end."""
+    """Mixin for modules with ``fc1``, ``act``, ``fc2`` and an optional ``drop`` at the end."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """``(..., C)`` -> same."""
@@ -76,7 +76,7 @@ class TwoLayers(Operation):
         engine: Engine to train with.
         first: First layer.
         act: Activation function.
-        drops: What stands between it and the second layer.
+        drops: Modules between it and the second layer.
         second: Second layer.
     """
 
@@ -90,10 +90,10 @@ class TwoLayers(Operation):
 
     @property
     def refusal(self) -> str:
-        """Why the modules cannot be run as one; empty if they can."""
+        """Why the modules cannot be computed as one operation; empty if they can."""
         layers = isinstance(self.first, QuantLinear) and isinstance(self.second, QuantLinear)
         if not layers or type(self.act) not in ACTIVATIONS:
-            return 'these are no two linear layers around a known activation function'
+            return 'the modules are not two linear layers around a known activation function'
         if not all(_is_identity(drop) for drop in self.drops):
             return 'elements are dropped between the layers'
         if has_hooks((self.first, self.act, *self.drops, self.second)):
@@ -101,14 +101,14 @@ class TwoLayers(Operation):
         return ''
 
     def operands(self) -> dict[str, Operand]:
-        """Those of both layers: ``first.input``, ``first.weight`` and so on."""
+        """Operands of both layers: ``first.input``, ``first.weight`` and so on."""
         return {
             **_named('first', self.first.operands()),
             **_named('second', self.second.operands()),
         }
 
     def codes(self, *inputs: Tensor) -> dict[str, Codes]:
-        """Codes of both layers; the second one's input is computed."""
+        """Codes of both layers; the input of the second is computed."""
         hidden = [self._hidden(x) for x in inputs]
         first, second = self.first.codes(*inputs), self.second.codes(*hidden)
         return {**_named('first', first), **_named('second', second)}

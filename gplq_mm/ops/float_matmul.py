@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""FloatMatMul: stands where a rule keeps a matrix product float."""
+"""FloatMatMul: a matrix product that a rule keeps float."""
 
 from torch import Tensor, nn
 
@@ -14,5 +14,5 @@ class FloatMatMul(nn.Module):
         return lhs @ rhs
 
     def forward(self, lhs: Tensor, rhs: Tensor, lhs_scale: Tensor | None = None) -> Tensor:
-        """``(..., N, K) @ (..., K, M)`` -> ``(..., N, M)``; ``lhs`` is codes if it has a scale."""
+        """``(..., N, K) @ (..., K, M)`` -> ``(..., N, M)``; with a scale ``lhs`` holds codes."""
         return self.contract(lhs if lhs_scale is None else lhs * lhs_scale, rhs)

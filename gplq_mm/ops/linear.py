@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Layers with a quantized input and weight: their common base, and ``nn.Linear``."""
+"""Layers with quantized input and weight: their base class, and ``nn.Linear``."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -26,12 +26,12 @@ class QuantizedLayer(Operation, _Base):
     ``input_quantizer.*`` and ``weight_quantizer.*`` are added.
 
     A per-channel input scale ``s`` is folded: ``W (s * q) = (W diag(s)) q``, and the
-    weight quantizer sees ``W diag(s)``. The product then has integer codes on both
-    sides and one real factor an output channel.
+    weight quantizer quantizes ``W diag(s)``. The product then has integer codes on both
+    sides and one real factor per output channel.
     """
 
     weight: Tensor
-    bias: Any  # a tensor or None; torch's own layers annotate it differently
+    bias: Any  # a tensor or None; torch's layers annotate it differently
     input_quantizer: FakeQuantizer
     weight_quantizer: FakeQuantizer
 
@@ -48,7 +48,7 @@ class QuantizedLayer(Operation, _Base):
 
     @property
     def quantizers(self) -> tuple[FakeQuantizer, FakeQuantizer]:
-        """Of input and weight."""
+        """Quantizers of input and weight."""
         return self.input_quantizer, self.weight_quantizer
 
     def operands(self) -> dict[str, Operand]:
@@ -81,7 +81,7 @@ class QuantizedLayer(Operation, _Base):
         raise NotImplementedError
 
     def folded_weight(self, weight: Tensor | None = None) -> Tensor:
-        """``weight`` times the per-channel input scale: what the weight quantizer sees.
+        """``weight`` times the per-channel input scale: input of the weight quantizer.
 
         Args:
             weight: Values to fold; the layer's own if None.
@@ -101,13 +101,13 @@ class QuantizedLayer(Operation, _Base):
         return folded / self.input_scale_on_weight()
 
     def effective_weight(self) -> Tensor:
-        """Weight as the layer multiplies it: on the grid once stage 2 has run."""
+        """Weight in the layer's product: on the grid after stage 2."""
         if not self.weight_quantizer.is_active:
             return self.weight
         return self.unfolded_weight(self.weight_quantizer(self.folded_weight()))
 
     def output_scale(self, weight_scale: Tensor, input_scale: Tensor) -> Tensor:
-        """Factor from the integer sum to the real output, shaped to broadcast over it.
+        """Factor between the integer sum and the real output, shaped to broadcast over it.
 
         Args:
             weight_scale: Scale as it broadcasts over the weight.
@@ -135,14 +135,14 @@ class QuantizedLayer(Operation, _Base):
             grad: Gradient of the output.
             x: Quantized input.
             weight: Weight that was multiplied.
-            of_x: Whether the gradient of ``x`` is wanted.
-            of_weight: Whether the gradient of ``weight`` is wanted.
+            of_x: Whether to compute the gradient of ``x``.
+            of_weight: Whether to compute the gradient of ``weight``.
         """
         raise NotImplementedError
 
     @property
     def can_pack(self) -> bool:
-        """Whether ``product_gradients`` holds for this layer's settings."""
+        """Whether ``product_gradients`` supports this layer's settings."""
         return True
 
     def product_depth(self) -> int:
@@ -151,11 +151,11 @@ class QuantizedLayer(Operation, _Base):
 
     @property
     def is_matrix_product(self) -> bool:
-        """Whether each output is a row of weights times a column of inputs."""
+        """Whether each output element is one row of weights times one column of inputs."""
         return True
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """``weight`` as ``(groups, rows, columns)``; a row is summed with a column of the input."""
+        """``weight`` as ``(groups, rows, columns)``; a row is multiplied with an input column."""
         groups = getattr(self, 'groups', 1)
         return weight.reshape(groups, weight.shape[0] // groups, -1)
 
@@ -197,9 +197,9 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return self.in_features
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer with another bias, for callers that assemble it (BEiT, Swin V2).
+        """The layer with another bias, for callers that assemble one (BEiT, Swin V2).
 
-        It goes through ``forward``, so hooks on the layer see it.
+        It calls the module, so hooks on the layer run.
         """
         return self(x, bias)
 
@@ -221,12 +221,12 @@ def swap_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 @torch.no_grad()
 def weight_rows(layer: QuantizedLayer, weight: Tensor | None = None) -> Tensor:
-    """Folded weight with one row an output channel, ``(out_channels, elements)``."""
+    """Folded weight with one row per output channel, ``(out_channels, elements)``."""
     return layer.folded_weight(weight).movedim(layer.weight_axis, 0).flatten(1)
 
 
 def linear_with_bias(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer, quantized or float, with another bias than its own.
+    """Output of a linear layer, quantized or float, with another bias than its own.
 
     Args:
         layer: ``nn.Linear``.

@@ -14,9 +14,9 @@ from .operation import Operand, Operation
 class QuantMatMul(Operation, nn.Module):
     """``lhs @ rhs`` with both operands fake-quantized.
 
-    A scale must not vary along the summed dimension, or it could not be taken out
-    of the integer sum: use per-tensor, per-head (axis 1 of ``(B, heads, N, D)``), or one
-    scale a vector along the summed dimension (``PerRow``: a row of ``lhs``, a column of ``rhs``).
+    A scale must not vary along the summed dimension, or it could not be factored out of
+    the integer sum: use one scale per tensor, per head (axis 1 of ``(B, heads, N, D)``), or
+    per vector along the summed dimension (``PerRow``: a row of ``lhs``, a column of ``rhs``).
 
     Args:
         lhs: Quantizer of the left operand.
@@ -35,8 +35,8 @@ class QuantMatMul(Operation, nn.Module):
         for quantizer, side, axis in ((lhs, 'lhs', -1), (rhs, 'rhs', -2)):
             if quantizer.spec.granularity == PerChannel(axis):
                 raise ValueError(
-                    f'{side}: axis={axis} is summed over, its scales cannot leave the integer '
-                    'sum; write PerTensor(), PerChannel(axis=1) for one scale a head, or '
+                    f'{side}: axis={axis} is summed over, its scales cannot be factored out of '
+                    'the sum; write PerTensor(), PerChannel(axis=1) for one scale per head, or '
                     f'PerRow(axis={axis})'
                 )
             if quantizer.follows_rows and quantizer.spec.granularity != PerRow(axis):

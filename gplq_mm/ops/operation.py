@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Operation: what a computation with quantized operands can be asked for.
+"""Operation: interface of a computation with quantized operands.
 
-Cost, sensitivity, PTQ and export ask these questions and need not know the classes.
+Cost, sensitivity, PTQ and export use this interface and do not depend on the classes.
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,12 @@ class Operand:
     """One input of an operation that is quantized.
 
     Attributes:
-        name: In the operation: ``input``, ``weight``, ``lhs``, ``rhs``. Its quantizer is the
-            operation's ``<name>_quantizer``.
+        name: ``input``, ``weight``, ``lhs``, ``rhs``, ... Its quantizer is the operation's
+            ``<name>_quantizer``.
         quantizer: Its quantizer.
-        weight: Values that the operation holds; None for an activation.
-        suffix: What a recipe's rule appends to the operation's name: nothing for a layer,
-            ``.lhs`` or ``.rhs`` for a matrix product.
+        weight: The weight; None for an activation.
+        suffix: Appended to the operation's name to give the name that rules match: empty for
+            a layer, ``.lhs`` or ``.rhs`` for a matrix product.
     """
 
     name: str
@@ -40,12 +40,12 @@ class Operand:
 
     @property
     def role(self) -> str:
-        """What it is, one of ``recipe.ROLES``."""
+        """Role of the operand, one of ``recipe.ROLES``."""
         return self.quantizer.role
 
     @property
     def shape(self) -> torch.Size | None:
-        """Shape of a weight; that of an activation changes from call to call."""
+        """Shape of a weight; None for an activation, whose shape depends on the call."""
         return None if self.weight is None else self.weight.shape
 
 
@@ -62,10 +62,10 @@ class Codes(NamedTuple):
 
 
 class Operation(EngineUser):
-    """Base of computations with quantized operands.
+    """Base class of computations with quantized operands.
 
-    ``dispatch.compute`` runs one with the backend that fits the call. ``reference`` says what
-    the numbers are, every backend gives the same ones.
+    ``dispatch.compute`` runs an operation with the backend that accepts the call.
+    ``reference`` defines the result; every backend gives the same numbers.
     """
 
     kind: ClassVar[str]
@@ -81,10 +81,10 @@ class Operation(EngineUser):
         raise NotImplementedError
 
     def codes(self, *inputs: Tensor) -> dict[str, Codes]:
-        """Integer codes and scales of the given inputs and of a weight, by operand name.
+        """Integer codes and scales of the given inputs and of the weight, by operand name.
 
         Args:
-            *inputs: As for ``reference``; without any, the codes of a layer's weight alone.
+            *inputs: As for ``reference``; without any, only the codes of a layer's weight.
 
         Raises:
             UncalibratedError: If one of them has no scale yet.
@@ -102,7 +102,7 @@ class Operation(EngineUser):
         raise NotImplementedError
 
     def reference(self, *inputs: Any) -> Any:
-        """The operation on values on their grids, as torch's autograd differentiates it."""
+        """The operation on values on their grids; torch's autograd differentiates it."""
         raise NotImplementedError
 
 

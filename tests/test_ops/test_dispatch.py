@@ -116,8 +116,8 @@ def test_attention_is_one_operation_unless(change: Callable[[Any], None], reason
     ('change', 'reason'),
     [
         (lambda n: None, ''),
-        (lambda n: setattr(n, 'act', nn.Tanh()), 'no two linear layers'),
-        (lambda n: setattr(n, 'first', nn.Linear(6, 6)), 'no two linear layers'),
+        (lambda n: setattr(n, 'act', nn.Tanh()), 'not two linear layers'),
+        (lambda n: setattr(n, 'first', nn.Linear(6, 6)), 'not two linear layers'),
         (lambda n: setattr(n, 'drops', [nn.Dropout(0.5)]), 'elements are dropped'),
         (lambda n: n.act.register_forward_hook(lambda *_: None), 'hooks watch'),
         (lambda n: setattr(n, 'engine', gplq_mm.ops.Engine()), "engine.ffn='layers'"),

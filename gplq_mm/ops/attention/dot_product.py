@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What attention classes share that call mmpretrain's ``scaled_dot_product_attention``."""
+"""Common part of attention classes that call mmpretrain's ``scaled_dot_product_attention``."""
 
 from collections.abc import Callable
 from functools import partial
@@ -38,5 +38,5 @@ class DotProductAttention:
         return 1 / attention.keywords['scale'] if isinstance(attention, partial) else None
 
     def _float_attention(self, *args: Any, scale: float | None = None, **options: Any) -> Tensor:
-        """What the float model calls; it has its own scale."""
+        """Attention function of the float model, with its own scale."""
         return self.scaled_dot_product_attention(*args, **options)

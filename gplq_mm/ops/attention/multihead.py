@@ -21,7 +21,7 @@ class InProjection(nn.Linear):
 
     ``weight`` is a view of ``in_proj_weight`` (or ``q_proj_weight`` and the like), so
     that this module adds no parameter and no state-dict key. A weight assigned to it
-    takes the view's place until the view is assigned back.
+    replaces the view until the view is assigned back.
 
     Args:
         attention: The attention module; not registered here.
@@ -83,7 +83,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
 
     @property
     def is_float(self) -> bool:
-        """Whether no quantizer quantizes or observes, and no hook waits for a layer's input."""
+        """Whether no quantizer quantizes or observes, and no layer has a forward pre-hook."""
         quantizers = (m for m in self.modules() if isinstance(m, FakeQuantizer))
         if any(q.enabled or q.observer is not None for q in quantizers):
             return False
@@ -155,7 +155,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
 
         dropout = self.dropout if self.training else 0.0
         attention = Attention(self.qk_matmul, self.pv_matmul, masked, dropout=dropout)
-        # product by product, not as one operation: the weights are handed out
+        # product by product, not as one operation: the weights are returned
         weights = attention.weights(q * self.head_dim**-0.5, k.transpose(-2, -1))
         out = self.pv_matmul(weights, v).transpose(1, 2).flatten(2)  # (B, L, E)
         return self.out_proj(out), weights
@@ -165,7 +165,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
         return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 
     def _extended(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """Keys or values with the learned and the zero token behind them, ``(B, S', E)``."""
+        """Keys or values followed by the learned and the zero token, ``(B, S', E)``."""
         if bias is not None:
             x = torch.cat([x, bias.expand(len(x), -1, -1)], dim=1)
         if self.add_zero_attn:
@@ -187,7 +187,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
 
 
 def _as_float(mask: Tensor, like: Tensor) -> Tensor:
-    """Boolean masks (True is left out) as 0 and minus infinity."""
+    """Boolean masks (True is masked) as 0 and minus infinity."""
     if mask.dtype != torch.bool:
         return mask.to(like.dtype)
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float('-inf'))

@@ -36,8 +36,8 @@ def quant_scaled_dot_product_attention(
         attn_mask: Added to the logits (float), or True where attended (bool).
         dropout_p: Dropout probability of the attention weights.
         scale: Factor of the logits; ``D ** -0.5`` if None.
-        float_attention: What the float model calls; used as it is while both
-            products are off, since a fused kernel rounds differently.
+        float_attention: Attention function of the float model; called unchanged while
+            both products are off, since a fused kernel rounds differently.
 
     Returns:
         ``(B, heads, N, D)``.
@@ -65,21 +65,21 @@ def added(logits: Tensor, *terms: Tensor) -> Tensor:
 
 
 def multiplied(logits: Tensor, factor: Tensor | float) -> Tensor:
-    """Logits times a factor that broadcasts over them, as a learned one a head."""
+    """Logits times a factor that broadcasts over them, such as a learned one per head."""
     return logits * factor
 
 
 class Attention(Operation):
     """``softmax(adjust(q k^T, *extras)) v`` with quantized operands; holds no state of its own.
 
-    As one operation it saves packed codes of q, k and v only, unless a product is float or
-    there is dropout between softmax and product: then both are computed as they stand.
+    Computed as one operation it saves packed codes of q, k and v only. If a product is float
+    or attention weights are dropped, the two products are computed one after the other.
 
     Args:
         qk_matmul: ``QuantMatMul`` of queries and transposed keys, or a ``FloatMatMul``.
         pv_matmul: The same of probabilities and values.
-        adjust: What comes between product and softmax. It may use no tensor of the graph
-            but its arguments.
+        adjust: Function applied to the product before the softmax. It may use no tensor of
+            the graph except its arguments.
         extras: Its further arguments (bias, mask, factor).
         dropout: Of the attention weights: a probability, 0 outside training, or a module.
     """
@@ -108,7 +108,7 @@ class Attention(Operation):
         return ''
 
     def operands(self) -> dict[str, Operand]:
-        """``query``, ``key``, ``probabilities``, ``value``; without those of a float product."""
+        """``query``, ``key``, ``probabilities``, ``value``, except those of a float product."""
         names = (('query', 'key'), ('probabilities', 'value'))
         return {
             name: operand
@@ -118,7 +118,7 @@ class Attention(Operation):
         }
 
     def codes(self, *inputs: Tensor) -> dict[str, Codes]:
-        """Codes of q, transposed k, v and of the probabilities that follow from them."""
+        """Codes of q, transposed k, v and of the probabilities computed from them."""
         q, k, v = inputs
         values = {'query': q, 'key': k, 'probabilities': self.weights(q, k), 'value': v}
         return {n: Codes(*o.quantizer.codes(values[n])) for n, o in self.operands().items()}
@@ -129,7 +129,7 @@ class Attention(Operation):
         return (q.numel() + output.numel()) * k[-1]
 
     def logits(self, q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
-        """What the softmax is taken of, from q, transposed k and extras on their grids."""
+        """Input of the softmax, from q, transposed k and extras on their grids."""
         return self.adjust(q @ k, *extras)
 
     def extras_on_grid(self) -> Sequence[Tensor]:
@@ -144,7 +144,7 @@ class Attention(Operation):
         return F.dropout(weights, self.dropout) if self.dropout > 0 else weights
 
     def reference(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Product by product: q ``(B, heads, N, D)``, k ``(B, heads, D, M)``, v the values."""
+        """One product after the other: q ``(B, heads, N, D)``, k ``(B, heads, D, M)``, v values."""
         return self.pv_matmul(self.weights(q, k), v)
 
 
@@ -178,7 +178,7 @@ def quantized_attention(
 
 
 def _drops(dropout: float | nn.Module) -> bool:
-    """Whether attention weights are dropped now; an unknown module may do anything."""
+    """Whether attention weights are dropped now; an unknown module counts as dropout."""
     if isinstance(dropout, nn.Dropout):
         return dropout.training and dropout.p > 0
     if isinstance(dropout, nn.Module):

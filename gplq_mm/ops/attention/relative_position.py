@@ -112,7 +112,7 @@ class QuantRelPosMatMul(_RelPosContract, SharedQueryMatMul):
 
 
 class RelPosAttention(_Base):
-    """Mixin that replaces ``forward``; the float class brings the parameters."""
+    """Mixin that replaces ``forward``; the float class has the parameters."""
 
     qkv: Any
     proj: Any
@@ -151,7 +151,7 @@ class RelPosAttention(_Base):
         return logits + rel_h[..., None] + rel_w[..., None, :]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, size: Size, key_size: Size) -> Tensor:
-        """Attention of queries to keys on a grid of their own.
+        """Attention of queries to keys, each with its own spatial size.
 
         Args:
             q: ``(B, heads, H * W, D)``, not scaled.
@@ -167,7 +167,7 @@ class RelPosAttention(_Base):
         return compute(attention, q, k.transpose(-2, -1), v)
 
     def logits(self, q: Tensor, keys: Tensor, size: Size, key_size: Size) -> Tensor:
-        """``(B, heads, H * W, Hk * Wk)`` from what ``attend`` gets, keys transposed."""
+        """``(B, heads, H * W, Hk * Wk)``; arguments as for ``attend``, keys transposed."""
         query, scale = self._quantized_query(q)
         if scale is None:
             logits = self.qk_matmul(query * self.scale, keys)
@@ -176,7 +176,7 @@ class RelPosAttention(_Base):
         if not self.use_rel_pos:
             return logits
         grid = query.unflatten(2, size)  # (B, heads, H, W, D)
-        if scale is not None and scale.dim():  # (1, heads, 1, 1), or (B, heads, N, 1) a row
+        if scale is not None and scale.dim():  # (1, heads, 1, 1); per row (B, heads, N, 1)
             scale = scale.unflatten(2, size if scale.shape[2] > 1 else (1, 1))
         rows, columns = self.tables(size, key_size)
         rel_h = self.rel_h_matmul(grid, rows, scale)
@@ -190,7 +190,7 @@ class RelPosAttention(_Base):
         return self.with_positions(grid, rel_h, rel_w).flatten(4).flatten(2, 3)
 
     def _quantized_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes and their scale where every product takes codes, else values and None."""
+        """Codes and their scale if every product computes on codes, else values and None."""
         if not isinstance(self.qk_matmul, QuantMatMul):
             return q, None
         products = [self.qk_matmul]
@@ -200,10 +200,10 @@ class RelPosAttention(_Base):
 
 
 class _SharedQuery(Operation):
-    """Quantization of queries that enter several products: all take codes, or none does.
+    """Quantization of queries used in several products: all compute on codes, or none does.
 
     Args:
-        products: That with the keys, then those with tables; all quantize their operands.
+        products: The product with the keys, then those with tables; all quantize their operands.
     """
 
     kind = 'shared_query'
@@ -213,7 +213,7 @@ class _SharedQuery(Operation):
         self.engine = products[0].engine
 
     def operands(self) -> dict[str, Operand]:
-        """The query, and the other operand of each product."""
+        """The query, and the right operand of each product."""
         sides = [m.operands()['rhs'] for m in self.products]
         others = {f'rhs{i}': side for i, side in enumerate(sides)}
         return {'query': self.products[0].operands()['lhs'], **others}
@@ -239,7 +239,7 @@ class _RelPosProducts(Attention):
         self.module, self.size, self.key_size = module, size, key_size
 
     def logits(self, q: Tensor, k: Tensor, *tables: Tensor) -> Tensor:
-        """From queries that are not scaled yet, transposed keys and tables on their grids."""
+        """Logits from unscaled queries, transposed keys and tables on their grids."""
         module = self.module
         total = (q * module.scale) @ k
         if not tables:
@@ -250,7 +250,7 @@ class _RelPosProducts(Attention):
         return module.positioned(total, rel_h, rel_w)
 
     def extras_on_grid(self) -> list[Tensor]:
-        """Tables of rows and of columns, quantized unless a rule keeps their product float."""
+        """Tables of rows and columns, quantized unless a rule keeps their product float."""
         module = self.module
         if not module.use_rel_pos:
             return []

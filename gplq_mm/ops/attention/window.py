@@ -21,7 +21,7 @@ MAX_LOG_SCALE = math.log(100.0)
 
 
 def biased(logits: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits plus the position bias and the shifted windows' mask.
+    """Logits plus the position bias and the mask of shifted windows.
 
     Args:
         logits: ``(windows * B, heads, N, N)``.
@@ -76,7 +76,7 @@ def gathered_bias(table: Tensor, index: Tensor) -> Tensor:
 
 
 class WindowAttention(_Base):
-    """Mixin that replaces ``forward``; the float class brings the parameters.
+    """Mixin that replaces ``forward``; the float class has the parameters.
 
     Source: Swin Transformer (arXiv 2103.14030), section 3.2.
     """
@@ -104,13 +104,13 @@ class WindowAttention(_Base):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def adjustment(self, mask: Tensor | None) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
-        """What comes between product and softmax: see ``quantized_attention``."""
+        """Arguments ``adjust`` and ``extras`` of ``quantized_attention``."""
         bias = gathered_bias(self.relative_position_bias_table, self.relative_position_index)
         return biased, ((bias,) if mask is None else (bias, mask))
 
 
 class CosineWindowAttention(_Base):
-    """Mixin that replaces ``forward``; the float class brings the parameters.
+    """Mixin that replaces ``forward``; the float class has the parameters.
 
     Source: Swin Transformer V2 (arXiv 2111.09883), sections 3.3 and 3.4.
     """

@@ -53,7 +53,7 @@ def exact_total(total: Tensor, dtype: torch.dtype) -> Tensor:
 def max_code(quantizer: FakeQuantizer) -> int:
     """Largest magnitude of a centred code, or of a level of a logarithmic code.
 
-    That of the spec, whatever table a search has chosen: reading it would wait for the device.
+    It is a bound from the spec: reading a quantizer's own table would synchronize the device.
     """
     if quantizer.spec.log_code is not None:
         return LARGEST_LEVEL[quantizer.spec.log_code, quantizer.spec.num_bits]
@@ -64,7 +64,7 @@ def max_code(quantizer: FakeQuantizer) -> int:
 
 
 def refusal(operation: Any, x: Tensor, *rest: Any) -> str:
-    """Why a call is not computed on codes; the values on the grid are multiplied instead."""
+    """Why a call is not computed on codes but on dequantized values; empty if it is."""
     if torch.is_autocast_enabled(x.device.type):
         return 'autocast multiplies in half precision'
     return not_quantized(operation.quantizers)
@@ -92,7 +92,7 @@ def matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
 
 
 def shared_query(operation: Any, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of the query and their scale; the products that follow sum integers."""
+    """Codes of the query and their scale; the following products sum integers."""
     return operation.products[0].lhs_quantizer.codes(q)
 
 

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Attention that saves the packed codes of q, k and v only.
 
-Logits, probabilities and their codes are computed again, exactly, in the backward pass.
+The backward pass recomputes logits, probabilities and their codes exactly.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,7 @@ _SAVED = (0, 1, 3)
 
 
 def refusal(attention: Any, *inputs: Tensor) -> str:
-    """Why an attention is not taken; its two products are then computed one after the other."""
+    """Why an attention is refused: its two products are then computed one after the other."""
     if attention.refusal:
         return attention.refusal
     q, k, probabilities, v = attention.quantizers
@@ -34,8 +34,8 @@ def packed_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """``attention.reference(q, k, v)``: ``quantize(softmax(logits(q, k, ...))) @ quantize(v)``.
 
     Args:
-        attention: Its ``logits`` are called again in the backward pass; its ``extras`` are
-            saved as they are, they get gradients.
+        attention: The backward pass calls its ``logits`` again; its ``extras`` are saved
+            unpacked and get gradients.
         q: Scaled queries, ``(B, heads, N, D)``.
         k: Transposed keys, ``(B, heads, D, M)``.
         v: Values, ``(B, heads, M, D')``.
@@ -123,7 +123,7 @@ class _PackedAttention(torch.autograd.Function):
 def _logits_with_graph(
     logits: Logits, q: Tensor, k: Tensor, extras: Sequence[Tensor], wanted: Sequence[bool]
 ) -> tuple[Tensor, Callable[[Tensor], list[Any]]]:
-    """Logits, and the function from their gradient to those of q, k and the extras."""
+    """Logits, and the function that maps their gradient to those of q, k and the extras."""
     inputs = [q.requires_grad_(), k.requires_grad_()]
     inputs += [x.detach().requires_grad_(want) for x, want in zip(extras, wanted, strict=True)]
     with torch.enable_grad():

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Autocast as it was, for backward passes that compute a part of the forward pass again."""
+"""State of autocast in the forward pass, for backward passes that recompute a part of it."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 def autocast_state(x: Tensor) -> dict[str, Any]:
-    """Arguments of a ``torch.autocast`` that repeats the present one.
+    """Arguments of ``torch.autocast`` for the current state.
 
     Args:
-        x: Tensor of the device in question.
+        x: Tensor on the device.
 
     Examples:
         >>> autocast_state(torch.zeros(1))['enabled']

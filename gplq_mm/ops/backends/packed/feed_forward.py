@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Feed-forward network that saves the packed codes of its input only.
+"""Feed-forward network that saves only the packed codes of its input.
 
-The hidden tensors, four times as large as the input, are computed again in the backward
-pass: one more product of the first layer for 4/16 of what a float block saves.
+The backward pass recomputes the hidden tensors, four times as large as the input. It costs
+one more product of the first layer and saves 4/16 of the memory of a float block.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ from .linear import cannot_pack
 
 
 def refusal(network: Any, x: Tensor) -> str:
-    """Why a network is not taken; its modules are then called one by one."""
+    """Why a network is refused: its modules are then called one by one."""
     if network.engine.ffn != 'recompute':
         return "engine.ffn='layers'"
     if network.refusal:

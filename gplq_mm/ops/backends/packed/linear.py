@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""A layer whose backward pass keeps the packed codes of its input."""
+"""A layer that saves the packed codes of its input for the backward pass."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ from ...dispatch import not_quantized, register_backend
 
 
 def refusal(layer: Any, x: Tensor, bias: Tensor | None) -> str:
-    """Why a call of a layer is not taken."""
+    """Why a call of a layer is refused; empty if it is computed here."""
     reason = cannot_pack([layer.input_quantizer])
     if reason:
         return reason
@@ -32,7 +32,7 @@ def cannot_pack(saved: Sequence[FakeQuantizer], recomputed: Sequence[FakeQuantiz
 
     Args:
         saved: Quantizers of the operands whose codes are saved.
-        recomputed: Of the operands that the backward pass computes again.
+        recomputed: Quantizers of the operands that the backward pass recomputes.
     """
     if any(q.spec.is_log for q in saved):
         return 'logarithmic codes have no rounding residual'
@@ -40,7 +40,7 @@ def cannot_pack(saved: Sequence[FakeQuantizer], recomputed: Sequence[FakeQuantiz
 
 
 def packed_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``layer.reference(x, bias)``; saves the codes of ``x`` only, and the weight as it is.
+    """``layer.reference(x, bias)``; saves the packed codes of ``x``, and the weight unpacked.
 
     Args:
         layer: Its input quantizer is active.
@@ -56,7 +56,7 @@ def packed_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _PackedLinear(torch.autograd.Function):
-    """Autocast is carried out by hand: its cache must not see weights without a graph."""
+    """Casts itself instead of autocast, whose cache must not hold weights without a graph."""
 
     @staticmethod
     def forward(

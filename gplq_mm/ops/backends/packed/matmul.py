@@ -16,7 +16,7 @@ from .linear import cannot_pack
 
 
 def refusal(operation: Any, lhs: Tensor, rhs: Tensor) -> str:
-    """Why a product is not taken."""
+    """Why a product is refused; empty if it is computed here."""
     return cannot_pack(operation.quantizers)
 
 
@@ -24,7 +24,7 @@ def packed_matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
     """``operation.reference(lhs, rhs)``; saves the codes of both.
 
     Args:
-        operation: Both its quantizers are active.
+        operation: Matrix product whose quantizers are both active.
         lhs: ``(..., N, K)``.
         rhs: ``(..., K, M)``; leading dimensions broadcast.
 
