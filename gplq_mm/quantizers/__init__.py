@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Numbers. Uniform 2 to 8 bit quantizers in plain torch."""
+"""Quantizers of 2 to 8 bits with uniform or logarithmic codes, and observers, in plain torch."""
 
 from .fake_quantizer import FakeQuantizer
 from .functional import dequantize, integer_range, quantize

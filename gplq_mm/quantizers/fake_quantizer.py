@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""FakeQuantizer: values and codes of a tensor, and its packed codes for the backward pass."""
+"""FakeQuantizer: quantized values and codes of a tensor, and its packed codes for training."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,14 +23,14 @@ from .spec import Granularity, PerChannel, PerRow, QuantSpec
 
 
 class Grid(NamedTuple):
-    """Codes allowed, and which values are in range.
+    """Allowed codes, and the range of values that get gradients.
 
     Attributes:
         qmin: Smallest code.
         qmax: Largest code.
         zero_point: Code of real zero: a number, or a tensor that broadcasts.
-        slack: Steps by which a value may lie outside the codes and still be in range; 0 as in
-            LSQ, 0.5 where the grid follows the values (``PerRow``).
+        slack: Steps by which a value may lie outside the codes and still be in range: 0 as in
+            LSQ, 0.5 where each vector has its own range (``PerRow``).
         levels: Table of integers of a logarithmic code; None for uniform codes.
     """
 
@@ -42,12 +42,12 @@ class Grid(NamedTuple):
 
     @property
     def is_narrow(self) -> bool:
-        """Whether a code fits half a byte."""
+        """Whether a code fits into half a byte."""
         return self.qmax - self.qmin < 16
 
     @property
     def offset(self) -> int:
-        """What is added to a code so that it fits a signed half byte or byte."""
+        """Added to a code so that it fits into a signed half byte or byte."""
         if self.qmin < 0:
             return 0
         return -8 if self.is_narrow else -128
@@ -64,7 +64,7 @@ class Steps(NamedTuple):
 
     Attributes:
         scale: Positive, broadcasts to the tensor.
-        grid: Codes allowed.
+        grid: Allowed codes.
     """
 
     scale: Tensor
@@ -72,13 +72,13 @@ class Steps(NamedTuple):
 
 
 class PackedForm(NamedTuple):
-    """How a quantizer packs one tensor; its scale parameter is passed beside it.
+    """How a quantizer packs one tensor; its scale parameter is a separate argument.
 
     Attributes:
-        grid: Codes allowed.
+        grid: Allowed codes.
         shape: Shape in which the scale broadcasts to the tensor.
-        factor: What LSQ multiplies the scale's gradient by.
-        rows: Spec of a quantizer whose scale follows each vector (``PerRow``), else None.
+        factor: LSQ's factor of the scale's gradient.
+        rows: Spec of a quantizer with a scale per vector (``PerRow``), else None.
     """
 
     grid: Grid
@@ -104,7 +104,7 @@ class PackedForm(NamedTuple):
         return Steps(scale, self.grid._replace(zero_point=zero_point))
 
     def kept(self, steps: Steps) -> tuple[Tensor | None, Tensor | None]:
-        """What a backward pass keeps of ``steps``: nothing that the parameter gives again."""
+        """Tensors of ``steps`` to save for the backward pass: those not equal to the parameter."""
         zero_point = steps.grid.zero_point
         if self.rows is None:
             return None, None
@@ -119,10 +119,10 @@ class PackedForm(NamedTuple):
         return Steps(scale, grid)
 
     def gradient(self, grad: Tensor | None, parameter: Tensor, scale: Tensor) -> Tensor | None:
-        """Gradient of the parameter from that of the scale as it broadcast.
+        """Gradient of the parameter from that of the broadcast scale.
 
         Args:
-            grad: Gradient of ``Steps.scale``, its shape.
+            grad: Gradient of ``Steps.scale``, same shape.
             parameter: Scale of the quantizer.
             scale: ``Steps.scale``.
         """
@@ -135,12 +135,11 @@ class PackedForm(NamedTuple):
 
 
 class FakeQuantizer(QuantizerState):
-    """Quantize and dequantize a tensor on a grid of ``2 ** num_bits`` values a scale.
+    """Quantize and dequantize a tensor on a grid of ``2 ** num_bits`` values.
 
-    It is in one of three conditions: observing (``observer`` is set; passes its
-    input through), off (``enabled`` is False; passes its input through) or
-    quantizing. A weight quantizer passes its input through until it is
-    calibrated, which happens in stage 2; an activation quantizer then raises.
+    It observes (``observer`` is set; returns its input), is off (``enabled`` is False;
+    returns its input) or quantizes. Without calibration a weight quantizer returns its
+    input, since weights are calibrated in stage 2; an activation quantizer raises.
 
     Args:
         spec: Bits, range type, granularity, observer.
@@ -148,17 +147,17 @@ class FakeQuantizer(QuantizerState):
         kind: ``activation`` or ``weight``.
 
     Attributes:
-        scale: Step size, ``()`` or ``(size,)``; for ``PerRow`` the share of a vector's range
-            that a step covers. A parameter if ``spec.learn_scale``.
-        zero_point: Code of real zero, same shape, float32 holding integers; 0 for ``PerRow``,
-            whose zero points follow the vectors.
-        row_axis: Axis of ``PerRow`` as int8, so that a checkpoint states it; else absent.
+        scale: Step size, ``()`` or ``(size,)``; for ``PerRow`` the fraction of a vector's range
+            that one step covers. A parameter if ``spec.learn_scale``.
+        zero_point: Code of real zero, same shape, integers in float32; 0 for ``PerRow``, which
+            computes a zero point per vector.
+        row_axis: Axis of ``PerRow`` as int8, stored in checkpoints; else absent.
         levels: Table of a logarithmic code, int32, ``(2 ** num_bits,)``; else absent.
-        quant_range: ``(qmin, qmax)`` as int32, so that a checkpoint states its bits.
+        quant_range: ``(qmin, qmax)`` as int32, stored in checkpoints.
         enabled: Whether to quantize.
         observer: Set while calibrating.
         name: Dotted path in the model, set by the conversion; used in errors.
-        role: What it quantizes (``recipe.ROLES``), set by the conversion.
+        role: Role of the operand (``recipe.ROLES``), set by the conversion.
 
     Examples:
         >>> q = FakeQuantizer(QuantSpec(num_bits=4))
@@ -171,7 +170,7 @@ class FakeQuantizer(QuantizerState):
 
     @property
     def is_active(self) -> bool:
-        """Whether a call quantizes now."""
+        """Whether a call quantizes in the current state."""
         return self.enabled and self.observer is None and self._is_calibrated
 
     @property
@@ -203,7 +202,7 @@ class FakeQuantizer(QuantizerState):
         if self.follows_rows:
             return PackedForm(grid._replace(slack=ROW_SLACK), over, factor, self.spec)
         key = (self.zero_point.data_ptr(), version_of(self.zero_point))
-        if self._offset is None or self._offset[0] != key:  # read once: it costs a device sync
+        if self._offset is None or self._offset[0] != key:  # read once: it synchronizes the device
             values = self.zero_point.unique()
             self._offset = key, float(values) if len(values) == 1 else None
         offset = self._offset[1]
@@ -216,7 +215,7 @@ class FakeQuantizer(QuantizerState):
         return ROW_SLACK if self.follows_rows else 0.0
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Integer codes and the scale that turns them into values.
+        """Integer codes and their scale; the product is the quantized tensor.
 
         Args:
             x: Real values.
@@ -294,12 +293,12 @@ def broadcast_shape(granularity: Granularity, ndim: int) -> tuple[int, ...]:
 
 
 def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[Tensor]]:
-    """Values of ``x`` on the grid, and the bytes that stand for them, see ``packed_codes``.
+    """Values of ``x`` on the grid, and their packed codes (``packing.codes``).
 
     Args:
         x: Real values in float32.
         scale: Positive step size, broadcastable to ``x``.
-        grid: Codes allowed.
+        grid: Allowed codes.
 
     Returns:
         ``(values, packed)``: values equal those of ``fake_quantize_ste`` bit for bit where
@@ -314,7 +313,7 @@ def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[
         (tensor([0.5000, 3.5000]), [1, 7], [11, 0])
     """
     if grid.levels is not None:
-        raise ValueError('logarithmic codes are computed again, not packed')
+        raise ValueError('logarithmic codes are recomputed, not packed')
     values, codes, field = passes_for(x, scale).pack(x, scale, grid)
     return values, [codes] if field is None else [codes, _in_pairs(field)]
 
@@ -325,14 +324,14 @@ def quantize_values(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
 
 
 def passes_for(*tensors: Tensor) -> Any:
-    """Passes from C where they can read these tensors, the scale last; else those in torch."""
+    """Passes in C where they support these tensors (the scale last), else those in torch."""
     if cpu_kernels.load()[0] is None or tensors[0].device.type != 'cpu':
         return torch_passes
     return cpu_kernels.kernels_for(*tensors) or torch_passes
 
 
 def _in_pairs(field: Tensor) -> Tensor:
-    """Two fields a byte, in the order of memory."""
+    """Two fields per byte, in memory order."""
     flat = torch_passes.flat(field)
     if len(flat) % 2:
         flat = torch.cat([flat, flat.new_zeros(1)])

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Backward passes that cannot be differentiated again, and say so."""
+"""Backward passes that raise an error if they are differentiated again."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -12,7 +12,7 @@ Backward = Callable[..., Any]
 
 
 class _Refuse(torch.autograd.Function):
-    """Identity whose own backward pass is the second one through a quantizer."""
+    """Identity on a gradient; its backward pass would be a second derivative and raises."""
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, *sources: Tensor) -> Tensor:
@@ -28,13 +28,13 @@ class _Refuse(torch.autograd.Function):
 
 
 def first_order_only(backward: Backward) -> Backward:
-    """Function decorator for ``autograd.Function.backward``: one derivative only.
+    """Function decorator for ``autograd.Function.backward``: refuse second derivatives.
 
-    The function must call ``ctx.set_materialize_grads(False)``: a gradient that does not
-    arrive is passed on as none, as torch's own operators do.
+    The function must call ``ctx.set_materialize_grads(False)``: a missing gradient stays
+    None, as in torch's own operators.
 
-    The decorated pass runs without a graph. If one is asked for (``create_graph=True``)
-    and used, a ``RuntimeError`` tells what to do instead.
+    The decorated pass runs without a graph. If a graph is requested (``create_graph=True``)
+    and used, a ``RuntimeError`` says what to do instead.
     """
 
     @wraps(backward)
@@ -51,6 +51,6 @@ def first_order_only(backward: Backward) -> Backward:
 
 
 def _with_graph(ctx: Any, grads: tuple[Tensor, ...]) -> list[Tensor]:
-    """What a second derivative would be taken with respect to."""
+    """Tensors that a second derivative would depend on."""
     saved = [t for t in ctx.saved_tensors if t is not None]
     return [t for t in (*grads, *saved) if t is not None and t.requires_grad]

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Pure functions of uniform quantization: the one place where codes are computed.
+"""Pure functions of uniform quantization: codes and values.
 
 Conventions: ``code = clamp(round(x / scale) + zero_point, qmin, qmax)`` is an
 integer (held in a float tensor), the *centred* code is ``code - zero_point``, and
@@ -13,7 +13,7 @@ from torch import Tensor
 
 MIN_BITS, MAX_BITS = 2, 8
 SCALE_EPS = 1e-9
-"""Smallest scale; a learned scale is not allowed to reach zero or change sign."""
+"""Smallest scale: a learned scale must not reach zero or change its sign."""
 
 
 def integer_range(num_bits: int, signed: bool) -> tuple[int, int]:
@@ -21,7 +21,7 @@ def integer_range(num_bits: int, signed: bool) -> tuple[int, int]:
 
     Args:
         num_bits: Width of the code in bits, 2 to 8.
-        signed: Two's complement if True, else from zero.
+        signed: Two's complement codes if True, else codes from 0 on.
 
     Returns:
         ``(qmin, qmax)``, both inclusive.
@@ -79,7 +79,7 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def sum_to_shape(x: Tensor, shape: torch.Size) -> Tensor:
-    """Sum the broadcast dimensions of ``x`` away so that it has ``shape``.
+    """Sum ``x`` over the broadcast dimensions so that it has ``shape``.
 
     Examples:
         >>> sum_to_shape(torch.ones(2, 3), torch.Size([3]))

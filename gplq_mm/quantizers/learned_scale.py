@@ -29,7 +29,7 @@ def _inside(ratio: Tensor, zero_point: Tensor, qmin: int, qmax: int, slack: floa
 
 
 def _traceable(result: Tensor) -> Tensor:
-    """The result of a ``forward``; ``torch.compile`` drops gradients of one changed in place."""
+    """A view of the result for ``torch.compile``, which drops gradients of in-place results."""
     return result.view_as(result) if torch.compiler.is_compiling() else result
 
 
@@ -68,7 +68,7 @@ class _CenteredCodes(torch.autograd.Function):
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Dequantized values with LSQ's gradients in one node (saves x and a mask)."""
+    """Dequantized values with LSQ's gradients in one graph node."""
 
     @staticmethod
     def forward(
@@ -128,7 +128,7 @@ class _LevelCodes(torch.autograd.Function):
 
 
 class _PositiveScale(torch.autograd.Function):
-    """``max(scale, SCALE_EPS)`` with a straight-through gradient, so that it can recover."""
+    """``max(scale, SCALE_EPS)`` with a straight-through gradient: a scale can grow again."""
 
     @staticmethod
     def forward(ctx: Any, scale: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def centered_codes_ste(
         zero_point: Code of real zero, broadcastable to ``x``.
         qmin: Smallest code.
         qmax: Largest code.
-        slack: Steps by which the range of the gradient is wider than the codes'.
+        slack: Steps by which the range with gradients is wider than that of the codes.
 
     Returns:
         ``code - zero_point``, shape of ``x``.
@@ -208,7 +208,7 @@ def fake_quantize_ste(
 
 
 def positive_scale_ste(scale: Tensor) -> Tensor:
-    """Scale bounded below by a tiny positive number, gradient passed straight through."""
+    """Scale bounded below by ``SCALE_EPS``, with a straight-through gradient."""
     return _PositiveScale.apply(scale)
 
 

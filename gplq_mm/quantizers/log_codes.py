@@ -3,7 +3,7 @@
 
 A code is an index into a table of ``2 ** num_bits`` integers, the *levels*: 0 and the powers of
 a base. The value of a code is ``level * scale``, so that a product of such a tensor with integer
-codes is an exact integer sum and one factor. Between two levels the code changes at their
+codes is an exact integer sum times one factor. The threshold between two levels is their
 geometric mean: rounding to nearest on a logarithmic axis.
 
 Source: log2 and log-sqrt2 quantization of attention maps (FQ-ViT, arXiv 2111.13824, section 3.3;
@@ -18,7 +18,7 @@ from torch import Tensor
 from .functional import MAX_BITS, MIN_BITS
 
 TOP = 1 << 14
-"""Largest level: 4 bits of ``log2`` reach down to 1."""
+"""Largest level: with 4 bits of ``log2`` the smallest is 1."""
 _BASES = {'log2': (2.0,), 'log_sqrt2': (2**0.5,)}
 ADALOG_BASES = tuple(2 ** (k / 4) for k in (1, 2, 3, 4, 5, 6, 8))
 """Bases that ``adalog`` chooses from."""
@@ -31,7 +31,7 @@ def log_levels(num_bits: int, base: float) -> Tensor:
 
     Args:
         num_bits: Width of a code in bits.
-        base: Quotient of neighbouring levels, above 1.
+        base: Ratio of neighbouring levels, above 1.
 
     Raises:
         ValueError: If the levels do not fit into distinct integers up to ``TOP``.
@@ -46,16 +46,16 @@ def log_levels(num_bits: int, base: float) -> Tensor:
     levels = [0, *(round(TOP * base**-j) for j in exponents)]
     if len(set(levels)) < len(levels) or TOP * base ** -(2**num_bits - 2) < 1 - 1e-9:
         raise ValueError(
-            f'{num_bits}-bit codes of base {base:.4g} are no table of integers up to {TOP}: the '
-            'product of attention would not be an exact integer sum; write fewer bits, a smaller '
-            "base, or codes='uniform'"
+            f'{num_bits}-bit codes of base {base:.4g} do not fit into distinct integers up to '
+            f'{TOP}: the attention product would not be an exact integer sum; write fewer bits, '
+            "a smaller base, or codes='uniform'"
         )
     common = math.gcd(*levels)
     return torch.tensor([level // common for level in levels], dtype=torch.int32)
 
 
 def candidate_bases(codes: str, num_bits: int) -> list[float]:
-    """Bases that a code may have at these bits; ``adalog`` has several.
+    """Bases that a code can have at these bits; ``adalog`` has several.
 
     Examples:
         >>> [round(b, 3) for b in candidate_bases('adalog', 4)]
@@ -66,10 +66,10 @@ def candidate_bases(codes: str, num_bits: int) -> list[float]:
 
 
 def check_codes(codes: str, num_bits: int) -> None:
-    """Refuse what is no logarithmic code.
+    """Refuse an unknown code, or bits that it does not support.
 
     Raises:
-        ValueError: If the name is unknown, or the bits do not fit.
+        ValueError: If the name is unknown, or the code does not exist at these bits.
     """
     if codes not in CODES:
         raise ValueError(f"codes={codes!r} is unknown; write 'uniform' or one of {CODES}")
@@ -83,11 +83,11 @@ def default_levels(codes: str, num_bits: int) -> Tensor:
 
 
 def thresholds(levels: Tensor) -> Tensor:
-    """Where the code changes, in units of the scale: ``(levels,)``, float32.
+    """Values at which the code changes, in units of the scale: ``(levels,)``, float32.
 
-    A value is at level ``i`` if it lies above threshold ``i`` and at most at threshold
-    ``i + 1``. The first is minus infinity; between 0 and the smallest level the code changes
-    where the logarithmic axis would have its next midpoint.
+    A value has level ``i`` if it is above threshold ``i`` and not above threshold ``i + 1``.
+    The first is minus infinity. The threshold between 0 and the smallest level is the next
+    midpoint on the logarithmic axis.
 
     Examples:
         >>> thresholds(torch.tensor([0, 1, 2, 4])).tolist()
@@ -101,7 +101,7 @@ def thresholds(levels: Tensor) -> Tensor:
 
 
 def upper_bound(levels: Tensor) -> Tensor:
-    """Where the range of the codes ends, in units of the scale (the next midpoint): ``()``.
+    """Upper end of the range, in units of the scale (the next midpoint): ``()``.
 
     Examples:
         >>> round(float(upper_bound(torch.tensor([0, 1, 2, 4]))), 3)
@@ -136,4 +136,4 @@ LARGEST_LEVEL = {
     for bits in range(MIN_BITS, MAX_BITS + 1)
     if candidate_bases(codes, bits)
 }
-"""Largest level of any table of a code at its bits: known without looking at a quantizer's."""
+"""Largest level of any table of a code at its bits, without reading a quantizer's table."""

@@ -1,11 +1,11 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Observers: find a quantizer's range from data, the same on one rank or many.
+"""Observers: compute a quantizer's range from data, equal on one rank or many.
 
-An observer sees ``(scales, elements)`` rows, in one or two passes over the
-calibration images. Every statistic declares how it reduces across ranks
+An observer gets ``(scales, elements)`` rows in one or two passes over the
+calibration images. Every statistic declares its reduction across ranks
 (``reductions``): ``min``, ``max``, ``sum`` of integer counts, or ``gather``
-(replayed in image order). All four are exact, so N ranks on shares of the images
-and one rank on their union give bit-equal scales.
+(used in image order). All four are exact, so N ranks on shares of the images
+and one rank on all images give bit-equal scales.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .row_range import full_range_share, row_extent
 from .spec import PerChannel, PerRow, QuantSpec, reduce_dims
 
 _STEPS, _STEPS_OF_MANY = 80, 40
-"""Candidates of a search of the range, for one scale and for many."""
+"""Candidates of a range search, for one scale and for many."""
 OBSERVERS: dict[str, type['Observer']] = {}
 
 
@@ -36,10 +36,9 @@ def register_observer(name: str) -> Callable[[type['Observer']], type['Observer'
 
 
 def build_observer(spec: QuantSpec) -> 'Observer':
-    """The observer of a spec: the one it names, or the only one that fits its scale and codes.
+    """Observer of a spec: the one that it names, or that of its granularity and codes.
 
-    A scale that follows each vector leaves nothing to observe, and logarithmic codes have an
-    observer of their own.
+    ``PerRow`` scales and logarithmic codes have their own observers.
 
     Raises:
         ValueError: If no observer has that name.
@@ -63,7 +62,7 @@ def qparams_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor,
 
     Returns:
         ``(scale, zero_point)``, each ``(scales,)``; unsigned symmetric ranges clip
-        what is below zero.
+        negative values.
 
     Examples:
         >>> lo, hi = torch.tensor([-4.0]), torch.tensor([7.0])
@@ -83,12 +82,12 @@ def qparams_from_range(lo: Tensor, hi: Tensor, spec: QuantSpec) -> tuple[Tensor,
 
 
 def _or_one(scale: Tensor) -> Tensor:
-    """1 where a range is empty (a dead channel quantizes to zero either way)."""
+    """The scale, or 1 where the range is empty (an all-zero channel stays zero with any scale)."""
     return torch.where(scale > SCALE_EPS, scale, torch.ones_like(scale))
 
 
 class Observer:
-    """Base: collect statistics, reduce them across ranks, give scale and zero point."""
+    """Base class: collects statistics and computes scale and zero point."""
 
     num_passes: ClassVar[int] = 1
     reductions: ClassVar[dict[str, str]] = {}
@@ -101,12 +100,12 @@ class Observer:
     def observe(self, x: Tensor) -> None:
         """Add one tensor (any shape that the spec's granularity fits).
 
-        Does nothing in a pass that this observer does not need.
+        Ignored in a pass that this observer does not need.
 
         Raises:
             ValueError: If ``x`` holds NaN or infinity.
         """
-        if self.pass_index >= self.num_passes:  # another observer asked for this pass
+        if self.pass_index >= self.num_passes:  # another observer needs this pass
             return
         rows = reduce_dims(self.spec.granularity, x.detach().float())
         if rows.numel() == 0:
@@ -120,12 +119,12 @@ class Observer:
         raise NotImplementedError
 
     def neutral(self, how: str, rows: int, device: torch.device) -> Tensor:
-        """Neutral element of a reduction, for a rank that saw no data.
+        """Neutral element of a reduction, for a rank without data.
 
         Args:
             how: ``min``, ``max`` or ``sum``.
             rows: Number of scales.
-            device: Where the statistics live.
+            device: Device of the statistics.
 
         Returns:
             ``(rows,)``, or ``(rows, bins)`` counts for ``sum``.
@@ -144,7 +143,7 @@ class Observer:
 
 @register_observer('minmax')
 class MinMaxObserver(Observer):
-    """Smallest and largest value seen."""
+    """Smallest and largest observed value."""
 
     reductions = {'lo': 'min', 'hi': 'max'}
 
@@ -183,7 +182,7 @@ class MovingAverageObserver(Observer):
         self.updates.append(torch.stack([rows.amin(1), rows.amax(1)]))
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Replays the average in image order."""
+        """Range of the moving average, computed in image order."""
         average = self.updates[0]
         for update in self.updates[1:]:
             average = average + self.momentum * (update - average)
@@ -191,7 +190,7 @@ class MovingAverageObserver(Observer):
 
 
 class HistogramObserver(MinMaxObserver):
-    """First pass: min and max. Second pass: counts in equal bins between them.
+    """Histogram; the first pass finds its range, the second counts.
 
     Args:
         bins: Number of bins; the default is 2048 for one scale, 512 for many.
@@ -199,7 +198,7 @@ class HistogramObserver(MinMaxObserver):
 
     num_passes = 2
     most_counted: int | None = None
-    """Elements of a scale that are counted in one update, evenly spaced; None for all."""
+    """Elements per scale that one update counts, evenly spaced; None for all."""
 
     def __init__(self, spec: QuantSpec, bins: int | None = None) -> None:
         super().__init__(spec)
@@ -245,7 +244,7 @@ class HistogramObserver(MinMaxObserver):
 
 @register_observer('percentile')
 class PercentileObserver(HistogramObserver):
-    """Range between the two tails of the distribution.
+    """Range between two percentiles of the values.
 
     Args:
         percentile: Share of the values kept on each side, e.g. 0.99 for the 1st
@@ -263,7 +262,7 @@ class PercentileObserver(HistogramObserver):
         self.percentile = percentile
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Range that cuts ``1 - percentile`` off each end."""
+        """Range that clips a share of ``1 - percentile`` at each end."""
         assert self.counts is not None and self.lo is not None and self.hi is not None
         cumulative = self.counts.cumsum(1).double()
         cumulative = cumulative / cumulative[:, -1:]
@@ -297,20 +296,20 @@ class MSEObserver(HistogramObserver):
 
 
 class RowObserver(MinMaxObserver):
-    """For scales that follow each vector: the whole range of a vector is covered."""
+    """Observer for ``PerRow``: the grid covers the full range of each vector."""
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Share of a vector's range that a step covers, and 0."""
+        """Fraction of a vector's range that one step covers, and 0."""
         assert self.lo is not None
         share = torch.full_like(self.lo, full_range_share(self.spec))
         return share, torch.zeros_like(share)
 
 
 class LogObserver(Observer):
-    """For logarithmic codes: the largest value, and for ``adalog`` the base.
+    """Observer for logarithmic codes: the largest value, and the base of ``adalog``.
 
-    The base is the candidate with the least squared error on a histogram of ``log2``, of the
-    values or, where scales follow each vector, of their quotients by the largest of the vector.
+    The base is the candidate with the least squared error on a histogram of ``log2`` of the
+    values; for ``PerRow`` of the values divided by the largest of their vector.
     """
 
     reductions = {'hi': 'max', 'counts': 'sum'}
@@ -321,7 +320,7 @@ class LogObserver(Observer):
     def __init__(self, spec: QuantSpec) -> None:
         if isinstance(spec.granularity, PerChannel):
             raise ValueError(
-                f'codes={spec.codes!r} have one scale a tensor or a row: write '
+                f'codes={spec.codes!r} have one scale per tensor or per row: write '
                 "granularity='per_row'"
             )
         super().__init__(spec)
@@ -358,7 +357,7 @@ class LogObserver(Observer):
         return super().neutral(how, rows, device)
 
     def calculate_levels(self) -> Tensor | None:
-        """Levels of the best base; None where the spec's bits have uniform codes."""
+        """Levels of the best base; None if the spec has uniform codes at its bits."""
         spec = self.spec
         if spec.log_code is None:
             return None
@@ -382,7 +381,7 @@ class LogObserver(Observer):
         return 1.0 if isinstance(self.spec.granularity, PerRow) else float(self.hi)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale at which the largest value has the largest level, and 0."""
+        """Scale that gives the largest value the largest level, and 0."""
         assert self.hi is not None
         share = full_range_share(self.spec, self.calculate_levels())
         scale = torch.full_like(self.hi, self._top() * share)

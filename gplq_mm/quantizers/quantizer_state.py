@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What a quantizer stores, and how it is calibrated, loaded and changed."""
+"""State of a quantizer: its buffers, and how they are calibrated, loaded and changed."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,11 +15,11 @@ from .stored_form import require_same_form, stored_spec
 
 
 class UncalibratedError(RuntimeError):
-    """A quantizer was asked to quantize before it had a scale."""
+    """A quantizer was called before it had a scale."""
 
 
 class QuantizerState(LoadsState):
-    """Scale, zero point, codes and condition of a ``FakeQuantizer``, which documents them.
+    """Base class of ``FakeQuantizer`` with its state; see there for the attributes.
 
     Args:
         spec: Bits, range type, granularity, observer.
@@ -58,7 +58,7 @@ class QuantizerState(LoadsState):
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether the scale was found (kept beside the buffer to spare a device sync)."""
+        """Whether a scale is set (stored outside the buffer to avoid a device synchronization)."""
         return self._is_calibrated
 
     @torch.no_grad()
@@ -92,7 +92,7 @@ class QuantizerState(LoadsState):
         self.levels.copy_(levels)
 
     def _register_row_axis(self) -> None:
-        """The axis of ``PerRow``, or none."""
+        """Register ``row_axis`` for ``PerRow``, else remove it."""
         if isinstance(self.spec.granularity, PerRow):
             axis = torch.tensor(self.spec.granularity.axis, dtype=torch.int8)
             self.register_buffer('row_axis', axis.to(self.zero_point.device))
@@ -104,7 +104,7 @@ class QuantizerState(LoadsState):
             delattr(self, name)
 
     def _register_levels(self) -> None:
-        """The table of a logarithmic code, or none."""
+        """Register ``levels`` for a logarithmic code, else remove it."""
         if self.spec.log_code is not None:
             levels = default_levels(self.spec.log_code, self.spec.num_bits)
             self.register_buffer('levels', levels.to(self.zero_point.device))
@@ -116,7 +116,7 @@ class QuantizerState(LoadsState):
         """Change bits, symmetry or codes; the stored scale keeps its shape and value.
 
         Args:
-            spec: Of the same granularity.
+            spec: New spec, with the same granularity.
         """
         assert spec.granularity == self.spec.granularity
         has_same_codes = (spec.log_code, spec.num_bits) == (self.spec.log_code, self.spec.num_bits)
@@ -126,16 +126,16 @@ class QuantizerState(LoadsState):
             self._register_levels()
 
     def take_form_of(self, state: Mapping[str, Any], prefix: str = '') -> None:
-        """Become the static, uniform quantizer that a stored state is of, if it is of one.
+        """Take the granularity and codes of a stored state that is static and uniform.
 
-        Checkpoints of the presets before ``PerRow`` hold one scale a tensor or a head where a
-        present recipe has one a channel or a vector. Their values are not loaded here, the
+        Checkpoints of the presets before ``PerRow`` have one scale per tensor or head where
+        current recipes have one per channel or vector. Values are not loaded here; the
         quantizer is uncalibrated after a change. Scale and zero point stay the same objects, so
-        that whatever holds them (an optimizer, DDP) stays right.
+        that references to them (an optimizer, DDP) stay valid.
 
         Args:
             state: State dict.
-            prefix: Of the quantizer's keys in it, ``backbone.fc.input_quantizer.``.
+            prefix: Prefix of the quantizer's keys, ``backbone.fc.input_quantizer.``.
         """
         axis = -3 if self.role == 'image' else None  # of ``(B, C, H, W)``
         spec = stored_spec(self.spec, state, prefix, axis)
@@ -152,7 +152,7 @@ class QuantizerState(LoadsState):
         self.reset()
 
     def reset(self) -> None:
-        """Forget the calibration (the scale's value stays)."""
+        """Mark the quantizer uncalibrated; the scale keeps its value."""
         self._set_calibrated(False)
 
     def _set_calibrated(self, value: bool) -> None:
@@ -170,19 +170,19 @@ class QuantizerState(LoadsState):
             ) from error
 
     def before_load(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Refuse codes of another range; take the form that the stored state has.
+        """Refuse codes of another range; take granularity and codes of an older state.
 
         Raises:
-            ValueError: The state was quantized to other codes, or is of another form.
+            ValueError: If the state has another range, granularity or kind of codes.
         """
         loaded = state_dict.get(prefix + 'quant_range')
         if self.kind == 'weight' and not bool(state_dict.get(prefix + 'calibrated', True)):
-            # a weight that is still float has no codes: stage 2 may give it other bits
+            # an uncalibrated weight has no codes yet: stage 2 may use other bits
             state_dict[prefix + 'quant_range'] = self.quant_range
         elif loaded is not None and loaded.tolist() != self.quant_range.tolist():
             raise ValueError(
                 f'{prefix}quant_range: the checkpoint was quantized to the codes '
-                f'{loaded.tolist()}, this config asks for {self.quant_range.tolist()}; use the '
+                f'{loaded.tolist()}, this config has {self.quant_range.tolist()}; use the '
                 'recipe that the checkpoint was made with'
             )
         if self.kind == 'activation':
@@ -190,7 +190,7 @@ class QuantizerState(LoadsState):
             require_same_form(self.state_dict(), state_dict, prefix)
 
     def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Know without a device sync whether the quantizer is calibrated."""
+        """Store whether the quantizer is calibrated, to avoid later device synchronizations."""
         if prefix + 'calibrated' in state_dict:
             self._is_calibrated = bool(self.calibrated)
 

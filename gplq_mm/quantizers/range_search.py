@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Search for the range with the least squared quantization error.
+"""Search of the range with the least squared quantization error.
 
 Source: the MSE calibration of arXiv 2106.08295, section 3.1, done on weighted
 values (a histogram or the values themselves) for all scales at once.
@@ -14,7 +14,7 @@ from .functional import dequantize, quantize
 
 QParams = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 _ROW_BUDGET = 1 << 19
-"""Elements evaluated at once: memory stays small, and the operands stay in the cache."""
+"""Elements evaluated at once, to bound the memory and fit into the cache."""
 _JOINT = ((1, 1),)
 _EACH_END = ((1, 1), (0, 1), (1, 0), (0, 1), (1, 0))
 
@@ -30,13 +30,13 @@ def quantization_error(
 
     Args:
         values: ``(scales, elements)``.
-        weight: Weight an element, same shape, or None for 1.
+        weight: Weight per element, same shape, or None for 1.
         scale: ``(scales,)``.
         zero_point: ``(scales,)``.
         quant_range: ``(qmin, qmax)``.
 
     Returns:
-        Error a row, ``(scales,)``.
+        Error per row, ``(scales,)``.
 
     Examples:
         >>> values = torch.tensor([[0.0, 1.0, 2.4]])
@@ -61,22 +61,22 @@ def search_range(
 ) -> tuple[Tensor, Tensor]:
     """Shrink ``[lo, hi]`` where that lowers the squared error.
 
-    Both ends shrink together first. An asymmetric range then shrinks at each end
-    alone, twice, so that uneven tails are found (``5 * steps`` evaluations); a
-    symmetric one has a single scale to find.
+    First both ends shrink together. Then each end of an asymmetric range shrinks
+    alone, twice, to fit uneven tails (``5 * steps`` evaluations); a symmetric range
+    has a single scale to find.
 
     Args:
         values: ``(scales, elements)``.
-        weight: Weight an element, same shape, or None.
-        lo: Smallest value a row, ``(scales,)``.
-        hi: Largest value a row, ``(scales,)``.
+        weight: Weight per element, same shape, or None.
+        lo: Smallest value per row, ``(scales,)``.
+        hi: Largest value per row, ``(scales,)``.
         qparams: Maps a range to ``(scale, zero_point)``.
         quant_range: ``(qmin, qmax)``.
-        steps: Candidates a search.
+        steps: Candidates per search.
         symmetric: Whether the grid is symmetric.
 
     Returns:
-        The best ``(lo, hi)``, each ``(scales,)``; never worse than the one given.
+        The best ``(lo, hi)``, each ``(scales,)``; never worse than the given range.
     """
     rows = max(1, _ROW_BUDGET // max(values.shape[1], 1))
     if len(values) > rows:

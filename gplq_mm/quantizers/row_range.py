@@ -9,16 +9,16 @@ from .log_codes import default_levels
 from .spec import PerRow, QuantSpec
 
 ROW_SLACK = 0.5
-"""A vector's extremes lie on the ends of its grid, up to the rounding of the zero point: they are
-in range, and so get gradients."""
+"""A vector's extremes are at the ends of its grid, up to the rounding of the zero point: with this
+slack they are in range and get gradients."""
 
 
 def full_range_share(spec: QuantSpec, levels: Tensor | None = None) -> float:
-    """Share of a vector's range that one step covers where nothing is clipped.
+    """Fraction of a vector's range that one step covers without clipping.
 
     Args:
         spec: Bits, signedness, symmetry, kind of codes.
-        levels: Table of a logarithmic code; its default if None.
+        levels: Table of a logarithmic code; the default table if None.
 
     Examples:
         >>> full_range_share(QuantSpec(num_bits=4, signed=False, granularity=PerRow()))
@@ -33,15 +33,15 @@ def full_range_share(spec: QuantSpec, levels: Tensor | None = None) -> float:
 
 @torch.no_grad()
 def row_extent(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Extent and middle of the vectors along the spec's axis, which is kept with length 1.
+    """Extent and middle of the vectors along the spec's axis, which keeps length 1.
 
     Args:
         x: Values, float32.
-        spec: Its granularity is ``PerRow``.
+        spec: Spec with granularity ``PerRow``.
 
     Returns:
-        ``(extent, middle)``: largest minus smallest value, both taken with 0, and the mean of
-        the two; for a symmetric spec the largest (absolute) value and 0.
+        ``(extent, middle)``: largest minus smallest value of the range with 0 included, and
+        the mean of the two; for a symmetric spec the largest (absolute) value and 0.
     """
     assert isinstance(spec.granularity, PerRow)
     axis = spec.granularity.axis
@@ -57,11 +57,11 @@ def row_extent(x: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def row_zero_point(scale: Tensor, middle: Tensor, spec: QuantSpec) -> Tensor:
-    """Code of real zero that puts the middle of a vector onto the middle of the codes.
+    """Zero point that maps the middle of a vector's range to the middle of the codes.
 
     Args:
-        scale: Positive, one a vector.
-        middle: Of ``row_extent``, same shape.
+        scale: Positive, one per vector.
+        middle: Middle from ``row_extent``, same shape.
         spec: Codes.
     """
     qmin, qmax = spec.quant_range
@@ -76,6 +76,6 @@ def row_scale(share: Tensor, extent: Tensor) -> Tensor:
 
     Args:
         share: Stored scale, positive, ``()``.
-        extent: Of ``row_extent``.
+        extent: Extent from ``row_extent``.
     """
     return positive_scale(share * extent)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What a quantizer is: bits, signedness, symmetry, granularity, observer."""
+"""QuantSpec: bits, signedness, symmetry, granularity and observer of a quantizer."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,7 +11,7 @@ from .functional import integer_range
 from .log_codes import check_codes
 
 AUTO_LOG_BITS = 4
-"""Up to so many bits ``codes='auto'`` means ``log2``: the largest table of integers."""
+"""Most bits at which ``codes='auto'`` is ``log2``: its levels still fit into integers."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class PerTensor:
 
 @dataclass(frozen=True)
 class PerChannel:
-    """One scale an index of ``axis``: input ``(..., C, ...)`` -> scale ``(C,)``.
+    """One scale per index of ``axis``: input ``(..., C, ...)`` -> scale ``(C,)``.
 
     Attributes:
-        axis: The axis that keeps its own scales. ``-1`` is the channel of a token
+        axis: The axis with a scale per index. ``-1`` is the channel of a token
             tensor ``(B, N, C)``, ``-3`` the channel of ``(B, C, H, W)``, ``1`` the
             head of ``(B, heads, N, D)``, ``0`` the output channel of a weight.
     """
@@ -48,13 +48,13 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class PerRow:
-    """One scale a vector along ``axis``, taken from the vector when it is quantized.
+    """One scale per vector along ``axis``, computed from the vector when it is quantized.
 
-    Input ``(..., K)`` -> stored scale ``()``: the share of a vector's own range (its largest
-    value, or largest minus smallest) that one step of the grid covers. Nothing of the range
-    is stored, so long softmax rows and tokens of unlike size keep their resolution. In a
-    matrix product the axis has to be the summed one: only then is the vector's scale a factor
-    that leaves the integer sum.
+    Input ``(..., K)`` -> stored scale ``()``: the fraction of a vector's own range (its
+    largest value, or largest minus smallest) that one step of the grid covers. No range is
+    stored, so long softmax rows and tokens of different magnitude keep their resolution. In
+    a matrix product the axis has to be the summed one: only then can the vector's scale be
+    factored out of the integer sum.
 
     Attributes:
         axis: ``-1`` for a left operand ``(..., N, K)``, ``-2`` for a right one ``(..., K, M)``.
@@ -84,22 +84,22 @@ def reduce_dims(granularity: Granularity, x: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """Everything that fixes a quantizer except its scale values.
+    """All settings of a quantizer; scale and zero point are its state.
 
     Attributes:
         num_bits: Width of a code in bits, 2 to 8.
         signed: Two's complement codes if True, unsigned if False.
         symmetric: Zero point fixed at code 0 if True, calibrated if False.
         granularity: Which elements share a scale.
-        observer: Name of the observer that finds the range (see ``observers``).
+        observer: Name of the observer that computes the range (see ``observers``).
         learn_scale: Scale is a parameter (LSQ) if True, a buffer if False.
         observer_args: Keyword arguments of the observer.
         codes: ``uniform``, a logarithmic code of ``log_codes.CODES`` for values from 0 on, or
             ``auto``: ``log2`` up to 4 bits, ``uniform`` above.
 
     Raises:
-        ValueError: If ``num_bits`` is outside 2 to 8, or ``codes`` is unknown, signed, or has
-            no integer table at these bits.
+        ValueError: If ``num_bits`` is outside 2 to 8, or ``codes`` is unknown, signed, or
+            cannot be integers at these bits.
 
     Examples:
         >>> QuantSpec(num_bits=4, signed=False).quant_range
@@ -121,7 +121,7 @@ class QuantSpec:
             check_codes(self.log_code or '', self.num_bits)
             if self.signed or not self.symmetric:
                 raise ValueError(
-                    f'codes={self.codes!r} hold values from 0 on: write signed=False and '
+                    f'codes={self.codes!r} represent values from 0 on: write signed=False and '
                     'symmetric=True'
                 )
 

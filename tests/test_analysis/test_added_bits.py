@@ -79,7 +79,7 @@ def test_other_recipes_keep_their_bits(own: dict[str, Any], made_with: dict[str,
 def test_a_hook_adopts_bits_from_a_state_dict() -> None:
     source, model = make_model(), make_model()
     add_bits_(source, ['input'], 6)
-    with pytest.raises(ValueError, match='this config asks for'):
+    with pytest.raises(ValueError, match='this config has'):
         model.load_state_dict(source.state_dict())
     model.register_load_state_dict_pre_hook(adopt_bits)
     averaged = copy.deepcopy(model)

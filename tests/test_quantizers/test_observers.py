@@ -317,7 +317,7 @@ def test_flat_rows_get_a_smaller_base_than_values_of_all_sizes():
 
 
 def test_logarithmic_codes_refuse_scales_a_channel():
-    with pytest.raises(ValueError, match="codes='log2' have one scale a tensor or a row"):
+    with pytest.raises(ValueError, match="codes='log2' have one scale per tensor or per row"):
         build_observer(log_spec(granularity=PerChannel(1)))
 
 

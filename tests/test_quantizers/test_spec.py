@@ -85,7 +85,7 @@ def test_uniform_codes_are_the_default_and_fit_everything(num_bits, signed, symm
 @pytest.mark.parametrize(('signed', 'symmetric'), [(True, True), (True, False), (False, False)])
 @pytest.mark.parametrize('codes', ['log2', 'log_sqrt2', 'adalog', 'auto'])
 def test_logarithmic_codes_of_values_below_zero_are_refused(codes, signed, symmetric):
-    with pytest.raises(ValueError, match=f"codes='{codes}' hold values from 0 on: write signed=F"):
+    with pytest.raises(ValueError, match=f"codes='{codes}' represent values from 0 on: write"):
         QuantSpec(4, signed, symmetric, codes=codes)
 
 

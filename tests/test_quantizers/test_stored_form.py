@@ -46,9 +46,9 @@ def test_rows_logarithmic_codes_and_no_state_leave_the_spec():
 @pytest.mark.parametrize(
     ('own', 'stored', 'sizes', 'message'),
     [
-        (PerTensor(), PerRow(), (None, None), r'uniform codes with a scale for each vector of ax'),
-        (PerRow(-1), PerRow(-2), (None, None), r'vector of axis -2, .* asks for .* axis -1; use'),
-        (PerTensor(), PerChannel(-1), (None, 6), r'shape \(6,\), .* asks for .* shape \(\); use'),
+        (PerTensor(), PerRow(), (None, None), r'uniform codes with a scale per vector of ax'),
+        (PerRow(-1), PerRow(-2), (None, None), r'vector of axis -2, .* has .* axis -1; use'),
+        (PerTensor(), PerChannel(-1), (None, 6), r'shape \(6,\), .* has .* shape \(\); use'),
     ],
 )
 def test_another_form_is_named(own, stored, sizes, message):
@@ -59,7 +59,7 @@ def test_another_form_is_named(own, stored, sizes, message):
 
 def test_other_codes_are_named_and_a_float_state_is_left_alone():
     uniform = FakeQuantizer(ROWS).state_dict()
-    with pytest.raises(ValueError, match=r'holds logarithmic codes .* asks for uniform codes'):
+    with pytest.raises(ValueError, match=r'holds logarithmic codes .* has uniform codes'):
         require_same_form(uniform, state(LOG), 'q.')
     require_same_form(uniform, {'weight': torch.ones(3)})
 
@@ -106,5 +106,5 @@ def test_a_weight_keeps_its_form():
 
 def test_a_present_state_does_not_enter_a_static_quantizer():
     model = torch.nn.ModuleDict({'q': FakeQuantizer(QuantSpec())})
-    with pytest.raises(ValueError, match=r'q.scale: .* a scale for each vector of axis -1, this'):
+    with pytest.raises(ValueError, match=r'q.scale: .* a scale per vector of axis -1, this'):
         model.load_state_dict(state(ROWS))

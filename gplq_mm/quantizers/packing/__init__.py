@@ -1,2 +1,2 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Integer codes in one byte and back: what training saves in place of float activations."""
+"""Packed integer codes, which training saves instead of float activations."""

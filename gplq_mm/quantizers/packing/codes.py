@@ -1,15 +1,14 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Backward passes over packed codes, which ``fake_quantizer.quantize_packed`` makes.
+"""Backward passes on the packed codes of ``fake_quantizer.quantize_packed``.
 
-Packed codes are a quantized tensor as integers: all that the backward pass of LSQ needs.
-
+Packed codes store a quantized tensor as integers, with all that LSQ's backward pass needs.
 An element of at most 4 bits takes one byte: its code in the upper half, in the lower
 half a *field* with the rounding residual ``r - round(r)`` of ``r = x / scale`` in 15
-levels (1 to 15), or 0 where ``r`` lies outside LSQ's range (a code at the bound does not
-tell). 5 to 8 bits take a byte for the code and half a byte for the field.
+levels (1 to 15), or 0 where ``r`` is outside LSQ's range (the code alone does not show
+it). 5 to 8 bits take a byte for the code and half a byte for the field.
 
-From these the backward pass has the dequantized value and the range mask exactly, and
-each element's share of the scale's gradient up to ``|gradient| * RESIDUAL_ERROR``.
+The backward pass gets the dequantized value and the range mask exactly, and each
+element's contribution to the scale's gradient up to ``|gradient| * RESIDUAL_ERROR``.
 """
 
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ RESIDUAL_ERROR = 1 / (2 * torch_passes.FIELD_LEVELS)
 
 
 def unpack_values(packed: Sequence[Tensor], scale: Tensor, grid: Grid) -> Tensor:
-    """The values that were packed, exactly, in float32."""
+    """The quantized values, exactly, in float32."""
     return passes_for(packed[0], scale).unpack(packed[0], scale, grid)
 
 
@@ -35,14 +34,14 @@ def packed_backward(
     """LSQ's gradients of the input and the scale.
 
     Args:
-        packed: What ``quantize_packed`` returned.
+        packed: Packed codes of ``quantize_packed``.
         grad: Gradient of the values; may be overwritten.
         scale: Step size.
-        grid: Codes allowed.
-        of_scale: Whether the scale's gradient is wanted.
+        grid: Allowed codes.
+        of_scale: Whether to compute the scale's gradient.
 
     Returns:
-        ``(grad_x, grad_scale)``. The first is exact. The second is off by at most
+        ``(grad_x, grad_scale)``. The first is exact. The error of the second is at most
         ``RESIDUAL_ERROR * sum(|grad|)`` over the elements that share the scale.
 
     Source: LSQ (arXiv 1902.08153), equations 1 to 3.
@@ -59,14 +58,14 @@ def packed_backward(
 def softmax_backward(
     probabilities: Tensor, grad: Tensor, scale: Tensor, grid: Grid, of_scale: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of the logits and the scale of quantized probabilities; nothing was packed.
+    """Gradients of the logits and of the scale of quantized probabilities, without packed codes.
 
     Args:
         probabilities: ``softmax(logits)`` along the last axis, contiguous.
         grad: Gradient of their quantized values; may be overwritten.
         scale: Step size, broadcastable.
-        grid: Codes allowed.
-        of_scale: Whether the scale's gradient is wanted.
+        grid: Allowed codes.
+        of_scale: Whether to compute the scale's gradient.
 
     Returns:
         ``(grad_logits, grad_scale)``, both exact.

@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The packed passes as compiled C on a CPU, where a compiler is at hand.
+"""The packed passes in C, compiled on a CPU if a compiler is installed.
 
-One sweep over memory instead of a dozen. A C file without torch's headers compiles in about
-a second (``torch.compile`` of the same passes: minutes on two cores); the library is kept in
-the user's cache. Whatever fails, the passes in torch are used instead.
+One pass over memory instead of a dozen. A C file without torch's headers compiles in about
+a second (``torch.compile`` of the same passes: minutes on two cores); the library is stored in
+the user's cache folder. If anything fails, the passes in torch are used instead.
 """
 
 import ctypes
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
     from ..fake_quantizer import Grid
 
 SWITCH = 'GPLQ_CPU_KERNELS'
-"""Environment variable: ``0`` keeps to torch."""
+"""Environment variable: ``0`` turns the compiled passes off."""
 _SOURCE = Path(__file__).with_name('csrc') / 'packed_kernels.c'
 _FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math']
 _FLAGS += ['-std=gnu11', '-fPIC']
 _PARALLEL_FROM = 1 << 15
-"""Elements from which several threads pay."""
+"""Number of elements from which several threads are faster than one."""
 _BLOCK, _ROWS = 4096, 64
-"""As in the C file: elements, or rows of channels, that a thread sums at a time."""
+"""As in the C file: elements, or rows of channels, per partial sum."""
 _READS = (torch.float32, torch.int8)
 _NAMES = ('pack', 'quantize', 'unpack', 'backward', 'softmax_backward')
 
@@ -63,7 +63,7 @@ class CGrid(ctypes.Structure):
 
 
 class Kernels:
-    """The compiled passes; methods as the functions of ``packed_passes``.
+    """The compiled passes; its methods match the functions of ``torch_passes``.
 
     Args:
         library: The loaded library.
@@ -75,7 +75,7 @@ class Kernels:
             function.restype = None
 
     def pack(self, x: Tensor, scale: Tensor, grid: 'Grid') -> tuple[Tensor, Tensor, Tensor | None]:
-        """``(values, codes, fields)``; codes hold the fields too where they fit a byte."""
+        """``(values, codes, fields)``; codes contain the fields if both fit into a byte."""
         x = _dense(x)
         values, codes = torch.empty_like(x), torch.empty_like(x, dtype=torch.int8)
         field = None if grid.is_narrow else torch.empty_like(codes)
@@ -128,7 +128,7 @@ class Kernels:
 
 
 class _Layout:
-    """How a dense tensor and its scale lie in memory: ``(G, A, C, I)``, ``G * C`` scales.
+    """Memory layout of a dense tensor and its scale: ``(G, A, C, I)``, ``G * C`` scales.
 
     Args:
         x: Dense tensor.
@@ -139,7 +139,7 @@ class _Layout:
     def __init__(self, x: Tensor, scale: Tensor, grid: 'Grid') -> None:
         self.shape = scale.shape
         self.order, self.around = _around(x, scale)
-        # all are kept alive while C looks at them
+        # references keep the tensors alive while C reads them
         self._scale, zero_point = self._in_memory_order(scale), grid.zero_point
         if isinstance(zero_point, Tensor):
             self._zero_point: Any = self._in_memory_order(zero_point)
@@ -169,25 +169,25 @@ class _Layout:
         )
 
     def _in_memory_order(self, values: Tensor) -> Tensor:
-        """Scales or zero points in the order in which C meets them."""
+        """Scales or zero points in the order in which C reads them."""
         if values.numel() == 1 or not self.order:
             return values.contiguous()
         return values.permute(self.order).contiguous()
 
     def partial_sums(self) -> Tensor:
-        """Where the backward pass puts its sums: part by part, so that threads do not matter."""
+        """Buffer for partial sums; their order, and so the result, does not depend on threads."""
         groups, outer, channels, inner = self.around
         if inner == 1:
             return torch.zeros(groups, -(-outer // _ROWS), channels, 1, dtype=torch.float64)
         return torch.zeros(1, outer, channels, -(-inner // _BLOCK), dtype=torch.float64)
 
     def row_sums(self, width: int) -> Tensor:
-        """The same for the softmax: a sum a row."""
+        """Buffer for the softmax: one sum per row."""
         _, outer, channels, inner = self.around
         return torch.zeros(1, outer, channels, inner // width, dtype=torch.float64)
 
     def total(self, sums: Tensor) -> Tensor:
-        """Sums of each scale, float32, shape of the scale."""
+        """Sum for each scale, float32, shape of the scale."""
         of_scales = sums.sum((1, 3)).float()
         if of_scales.numel() == 1 or not self.order:
             return of_scales.view(self.shape)
@@ -196,21 +196,21 @@ class _Layout:
 
 
 def fits(x: Tensor, scale: Tensor) -> bool:
-    """Whether C can follow how the scales of a tensor lie in its memory."""
+    """Whether C supports the layout of a tensor and its scales."""
     return _around(x, scale)[1][0] > 0
 
 
 def _around(x: Tensor, scale: Tensor) -> tuple[list[int], tuple[int, int, int, int]]:
-    """Axes in the order of memory, and the tensor's shape as ``(G, A, C, I)``.
+    """Axes in memory order, and the tensor's shape as ``(G, A, C, I)``.
 
-    The scales lie along axes that are neighbours in memory, C, or along the outermost and the
-    innermost axes, G and C. The shape is 0 where they lie otherwise.
+    The axes of the scales are adjacent in memory, C, or the outermost and the innermost
+    ones, G and C. For other layouts the shape is all 0.
     """
     if scale.numel() == 1:
         return [], (1, 1, 1, x.numel())
     order = sorted(range(x.dim()), key=x.stride, reverse=True)
     shape = (1,) * (x.dim() - scale.dim()) + tuple(scale.shape)
-    runs: list[tuple[bool, int]] = []  # neighbours with and without scales, and their elements
+    runs: list[tuple[bool, int]] = []  # adjacent axes with and without scales, and their elements
     for d in order:
         size, has_scales = x.shape[d], shape[d] > 1
         if size != 1 and runs and runs[-1][0] == has_scales:
@@ -228,23 +228,22 @@ def _around(x: Tensor, scale: Tensor) -> tuple[list[int], tuple[int, int, int, i
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` without gaps, in the layout that elementwise operations give."""
+    """``x`` without gaps in memory, in the layout of elementwise results."""
     like = torch.empty_like(x)
     return x if like.stride() == x.stride() else like.copy_(x)
 
 
 def _like_dense(x: Tensor) -> Tensor:
-    """A tensor without memory in the layout of ``_dense(x)``."""
+    """A meta tensor with the layout of ``_dense(x)``."""
     return torch.empty_like(x, device='meta')
 
 
 def kernels_for(*tensors: Tensor) -> Kernels | None:
-    """The compiled passes, or None where torch's own are to be used.
+    """The compiled passes, or None if they do not support the tensors.
 
     Args:
-        tensors: All that a pass reads, values and codes, the scale last: C looks at their
-            memory, so one on another device (torch multiplies by a scale there if it is a
-            scalar) is not for it, nor a scale along axes that lie apart.
+        tensors: All tensors that a pass reads, the scale last. All must be on the CPU (torch
+            also accepts a scalar scale on another device), the scale's axes as in ``fits``.
     """
     on_cpu = all(t.device.type == 'cpu' and t.dtype in _READS for t in tensors)
     if not on_cpu or torch.compiler.is_compiling():
@@ -259,8 +258,8 @@ def load() -> tuple[Kernels | None, str]:
     """Compile and load the library once.
 
     Returns:
-        ``(kernels, description)``; the first is None where there is none, and the
-        description says why.
+        ``(kernels, description)``; without kernels the first is None and the description
+        gives the reason.
     """
     if os.environ.get(SWITCH) == '0':
         return None, f'passes in torch ({SWITCH}=0)'
@@ -289,7 +288,7 @@ def _compiled() -> Path:
 
 
 def _compile(compiler: str, openmp: Path | None, scratch: Path, path: Path) -> None:
-    """Compile next to ``path`` and move there, so that several processes may do it at once."""
+    """Compile in ``scratch`` and rename to ``path``, safe for several processes at once."""
     part, built = scratch / 'part.o', scratch / 'built.so'
     flags = [*_FLAGS, '-fopenmp' if openmp else '-fopenmp-simd']
     link = [str(openmp), f'-Wl,-rpath,{openmp.parent}'] if openmp else []
@@ -304,7 +303,7 @@ def _compile(compiler: str, openmp: Path | None, scratch: Path, path: Path) -> N
 
 
 def _openmp_library() -> Path | None:
-    """The OpenMP runtime that torch itself has loaded: a second one would fight for the cores."""
+    """The OpenMP runtime that torch has loaded: threads of a second one would compete with it."""
     root = Path(torch.__file__).parent
     found = [*root.glob('lib/libgomp*.so*'), *root.parent.glob('torch.libs/libgomp*.so*')]
     return sorted(found)[0] if found else None
@@ -316,7 +315,7 @@ def _cache_folder() -> Path:
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a cache may be shared by several machines."""
+    """Processor that ``-march=native`` compiles for: machines may share a cache folder."""
     info = Path('/proc/cpuinfo')
     if info.is_file():
         lines = info.read_text().splitlines()

@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The passes of ``packed_codes`` in torch: for any device, and where no C compiler is.
+"""The packed passes in torch: for any device, and without a C compiler.
 
-On a CPU they work on pieces that fit the cache, in place. Tensors are dense.
+On a CPU they work in place on pieces that fit into the cache. Tensors are dense.
 """
 
 from collections.abc import Iterator
@@ -20,11 +20,11 @@ FIELD_LEVELS = 15
 _MIDDLE = 8
 """Field of a residual of zero."""
 _PIECE = 1 << 17
-"""Elements a thread works on at a time: more calls below, more cache misses above."""
+"""Elements per thread and piece: fewer mean more calls, more mean cache misses."""
 
 
 def pack(x: Tensor, scale: Tensor, grid: 'Grid') -> tuple[Tensor, Tensor, Tensor | None]:
-    """``(values, codes, fields)``; codes hold the fields too where they fit a byte."""
+    """``(values, codes, fields)``; codes contain the fields if both fit into a byte."""
     values = x / scale
     codes = torch.empty_like(values, dtype=torch.int8)
     field = codes if grid.is_narrow else torch.empty_like(codes)
@@ -94,14 +94,14 @@ def softmax_backward(
 
 
 def flat(x: Tensor) -> Tensor:
-    """A dense tensor in the order of memory."""
+    """A dense tensor flattened in memory order."""
     return x.as_strided((x.numel(),), (1,))
 
 
 def _pack(
     values: Tensor, codes: Tensor, field: Tensor, grid: 'Grid', rounded: Tensor, residual: Tensor
 ) -> None:
-    """Ratios to centred codes, in place, and their bytes; the last two are scratch."""
+    """Replace ratios by centred codes in place, and pack them; the last two are scratch buffers."""
     torch.round(values, out=rounded)
     torch.sub(values, rounded, out=residual)
     residual.mul_(FIELD_LEVELS).round_().clamp_(1 - _MIDDLE, FIELD_LEVELS - _MIDDLE).add_(_MIDDLE)
@@ -138,7 +138,7 @@ def _inside_only(x: Tensor, ratio: Tensor, grid: 'Grid', out: Tensor) -> None:
     low, high = grid.bounds
     if isinstance(grid.zero_point, Tensor):
         torch.mul(x, (ratio > low) & (ratio < high), out=out)
-    else:  # the one fused "compare and keep" of eager torch, ten times as fast on a CPU
+    else:  # the only fused "compare and select" of eager torch, ten times as fast on a CPU
         torch.ops.aten.hardtanh_backward.grad_input(x, ratio, low, high, grad_input=out)
 
 
@@ -156,7 +156,7 @@ def _centred(codes: Tensor, grid: 'Grid') -> Tensor:
 
 
 def _pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Dense tensors of one layout piece by piece, in the order of memory."""
+    """Dense tensors of one layout piece by piece, in memory order."""
     size = _piece_size(tensors[0])
     return zip(*(flat(t).split(size) for t in tensors), strict=True)
 

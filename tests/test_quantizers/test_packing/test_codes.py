@@ -266,7 +266,7 @@ def test_values_of_logarithmic_codes(codes, of, shape) -> None:
 
 def test_logarithmic_codes_are_not_packed() -> None:
     grid = Grid(0, 15, 0.0, levels=default_levels('log2', 4))
-    with pytest.raises(ValueError, match='computed again, not packed'):
+    with pytest.raises(ValueError, match='recomputed, not packed'):
         quantize_packed(torch.rand(3), torch.tensor(0.1), grid)
 
 

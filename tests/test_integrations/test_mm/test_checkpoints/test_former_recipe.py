@@ -158,6 +158,6 @@ def test_a_present_checkpoint_does_not_enter_a_former_model() -> None:
     take_former_form_(model, checkpoint)
     with pytest.raises(ValueError, match=r'another recipe; .*activation\.granularity'):
         check_quantized(model, checkpoint)
-    with pytest.raises(ValueError, match=r'the checkpoint holds .* codes with .* this config asks'):
+    with pytest.raises(ValueError, match=r'the checkpoint holds .* codes with .* this config has'):
         model.load_state_dict(checkpoint['state_dict'])
     assert model.gplq.recipe.name == 'w4a4_v1'
