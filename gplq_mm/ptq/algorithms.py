@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .task import MENDS, PREPARES, ROUNDS, WeightPTQ
+from .task import CORRECTS, PREPARES, ROUNDS, WeightPTQ
 
 PTQConfig = str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]
 WEIGHT_PTQ: dict[str, type[WeightPTQ]] = {}
@@ -51,10 +51,10 @@ def _check_order(algorithms: Sequence[WeightPTQ]) -> None:
     first = next((i for i, a in enumerate(algorithms) if a.phase == ROUNDS), None)
     if first is None:
         example = [*(a.name for a in algorithms if a.phase == PREPARES), 'gptq']
-        example += [a.name for a in algorithms if a.phase == MENDS]
+        example += [a.name for a in algorithms if a.phase == CORRECTS]
         raise ValueError(f'weight.ptq={names}: none of these rounds weights; write {example}')
     for index, algorithm in enumerate(algorithms):
-        if algorithm.phase == MENDS and index < first:
+        if algorithm.phase == CORRECTS and index < first:
             raise ValueError(
                 f'weight.ptq={names}: {algorithm.name} mends quantized weights; put it behind '
                 f'{names[first]}'

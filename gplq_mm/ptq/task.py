@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..calibration.float_weights import float_weights
 from ..ops import QuantizedLayer
 from ..quantizers import QuantSpec
-from ..quantizers.spec import reduce_dims
+from ..quantizers.spec import rows_by_scale
 from ..stream.passes import Progress, RunPass
 
-PREPARES, ROUNDS, MENDS = 'prepares', 'rounds', 'mends'
+PREPARES, ROUNDS, CORRECTS = 'prepares', 'rounds', 'corrects'
 
 
 @dataclass
@@ -87,7 +87,7 @@ class WeightPTQ(ABC):
     needs_data: ClassVar[bool] = False
     """Whether ``apply`` calls ``task.run_pass``."""
     phase: ClassVar[str] = ROUNDS
-    """``PREPARES`` float weights, ``ROUNDS`` them, or ``MENDS`` what another one rounded."""
+    """``PREPARES`` float weights, ``ROUNDS`` them, or ``CORRECTS`` what another one rounded."""
     name: ClassVar[str] = ''
     """What recipes call it."""
 
@@ -124,7 +124,7 @@ class RangePTQ(WeightPTQ):
         for index, (name, layer) in enumerate(task.layers.items()):
             task.report(name, index, len(task.layers))
             spec = layer.weight_quantizer.spec
-            rows = reduce_dims(spec.granularity, folded(layer, task.float_weights[name]))
+            rows = rows_by_scale(spec.granularity, folded(layer, task.float_weights[name]))
             layer.weight_quantizer.set_qparams(*self.calculate_qparams(rows, spec))
             write_nearest(layer, task.float_weights[name])
 

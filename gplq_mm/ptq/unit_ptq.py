@@ -13,7 +13,7 @@ from ..stream import CallStore, Unit, UnitStream, find_units
 from ..stream.distributed import on_all_ranks
 from .finished_units import FinishedUnits
 from .ranges.for_rounding import set_range
-from .task import MENDS, PTQTask, WeightPTQ, write_nearest
+from .task import CORRECTS, PTQTask, WeightPTQ, write_nearest
 
 
 class UnitPTQ(WeightPTQ):
@@ -92,7 +92,7 @@ class UnitPTQ(WeightPTQ):
         )
 
     def _quantize_unreached(self, task: PTQTask, units: list[Unit]) -> None:
-        if self.phase == MENDS:
+        if self.phase == CORRECTS:
             return
         reached = {name for unit in units for name in unit.layers}
         for name in task.layers.keys() - reached:

@@ -18,7 +18,7 @@ from .functional import SCALE_EPS
 from .log_codes import candidate_bases, log_levels, quantize_to_levels
 from .range_search import search_range
 from .row_range import full_range_share, row_extent
-from .spec import PerChannel, PerRow, QuantSpec, reduce_dims
+from .spec import PerChannel, PerRow, QuantSpec, rows_by_scale
 
 _STEPS, _STEPS_OF_MANY = 80, 40
 """Candidates of a range search, for one scale and for many."""
@@ -107,7 +107,7 @@ class Observer:
         """
         if self.pass_index >= self.num_passes:  # another observer needs this pass
             return
-        rows = reduce_dims(self.spec.granularity, x.detach().float())
+        rows = rows_by_scale(self.spec.granularity, x.detach().float())
         if rows.numel() == 0:
             return
         if not torch.isfinite(rows).all():

@@ -70,11 +70,11 @@ class PerRow:
 Granularity = PerTensor | PerChannel | PerRow
 
 
-def reduce_dims(granularity: Granularity, x: torch.Tensor) -> torch.Tensor:
+def rows_by_scale(granularity: Granularity, x: torch.Tensor) -> torch.Tensor:
     """View of ``x`` as ``(scales, elements)``; per-tensor gives one row.
 
     Examples:
-        >>> reduce_dims(PerChannel(axis=-1), torch.zeros(2, 5, 3)).shape
+        >>> rows_by_scale(PerChannel(axis=-1), torch.zeros(2, 5, 3)).shape
         torch.Size([3, 10])
     """
     if not isinstance(granularity, PerChannel):

@@ -24,7 +24,7 @@ from gplq_mm.quantizers.log_codes import (
 )
 from gplq_mm.quantizers.observers import LogObserver, RowObserver
 from gplq_mm.quantizers.range_search import quantization_error
-from gplq_mm.quantizers.spec import reduce_dims
+from gplq_mm.quantizers.spec import rows_by_scale
 from tests.helpers.reference import SCHEMES, bounds
 
 GRANULARITIES = [PerTensor(), PerChannel(-1), PerChannel(1), PerChannel(0)]
@@ -45,7 +45,7 @@ def run(spec, tensors):
 
 
 def rows_of(spec, tensors):
-    return torch.cat([reduce_dims(spec.granularity, x) for x in tensors], 1)
+    return torch.cat([rows_by_scale(spec.granularity, x) for x in tensors], 1)
 
 
 def error(rows, qparams, spec):

@@ -10,7 +10,7 @@ from gplq_mm.quantizers.spec import (
     PerRow,
     PerTensor,
     QuantSpec,
-    reduce_dims,
+    rows_by_scale,
 )
 
 
@@ -42,21 +42,21 @@ def test_per_channel_needs_a_size(size):
 )
 def test_rows_hold_the_elements_of_one_scale(axis, shape):
     x = torch.randn(shape)
-    rows = reduce_dims(PerChannel(axis), x)
+    rows = rows_by_scale(PerChannel(axis), x)
     scale = torch.arange(7.0).view(broadcast_shape(PerChannel(axis), x.dim()))
     assert rows.shape == (7, x.numel() // 7)
-    assert torch.equal(reduce_dims(PerChannel(axis), x * scale), rows * torch.arange(7.0)[:, None])
+    assert torch.equal(rows_by_scale(PerChannel(axis), x * scale), rows * torch.arange(7.0)[:, None])
 
 
 def test_per_tensor_has_one_row():
     x = torch.randn(2, 3).t()
-    assert torch.equal(reduce_dims(PerTensor(), x), x.reshape(1, 6))
+    assert torch.equal(rows_by_scale(PerTensor(), x), x.reshape(1, 6))
     assert broadcast_shape(PerTensor(), 3) == ()
 
 
 @pytest.mark.parametrize('granularity', [PerTensor(), PerChannel(-1)])
 def test_rows_of_an_empty_tensor_are_empty(granularity):
-    assert reduce_dims(granularity, torch.zeros(0, 4, 3)).numel() == 0
+    assert rows_by_scale(granularity, torch.zeros(0, 4, 3)).numel() == 0
 
 
 @pytest.mark.parametrize('axis', [-1, -2])
@@ -64,7 +64,7 @@ def test_a_row_scale_is_stored_as_one_number(axis):
     assert PerRow(axis).scale_shape(None) == () == PerRow(axis).scale_shape(5)
     assert broadcast_shape(PerRow(axis), 4) == ()
     x = torch.randn(2, 3, 5)
-    assert torch.equal(reduce_dims(PerRow(axis), x), x.reshape(1, 30))
+    assert torch.equal(rows_by_scale(PerRow(axis), x), x.reshape(1, 30))
 
 
 @pytest.mark.parametrize('num_bits', range(2, 9))

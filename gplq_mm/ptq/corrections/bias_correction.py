@@ -10,7 +10,7 @@ import torch
 
 from ...stream import CallStore, Unit
 from ..algorithms import register_weight_ptq
-from ..task import MENDS, PTQTask
+from ..task import CORRECTS, PTQTask
 from ..unit_ptq import UnitPTQ
 from .output_statistics import OutputMoments
 
@@ -24,7 +24,7 @@ class BiasCorrection(UnitPTQ):
     """
 
     needs_reference = True
-    phase: ClassVar[str] = MENDS
+    phase: ClassVar[str] = CORRECTS
 
     @torch.no_grad()
     def quantize_unit(

@@ -24,7 +24,7 @@ from ..finished_units import FinishedUnits
 from ..rounding.feature_source import FeatureSource, feature_source
 from ..rounding.soft_rounding import only_trainable, without_checkpointing
 from ..rounding.target_features import WantedFeatures
-from ..task import MENDS, PTQTask, WeightPTQ
+from ..task import CORRECTS, PTQTask, WeightPTQ
 
 _FIXED = 2.0**40
 """Gradients are summed as multiples of its inverse: exact in float64, in any order."""
@@ -55,7 +55,7 @@ class FineTuning(WeightPTQ):
     """
 
     needs_data: ClassVar[bool] = True
-    phase: ClassVar[str] = MENDS
+    phase: ClassVar[str] = CORRECTS
 
     def __init__(
         self, num_images: int = 1024, epochs: int = 1, lr: float = 1.5e-3, batches: int = 2

@@ -7,7 +7,7 @@ from typing import ClassVar
 from torch import nn
 
 from ..algorithms import register_weight_ptq
-from ..task import MENDS, PTQTask, WeightPTQ
+from ..task import CORRECTS, PTQTask, WeightPTQ
 from .qwt import TARGETS, QwT
 from .side_branch import attach_compensation
 
@@ -26,7 +26,7 @@ class QwTBranch(WeightPTQ):
     """
 
     needs_data: ClassVar[bool] = True
-    phase: ClassVar[str] = MENDS
+    phase: ClassVar[str] = CORRECTS
 
     def __init__(
         self, blocks: str | Sequence[str] = 'auto', ridge: float = 1e-4, target: str = TARGETS[0]

@@ -13,7 +13,7 @@ import torch
 from ...quantizers import PerTensor
 from ...stream import CallStore, Unit
 from ..algorithms import register_weight_ptq
-from ..task import MENDS, PTQTask, folded, write_codes
+from ..task import CORRECTS, PTQTask, folded, write_codes
 from ..unit_ptq import UnitPTQ
 from .output_statistics import OutputMoments
 
@@ -34,7 +34,7 @@ class QwTv2(UnitPTQ):
     """
 
     needs_reference = True
-    phase: ClassVar[str] = MENDS
+    phase: ClassVar[str] = CORRECTS
 
     def __init__(self, largest: float = 2.0) -> None:
         if not largest > 1:

@@ -7,7 +7,7 @@ from torch import Tensor
 from ...ops import QuantizedLayer
 from ...quantizers import qparams_from_range
 from ...quantizers.range_search import search_range
-from ...quantizers.spec import reduce_dims
+from ...quantizers.spec import rows_by_scale
 from ..algorithms import WEIGHT_PTQ
 from ..task import RangePTQ, folded
 
@@ -38,11 +38,11 @@ def set_range(
         importance: Weight an element, shape of ``weight``.
     """
     spec = layer.weight_quantizer.spec
-    rows = reduce_dims(spec.granularity, folded(layer, weight))
+    rows = rows_by_scale(spec.granularity, folded(layer, weight))
     if name == 'hessian' and importance is not None:
         lo, hi = search_range(
             rows,
-            reduce_dims(spec.granularity, importance),
+            rows_by_scale(spec.granularity, importance),
             rows.amin(1),
             rows.amax(1),
             lambda a, b: qparams_from_range(a, b, spec),

@@ -17,7 +17,7 @@ from ...stream import Unit, find_units
 from ...stream.distributed import all_reduce_sum, broadcast_from_0, world
 from ..algorithms import register_weight_ptq
 from ..finished_units import FinishedUnits
-from ..task import MENDS, PTQTask, WeightPTQ
+from ..task import CORRECTS, PTQTask, WeightPTQ
 from .feature_source import feature_source
 from .soft_rounding import (
     SoftRounding,
@@ -61,7 +61,7 @@ class GlobalReconstruction(WeightPTQ):
     """
 
     needs_data: ClassVar[bool] = True
-    phase: ClassVar[str] = MENDS
+    phase: ClassVar[str] = CORRECTS
 
     def __init__(
         self,

@@ -56,12 +56,12 @@ class SoftRounding(nn.Module):
         super().__init__()
         self._layer = (layer,)
         quantizer = layer.weight_quantizer
-        ratio_of = folded(layer, weight)
-        scale, zero_point = quantizer.qparams(ratio_of)
+        folded_weight = folded(layer, weight)
+        scale, zero_point = quantizer.qparams(folded_weight)
         self.scale = scale.detach().clone()
         low, high = (bound - zero_point for bound in quantizer.spec.quant_range)
         self.low, self.high = low, high
-        ratio = ratio_of / self.scale
+        ratio = folded_weight / self.scale
         start = quantizer.codes(folded(layer, layer.weight))[0].detach()
         self.base = torch.where(start > ratio, start - 1, start)
         self.base = torch.minimum(torch.maximum(self.base, low), high)
