@@ -112,5 +112,5 @@ def adopt_bits(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, 
 
 
 def _below(model: nn.Module, roles: Iterable[str], num_bits: int) -> Sequence[FakeQuantizer]:
-    wanted, found = set(roles), quantizers(model, 'activation').values()
-    return [q for q in found if q.role in wanted and q.spec.num_bits < num_bits]
+    chosen, found = set(roles), quantizers(model, 'activation').values()
+    return [q for q in found if q.role in chosen and q.spec.num_bits < num_bits]

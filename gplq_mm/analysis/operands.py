@@ -249,12 +249,12 @@ def bit_rules(
         >>> bit_rules({fc.key: fc}, {fc.key: 3})
         [{'name': 'fc', 'weight': {'num_bits': 3}}]
     """
-    wanted: dict[str, dict[str, int]] = {}
+    changed: dict[str, dict[str, int]] = {}
     for key, value in bits.items():
         operand = operands[key]
         if value != operand.num_bits:
-            wanted.setdefault(operand.name, {})[operand.kind] = value
-    return [_rule(name, kinds) for name, kinds in wanted.items()]
+            changed.setdefault(operand.name, {})[operand.kind] = value
+    return [_rule(name, kinds) for name, kinds in changed.items()]
 
 
 def _rule(name: str, kinds: Mapping[str, int]) -> dict[str, Any]:

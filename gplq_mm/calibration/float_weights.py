@@ -52,15 +52,15 @@ def float_weights(
         norms: What ``copy_vectors`` returned then; None where normalizations did not change.
     """
     own = {layers[name].bias: value for name, value in (biases or {}).items() if name in layers}
-    wanted = {p: v for p, v in {**own, **(norms or {})}.items() if not torch.equal(p, v)}
-    moved = {p: p.detach().clone() for p in wanted}
+    originals = {p: v for p, v in {**own, **(norms or {})}.items() if not torch.equal(p, v)}
+    moved = {p: p.detach().clone() for p in originals}
     current = {name: layer.weight for name, layer in layers.items()}
     enabled = {name: layer.weight_quantizer.enabled for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.weight = weights[name]
             layer.weight_quantizer.enabled = False
-        for parameter, value in wanted.items():
+        for parameter, value in originals.items():
             parameter.detach().copy_(value)
         yield
     finally:

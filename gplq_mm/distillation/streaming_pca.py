@@ -87,8 +87,8 @@ def num_components(variances: Tensor, explained_variance: float) -> int:
     """
     variances = variances.clamp_min(0)
     share = variances.cumsum(0) / variances.sum().clamp_min(1e-30)
-    wanted = int((share < explained_variance).sum()) + 1
-    rounded = max(COMPONENT_MULTIPLE, round(wanted / COMPONENT_MULTIPLE) * COMPONENT_MULTIPLE)
+    needed = int((share < explained_variance).sum()) + 1
+    rounded = max(COMPONENT_MULTIPLE, round(needed / COMPONENT_MULTIPLE) * COMPONENT_MULTIPLE)
     return min(rounded, len(variances))
 
 

@@ -71,14 +71,16 @@ class UnitPTQ(WeightPTQ):
             unit = units[index]
             task.report(unit.name, index, len(units))
             inputs = stream.inputs(index)
-            wanted = reference.inputs(index) if reference else None
-            if wanted is not None and not on_all_ranks(paired(unit, inputs, wanted)):
+            reference_inputs = reference.inputs(index) if reference else None
+            if reference_inputs is not None and not on_all_ranks(
+                paired(unit, inputs, reference_inputs)
+            ):
                 task.note(
                     f'{unit.name}: its inputs in the quantized and in the stage-1 model do not '
                     f"belong together; {self.name} aims at its own inputs' outputs"
                 )
-                wanted = None
-            self.quantize_unit(task, unit, inputs, wanted)
+                reference_inputs = None
+            self.quantize_unit(task, unit, inputs, reference_inputs)
             finished.save(index, unit.module)
 
     def _streams(self, task: PTQTask, units: list[Unit]) -> tuple[UnitStream, UnitStream | None]:
@@ -118,17 +120,17 @@ def paired(unit: Unit, inputs: CallStore, reference: CallStore) -> bool:
     if len(inputs) != len(reference) or 'roi_head' in unit.name.split('.'):
         return False
     return all(
-        len(ours.tensors) == len(theirs.tensors)
-        and all(map(_related, ours.tensors, theirs.tensors))
-        for ours, theirs in zip(inputs, reference, strict=True)
+        len(quantized.tensors) == len(stage1.tensors)
+        and all(map(_related, quantized.tensors, stage1.tensors))
+        for quantized, stage1 in zip(inputs, reference, strict=True)
     )
 
 
-def _related(ours: Tensor, theirs: Tensor) -> bool:
-    if ours.shape != theirs.shape:
+def _related(quantized: Tensor, stage1: Tensor) -> bool:
+    if quantized.shape != stage1.shape:
         return False
-    error = (ours.double() - theirs.double()).square().sum()
-    return bool(error <= theirs.double().square().sum())
+    error = (quantized.double() - stage1.double()).square().sum()
+    return bool(error <= stage1.double().square().sum())
 
 
 def codes_of(layer: QuantizedLayer, x: Tensor) -> Tensor:

@@ -42,10 +42,11 @@ def test_per_channel_needs_a_size(size):
 )
 def test_rows_hold_the_elements_of_one_scale(axis, shape):
     x = torch.randn(shape)
-    rows = rows_by_scale(PerChannel(axis), x)
+    granularity = PerChannel(axis)
+    rows = rows_by_scale(granularity, x)
     scale = torch.arange(7.0).view(broadcast_shape(PerChannel(axis), x.dim()))
     assert rows.shape == (7, x.numel() // 7)
-    assert torch.equal(rows_by_scale(PerChannel(axis), x * scale), rows * torch.arange(7.0)[:, None])
+    assert torch.equal(rows_by_scale(granularity, x * scale), rows * torch.arange(7.0)[:, None])
 
 
 def test_per_tensor_has_one_row():

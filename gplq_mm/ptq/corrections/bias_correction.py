@@ -36,5 +36,5 @@ class BiasCorrection(UnitPTQ):
                 task.note(f'{name}: has no bias to correct')
                 continue
             found = OutputMoments(task, unit, name, inputs, reference)
-            shift = (found.theirs - found.ours) / found.count.clamp_min(1)
+            shift = (found.target - found.output) / found.count.clamp_min(1)
             layer.bias.add_(shift.to(layer.bias.dtype))

@@ -23,7 +23,7 @@ from ..algorithms import register_weight_ptq
 from ..finished_units import FinishedUnits
 from ..rounding.feature_source import FeatureSource, feature_source
 from ..rounding.soft_rounding import only_trainable, without_checkpointing
-from ..rounding.target_features import WantedFeatures
+from ..rounding.target_features import TargetFeatures
 from ..task import CORRECTS, PTQTask, WeightPTQ
 
 _FIXED = 2.0**40
@@ -126,7 +126,7 @@ class FineTuning(WeightPTQ):
         return error
 
 
-class _Problem(WantedFeatures):
+class _Problem(TargetFeatures):
     """Features of all images; the last batches are held out.
 
     Attributes:

@@ -32,12 +32,12 @@ class NormalEquations:
         """
         for image, target in zip(x, residual, strict=True):
             tokens = image.reshape(-1, self.width).double()
-            wanted = target.reshape(-1, self.width).double()
+            targets = target.reshape(-1, self.width).double()
             ones = tokens.new_ones(len(tokens), 1)
             self._products.add(
-                torch.cat([tokens, ones], 1).T @ torch.cat([tokens, ones, wanted], 1)
+                torch.cat([tokens, ones], 1).T @ torch.cat([tokens, ones, targets], 1)
             )
-            self._scalars.add(torch.stack([wanted.square().sum(), wanted.new_tensor(1.0)]))
+            self._scalars.add(torch.stack([targets.square().sum(), targets.new_tensor(1.0)]))
 
     def reduce(self) -> None:
         """Sum over all ranks."""

@@ -18,16 +18,16 @@ class OutputMoments:
 
     Attributes:
         count: Tokens.
-        ours: Sum of the quantized model's output, ``(channels,)``.
-        theirs: Sum of the wanted output.
-        ours_squared: Sum of squares of the quantized model's output.
+        output: Sum of the quantized model's output, ``(channels,)``.
+        target: Sum of the stage-1 output.
+        output_squared: Sum of squares of the quantized model's output.
         product: Sum of the products of the two.
     """
 
     count: Tensor
-    ours: Tensor
-    theirs: Tensor
-    ours_squared: Tensor
+    output: Tensor
+    target: Tensor
+    output_squared: Tensor
     product: Tensor
 
     def __init__(
@@ -42,20 +42,20 @@ class OutputMoments:
         channels = int(getattr(layer, 'out_features', 0) or getattr(layer, 'out_channels', 0))
         total = ExactSum((5, channels), layer.weight.device)
         for index in range(len(inputs)):
-            ours = _outputs(unit, name, inputs, index)
+            outputs = _outputs(unit, name, inputs, index)
             with task.stage1():
-                theirs = _outputs(unit, name, inputs if reference is None else reference, index)
-            for y, wanted in zip(ours, theirs, strict=True):
-                total.add(_sums(y, wanted, layer.channel_axis))
+                targets = _outputs(unit, name, inputs if reference is None else reference, index)
+            for y, target in zip(outputs, targets, strict=True):
+                total.add(_sums(y, target, layer.channel_axis))
         total.reduce()
-        self.count, self.ours, self.theirs, self.ours_squared, self.product = total.value()
+        self.count, self.output, self.target, self.output_squared, self.product = total.value()
 
 
-def _sums(y: Tensor, wanted: Tensor, axis: int) -> Tensor:
+def _sums(y: Tensor, target: Tensor, axis: int) -> Tensor:
     """The five sums of one call, ``(5, channels)``, float64."""
-    y, wanted = (t.double().movedim(axis, 0).flatten(1) for t in (y, wanted))
+    y, target = (t.double().movedim(axis, 0).flatten(1) for t in (y, target))
     ones = torch.full((len(y),), float(y.shape[1]), dtype=torch.float64, device=y.device)
-    return torch.stack([ones, y.sum(1), wanted.sum(1), y.square().sum(1), (y * wanted).sum(1)])
+    return torch.stack([ones, y.sum(1), target.sum(1), y.square().sum(1), (y * target).sum(1)])
 
 
 def _outputs(unit: Unit, name: str, inputs: CallStore, index: int) -> list[Tensor]:

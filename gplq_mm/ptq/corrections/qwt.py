@@ -137,8 +137,8 @@ class QwT:
             call = _run_until(block, run)
             if call is not None:
                 _check_call(name, call, sums.width)
-                wanted = self._wanted_output(block, call, run)
-                sums.add(call.x, wanted.double() - call.output.double())
+                target = self._target_output(block, call, run)
+                sums.add(call.x, target.double() - call.output.double())
 
         with intercepted(self.model, add):
             run_pass()
@@ -155,16 +155,16 @@ class QwT:
             branch.set_values(weight, bias)
         return BlockResult(before, after if kept else before, kept, sums.tokens / sums.images)
 
-    def _wanted_output(
+    def _target_output(
         self, block: CompensatedBlock, call: _Call, run: Callable[[], Any]
     ) -> Tensor:
         """What the block should have given in this call."""
         with self._stage1():
             if self.target == 'block':
                 return block.forward(*call.args, **call.kwargs)
-            wanted = _run_until(block, run)
-        assert wanted is not None
-        return wanted.output
+            target = _run_until(block, run)
+        assert target is not None
+        return target.output
 
     @contextmanager
     def _stage1(self) -> Iterator[None]:

@@ -49,9 +49,9 @@ class QwTv2(UnitPTQ):
         for name, layer in unit.layers.items():
             found = OutputMoments(task, unit, name, inputs, reference)
             quantizer, count = layer.weight_quantizer, found.count.clamp_min(1)
-            centre = torch.zeros_like(count) if layer.bias is None else found.ours / count
-            spread = found.ours_squared - centre * found.ours
-            common = found.product - centre * found.theirs
+            centre = torch.zeros_like(count) if layer.bias is None else found.output / count
+            spread = found.output_squared - centre * found.output
+            common = found.product - centre * found.target
             factor = common / torch.where(spread > 0, spread, 1.0)
             usable = (factor > 1 / self.largest) & (factor < self.largest) & (spread > 0)
             if isinstance(quantizer.spec.granularity, PerTensor):
@@ -64,7 +64,7 @@ class QwTv2(UnitPTQ):
                 factor = scale_of_channels(factor, scale.numel())
                 write_codes(layer, codes)
             if layer.bias is not None:
-                shift = found.theirs / count - factor * (found.ours / count - layer.bias)
+                shift = found.target / count - factor * (found.output / count - layer.bias)
                 layer.bias.copy_(shift.to(layer.bias.dtype))
 
 

@@ -74,9 +74,9 @@ class RepQ(WeightPTQ):
         positive = torch.where(ranges > 0, ranges, 1.0)
         mean = positive.log().mean().exp()
         factor = torch.where(ranges > 0, (positive / mean) ** self.strength, 1.0)
-        wanted = _float_outputs(unit, inputs)
+        expected = _float_outputs(unit, inputs)
         _scale(task, pair, factor)
-        if not _same(wanted, _float_outputs(unit, inputs)):
+        if not _same(expected, _float_outputs(unit, inputs)):
             _scale(task, pair, 1 / factor)
             task.note(f'{unit.name}: a LayerNorm has readers besides linear layers, left as it is')
             return
@@ -218,8 +218,8 @@ def _float_outputs(unit: Unit, inputs: CallStore) -> list[Tensor]:
             quantizer.enabled = value
 
 
-def _same(wanted: list[Tensor], found: list[Tensor]) -> bool:
+def _same(expected: list[Tensor], found: list[Tensor]) -> bool:
     return all(
         torch.allclose(a, b, rtol=1e-3, atol=1e-4 * float(a.abs().max()))
-        for a, b in zip(wanted, found, strict=True)
+        for a, b in zip(expected, found, strict=True)
     )

@@ -148,8 +148,8 @@ class BRECQ(UnitPTQ):
             without_checkpointing(whole),
         ):
             for step in range(self.steps):
-                call, wanted = problem.batch(sampler.draw(), self.drop, generator)
-                loss = problem.loss(call, wanted) / objective.local_start
+                call, targets = problem.batch(sampler.draw(), self.drop, generator)
+                loss = problem.loss(call, targets) / objective.local_start
                 beta = annealed_beta(step, self.steps, 0.2, 20, 2)
                 penalty = torch.stack([r.regularizer(beta) for r in roundings]).mean()
                 if step >= 0.2 * self.steps:
@@ -183,10 +183,10 @@ class _Problem:
         self.module, self.inputs = unit.module, inputs
         self.reference = reference if reference is not None else inputs
         self.device = next(unit.module.parameters()).device
-        self.wanted = inputs.like()
+        self.targets = inputs.like()
         with torch.no_grad(), task.stage1():
             for call in self.reference:
-                self.wanted.append(Call((all_tensors(self._run(call)),)))
+                self.targets.append(Call((all_tensors(self._run(call)),)))
 
     def _run(self, call: Call) -> Any:
         return run_unit(self.module, call, self.device)
@@ -199,14 +199,14 @@ class _Problem:
         if drop > 0 and self.reference is not self.inputs:
             other = join([self.reference[i] for i in indices])
             call = mixed(call, other, drop, generator)
-        return call, join([self.wanted[i] for i in indices]).args[0]
+        return call, join([self.targets[i] for i in indices]).args[0]
 
-    def loss(self, call: Call, wanted: list[Tensor]) -> Tensor:
+    def loss(self, call: Call, targets: list[Tensor]) -> Tensor:
         """Mean over the unit's output tensors of their mean squared error."""
         outputs = all_tensors(self._run(call))
         parts = [
             (y - w.to(y.device)).square().mean()
-            for y, w in zip(outputs, wanted, strict=True)
+            for y, w in zip(outputs, targets, strict=True)
             if y.is_floating_point() and y.numel()
         ]
         return torch.stack(parts).mean()
@@ -214,8 +214,8 @@ class _Problem:
     @torch.no_grad()
     def error(self) -> float:
         """Loss with the layers as they are, over all calls, on the quantized inputs."""
-        pairs = zip(self.inputs, self.wanted, strict=True)
-        losses = [float(self.loss(call, wanted.args[0])) for call, wanted in pairs]
+        pairs = zip(self.inputs, self.targets, strict=True)
+        losses = [float(self.loss(call, targets.args[0])) for call, targets in pairs]
         return sum(losses) / max(len(losses), 1)
 
 

@@ -16,13 +16,13 @@ from ...stream import Call, CallStore, Unit
 from ...stream.distributed import all_reduce_sum, world
 from ..task import PTQTask
 from .feature_source import feature_source
-from .target_features import WantedFeatures
+from .target_features import TargetFeatures
 
 CHECKED = 8
 """Batches that the error of a unit is measured on."""
 
 
-class FrozenSuffix(WantedFeatures):
+class FrozenSuffix(TargetFeatures):
     """Distance of the model's features from those of stage 1, one batch of images at a time.
 
     The model runs as it is: units before quantized, those behind as the algorithm found them.

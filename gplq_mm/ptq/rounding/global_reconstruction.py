@@ -26,7 +26,7 @@ from .soft_rounding import (
     soft_weights,
     without_checkpointing,
 )
-from .target_features import WantedFeatures
+from .target_features import TargetFeatures
 
 _FIXED = 2.0**40
 """Gradients are summed as multiples of its inverse: exact in float64, in any order."""
@@ -165,7 +165,7 @@ class GlobalReconstruction(WeightPTQ):
             (self.regularization * penalty).backward(inputs=[r.v for r in roundings])
 
 
-class _Features(WantedFeatures):
+class _Features(TargetFeatures):
     """Goes over all images, again and again."""
 
     def error(self) -> float:

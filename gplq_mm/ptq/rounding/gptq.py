@@ -128,12 +128,12 @@ class GPTQ(UnitPTQ):
         call = 0
         for index, number in enumerate(image_numbers(inputs)):
             codes = layer_codes(unit, name, inputs, index)
-            wanted = codes
+            target_codes = codes
             if reference is not None:
                 with task.stage1():
-                    wanted = layer_codes(unit, name, reference, index)
+                    target_codes = layer_codes(unit, name, reference, index)
             half = number % len(own)
-            for q, p in zip(codes, wanted, strict=True):
+            for q, p in zip(codes, target_codes, strict=True):
                 levels = self._levels(name, call, q)
                 call += 1
                 for left, right in zip(columns(layer, q), columns(layer, p), strict=True):

@@ -113,11 +113,11 @@ def soft_weights(roundings: Iterable[SoftRounding]) -> Iterator[None]:
 @contextmanager
 def only_trainable(module: nn.Module, parameters: Iterable[Any]) -> Iterator[None]:
     """While open, of all parameters of ``module`` only the given ones take gradients."""
-    wanted = {id(p) for p in parameters}
+    trainable = {id(p) for p in parameters}
     before = {p: p.requires_grad for p in module.parameters()}
     try:
         for p in before:
-            p.requires_grad_(id(p) in wanted)
+            p.requires_grad_(id(p) in trainable)
         yield
     finally:
         for p, value in before.items():

@@ -49,8 +49,8 @@ class Target:
         gain = 0.0
         for fitted, other in ((0, 1), (1, 0)):
             found = change(rows, self.hessians[fitted], self.crosses[fitted], damping)
-            wanted = rows @ self.crosses[other]
-            gain += float((found * (2 * wanted - found @ self.hessians[other])).sum())
+            product = rows @ self.crosses[other]
+            gain += float((found * (2 * product - found @ self.hessians[other])).sum())
         return gain
 
 

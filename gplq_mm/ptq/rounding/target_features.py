@@ -16,7 +16,7 @@ from ..task import PTQTask
 from .feature_source import FeatureSource
 
 
-class WantedFeatures:
+class TargetFeatures:
     """Features of another state of the model on all images, from one pass.
 
     Args:
@@ -41,9 +41,9 @@ class WantedFeatures:
         self.task, self.source = task, source
         self.run_pass = run_pass or task.run_pass
         self.state = state or task.stage1
-        self.wanted = CallStore(budget_bytes, task.folder)
+        self.targets = CallStore(budget_bytes, task.folder)
         self.each(self.keep)
-        total = torch.tensor(float(len(self.wanted)))
+        total = torch.tensor(float(len(self.targets)))
         all_reduce_sum(total)
         self.batches = int(total)
 
@@ -56,7 +56,7 @@ class WantedFeatures:
     def keep(self, run: partial[Any]) -> None:
         """Keep the features that one batch has in the other state."""
         with self.state():
-            self.wanted.append(Call(tuple(self.source.features(run, len(self.wanted)))))
+            self.targets.append(Call(tuple(self.source.features(run, len(self.targets)))))
 
     def loss(self, run: Callable[[], Any], index: int) -> Tensor:
         """Mean over a batch's features of their squared error, each relative to its power.
@@ -66,10 +66,10 @@ class WantedFeatures:
             index: Number of the batch on this rank.
         """
         parts = []
-        for y, wanted in zip(
-            self.source.features(run, index), self.wanted[index].args, strict=True
+        for y, stored in zip(
+            self.source.features(run, index), self.targets[index].args, strict=True
         ):
-            target = wanted.to(y.device)
+            target = stored.to(y.device)
             power = target.square().mean().clamp_min(1e-12)
             parts.append((y - target).square().mean() / power)
         return torch.stack(parts).mean()

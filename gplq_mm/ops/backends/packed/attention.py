@@ -85,13 +85,13 @@ class _PackedAttention(torch.autograd.Function):
             for n, i in enumerate(_SAVED)
         }
         codes = {i: saved[ctx.ends[n] : ctx.ends[n + 1]] for n, i in enumerate(_SAVED)}
-        wanted = ctx.needs_input_grad[9:]
+        needs_grad = ctx.needs_input_grad[9:]
         with torch.autocast(**ctx.autocast):
             q, k, v = (
                 unpack_values(codes[i], *steps[i]).to(dtype)
                 for i, dtype in zip(_SAVED, ctx.dtypes, strict=True)
             )
-            logits, back = _logits_with_graph(ctx.logits, q, k, extras, wanted)
+            logits, back = _logits_with_graph(ctx.logits, q, k, extras, needs_grad)
             weights = logits.softmax(dim=-1)
             steps[2] = ctx.forms[2].steps(weights.float(), parameters[2])
             on_grid = quantize_values(weights.float(), *steps[2])
@@ -121,11 +121,11 @@ class _PackedAttention(torch.autograd.Function):
 
 
 def _logits_with_graph(
-    logits: Logits, q: Tensor, k: Tensor, extras: Sequence[Tensor], wanted: Sequence[bool]
+    logits: Logits, q: Tensor, k: Tensor, extras: Sequence[Tensor], needs_grad: Sequence[bool]
 ) -> tuple[Tensor, Callable[[Tensor], list[Any]]]:
     """Logits, and the function that maps their gradient to those of q, k and the extras."""
     inputs = [q.requires_grad_(), k.requires_grad_()]
-    inputs += [x.detach().requires_grad_(want) for x, want in zip(extras, wanted, strict=True)]
+    inputs += [x.detach().requires_grad_(want) for x, want in zip(extras, needs_grad, strict=True)]
     with torch.enable_grad():
         out = logits(*inputs)
 
