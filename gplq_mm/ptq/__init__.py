@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Weight PTQ of stage 2: one file an algorithm."""
+"""Stage 2: weight PTQ, one file per algorithm."""
 
 from .algorithms import WEIGHT_PTQ, build_weight_ptq, register_weight_ptq
 from .corrections.bias_correction import BiasCorrection

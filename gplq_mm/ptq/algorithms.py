@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""From the recipe's ``weight.ptq`` to algorithm objects."""
+"""Registry of weight PTQ algorithms, and their construction from the recipe's ``weight.ptq``."""
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -29,8 +29,7 @@ def build_weight_ptq(config: PTQConfig) -> list[WeightPTQ]:
         config: A name, ``dict(type=name, **options)``, or a list of those.
 
     Raises:
-        ValueError: For an unknown name or option, an empty list, or an order in which one
-            of them could not work.
+        ValueError: For an unknown name or option, an empty list, or an invalid order.
 
     Examples:
         >>> [type(a).__name__ for a in build_weight_ptq(dict(type='mse', steps=40))]
@@ -46,7 +45,7 @@ def build_weight_ptq(config: PTQConfig) -> list[WeightPTQ]:
 
 
 def _check_order(algorithms: Sequence[WeightPTQ]) -> None:
-    """Prepare, round, mend: refuse another order before any work is done."""
+    """Refuse any other order than prepare, round, correct."""
     names = [a.name for a in algorithms]
     first = next((i for i, a in enumerate(algorithms) if a.phase == ROUNDS), None)
     if first is None:
@@ -56,7 +55,7 @@ def _check_order(algorithms: Sequence[WeightPTQ]) -> None:
     for index, algorithm in enumerate(algorithms):
         if algorithm.phase == CORRECTS and index < first:
             raise ValueError(
-                f'weight.ptq={names}: {algorithm.name} mends quantized weights; put it behind '
+                f'weight.ptq={names}: {algorithm.name} corrects quantized weights; put it after '
                 f'{names[first]}'
             )
         if algorithm.phase == PREPARES and index > first:

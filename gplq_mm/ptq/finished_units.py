@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Finished units on disk, so that a killed run goes on where it was."""
+"""Finished units stored on disk, so that a killed run can continue."""
 
 import hashlib
 import os
@@ -15,12 +15,12 @@ from ..stream.distributed import world
 class FinishedUnits:
     """State of the units that an algorithm has finished.
 
-    A file is written under another name and renamed, so that a kill leaves none half
-    written. The folder's name tells algorithm, images and starting point: another run's
-    files are never taken.
+    A file is written under a temporary name and renamed, so that a kill leaves no partial
+    file. The folder's name is a hash of algorithm, images and initial model: files of
+    another run are never used.
 
     Args:
-        folder: Parent folder; None to keep nothing.
+        folder: Parent folder; None to store nothing.
         title: Algorithm with its options, and the images.
         model: The model before the algorithm runs.
     """
@@ -32,14 +32,14 @@ class FinishedUnits:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, index: int, module: nn.Module) -> bool:
-        """Load a unit's state if it is there."""
+        """Load a unit's state if it is stored."""
         if self.folder is None or not self._path(index).is_file():
             return False
         module.load_state_dict(torch.load(self._path(index), weights_only=True))
         return True
 
     def save(self, index: int, module: nn.Module) -> None:
-        """Keep a unit's state (main process only)."""
+        """Store a unit's state (main process only)."""
         if self.folder is None or world()[0] != 0:
             return
         temporary = self._path(index).with_suffix('.tmp')
@@ -47,7 +47,7 @@ class FinishedUnits:
         os.replace(temporary, self._path(index))
 
     def count(self, units: Iterable[object]) -> int:
-        """How many of the units are there from the beginning on, without a gap."""
+        """Number of stored units before the first missing one."""
         found = 0
         for index, _ in enumerate(units):
             if self.folder is None or not self._path(index).is_file():
@@ -62,7 +62,7 @@ class FinishedUnits:
 
 @torch.no_grad()
 def fingerprint(title: str, model: nn.Module) -> str:
-    """Twenty hexadecimal digits that change with the title or any number of the model."""
+    """Twenty hexadecimal digits, a hash of the title and the model's state."""
     digest = hashlib.sha256(title.encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())

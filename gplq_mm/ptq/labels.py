@@ -8,12 +8,12 @@ from typing import Any
 
 
 def parse_ptq(text: str) -> Any:
-    """What ``weight.ptq`` is for an algorithm of the command line, or several joined by ``+``.
+    """Value of ``weight.ptq`` for an algorithm given as text, or several joined by ``+``.
 
     The inverse of ``ptq_label``.
 
     Raises:
-        ValueError: If the options are no ``key=value`` pairs of plain values.
+        ValueError: If the options are not ``key=value`` pairs of plain values.
 
     Examples:
         >>> parse_ptq('mse')
@@ -31,7 +31,7 @@ def parse_ptq(text: str) -> Any:
 
 
 def _entry(text: str) -> Any:
-    """A name, or its options beside it; None where the text is neither."""
+    """A name, or a dict of name and options; None if the text is neither."""
     match = re.fullmatch(r'(\w+)(\(.*\))?', text)
     if match is None:
         return None

@@ -13,7 +13,7 @@ from ..ops.backends.exact import FLOAT32_EXACT, max_code
 
 
 def is_matrix_product(layer: QuantizedLayer) -> bool:
-    """Whether ``to_rows`` and ``columns`` fit: not for a transposed convolution that overlaps."""
+    """Whether ``to_rows`` and ``columns`` apply: not to overlapping transposed convolutions."""
     return layer.is_matrix_product
 
 
@@ -38,11 +38,11 @@ def columns(layer: QuantizedLayer, x: Tensor) -> Iterator[Tensor]:
 
 
 class CodeProducts:
-    """Sums of products of integer codes, exact, so that the order of images is no matter.
+    """Exact sums of products of integer codes; they do not depend on the order of the images.
 
     Args:
-        layer: Whose input codes are multiplied.
-        splits: Start and end of the column ranges between which no products are kept.
+        layer: Layer whose input codes are multiplied.
+        splits: Start and end of column ranges; products across ranges are not summed.
         device: Where to sum.
     """
 
@@ -64,7 +64,7 @@ class CodeProducts:
         Args:
             left: ``(groups, tokens, columns)`` of codes.
             right: Same shape.
-            levels: Whole numbers, ``(tokens,)``, not above 0; None for zeros.
+            levels: Integers up to 0, ``(tokens,)``; None for zeros.
         """
         if levels is None:
             self._add(left, right, 1.0)
@@ -83,14 +83,14 @@ class CodeProducts:
                 total += product if factor == 1 else product.double() * factor
 
     def plus(self, others: list['CodeProducts']) -> 'CodeProducts':
-        """These sums with those of others of the same layer; self where there are none."""
+        """Total of these sums and others of the same layer; self if there are no others."""
         if not others:
             return self
         parts = zip(*(p.sums for p in (self, *others)), strict=True)
         return self.with_sums([torch.stack(sums).sum(0) for sums in parts])
 
     def with_sums(self, sums: list[Tensor]) -> 'CodeProducts':
-        """Products of the same layer and column ranges with other sums."""
+        """Copy with other sums, for the same layer and column ranges."""
         other = copy.copy(self)
         other.sums = sums
         return other

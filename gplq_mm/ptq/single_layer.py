@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""GPTQ of any one layer of a stage-1 model, at any bits, from one pass over the images."""
+"""GPTQ of single layers of a stage-1 model, at any bits, from one pass over the images."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -20,17 +20,17 @@ from .unit_ptq import fall_back
 class SingleLayerGPTQ(WeightPTQ):
     """GPTQ on the inputs that each layer has in the stage-1 model, all other weights float.
 
-    The products of the input codes do not depend on the weight's bits. They are summed once,
-    and kept up to a budget in memory and beyond it on disk. A layer that is no matrix product,
-    or that no image reaches, is rounded to nearest with an ``mse`` range.
+    The products of the input codes do not depend on the weight's bits. They are summed once
+    and stored in memory up to a budget, the rest on disk. A layer that is not a matrix
+    product, or that no image reaches, is rounded to nearest with an ``mse`` range.
 
     Args:
-        gptq: Its options.
+        gptq: The algorithm with its options.
         model: Converted model in evaluation mode, activations quantized, weights float.
-        layers: Layers that will be asked for, by name.
+        layers: Layers that may be quantized later, by name.
         run_pass: Runs the model over this rank's images.
-        budget_bytes: Products kept in memory.
-        folder: Where the rest lies; the system's temporary folder if None.
+        budget_bytes: Bytes of products kept in memory.
+        folder: Folder for the rest; the system's temporary folder if None.
     """
 
     name: ClassVar[str] = GPTQ.name
@@ -60,7 +60,7 @@ class SingleLayerGPTQ(WeightPTQ):
 
     @torch.no_grad()
     def apply(self, task: PTQTask) -> None:
-        """Layer by layer; layers do not influence each other."""
+        """Quantize each layer independently."""
         for name, layer in task.layers.items():
             layer.weight_quantizer.reset()
             if name not in self._products:
@@ -72,14 +72,14 @@ class SingleLayerGPTQ(WeightPTQ):
 
 
 def layerwise_rounding(ptq: PTQConfig) -> list[WeightPTQ]:
-    """What rounds each layer for itself as a recipe's algorithms round all of them.
+    """Rounding algorithms of a recipe in a form that quantizes single layers independently.
 
     Args:
         ptq: As for ``build_weight_ptq``.
 
     Returns:
-        The algorithms that round, or GPTQ alone, for ``SingleLayerGPTQ``, where one of them
-        needs images.
+        The algorithms that round; if one of them needs images, GPTQ alone, for
+        ``SingleLayerGPTQ``.
 
     Examples:
         >>> [a.name for a in layerwise_rounding(['repq', 'brecq'])]

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Stage 2: weights onto the grid, then the optional compensation."""
+"""Stage 2: quantizes the weights, then fits the optional compensation."""
 
 import logging
 import time
@@ -27,16 +27,16 @@ from .weight_error import LayerResult, mean_weight_mse, measure_weight_error, su
 
 @dataclass
 class Stage2Result:
-    """What stage 2 did.
+    """Result of stage 2.
 
     Attributes:
         layers: Weight error by layer.
-        blocks: Compensation by block; empty without.
+        blocks: Compensation by block; empty without compensation.
         seconds: Wall time.
-        side_params: Float32 numbers that the fitted branches store.
-        side_flops: Float operations that they add for one calibration image (mean;
-            a multiply-add counts 2).
-        notes: What an algorithm could not do, one line each.
+        side_params: Number of float32 parameters of the fitted branches.
+        side_flops: Float operations of the branches per calibration image (mean;
+            a multiply-accumulate counts 2).
+        notes: Limitations that the algorithms report, one line each.
     """
 
     layers: dict[str, LayerResult]
@@ -68,7 +68,7 @@ class Stage2Result:
 
 
 def prepare_stage2(model: nn.Module, recipe: RecipeLike) -> list[str]:
-    """Check the recipe's stage 2 and attach what it needs; call it after the conversion.
+    """Check the recipe's stage 2 and attach its modules; call it after the conversion.
 
     Args:
         model: Converted model, before a checkpoint is loaded.
@@ -105,20 +105,20 @@ def run_stage2(
         model: Converted model, activation quantizers calibrated, weights float.
         recipe: Its recipe.
         run_pass: Calls ``model`` once for each of this rank's calibration images; it
-            must not use what the calls return. Needed by compensation and by
+            must not use the results of the calls. Required by compensation and by
             algorithms with ``needs_data``.
         progress: Called as ``progress(name, index, total)`` before each step.
-        logger: Gets one line a part.
+        logger: Gets one line per part.
         **task_options: ``seed``, ``folder``, ``data_key``, ``budget_bytes``, ``float_model`` and
             ``more_images`` of ``PTQTask``.
 
     Returns:
-        Errors and costs.
+        Weight errors and costs.
 
     Raises:
-        ValueError: If stage 2 already ran, a weight is NaN or infinite (all named
-            before anything is written), data is needed and missing, or the recipe
-            asks for something unknown.
+        ValueError: If stage 2 already ran, a weight is NaN or infinite (checked before
+            anything is written), data is required and missing, or the recipe names an
+            unknown algorithm or option.
         UncalibratedError: If an input scale that folds into a weight is missing.
     """
     start = time.perf_counter()
@@ -209,7 +209,7 @@ def _log(logger: logging.Logger, result: Stage2Result) -> None:
         logger.info('stage 2: %s', note)
     if result.blocks:
         logger.info(
-            'compensation: %d of %d blocks, %d float parameters, %d float operations an image',
+            'compensation: %d of %d blocks, %d float parameters, %d float operations per image',
             sum(r.fitted for r in result.blocks.values()),
             len(result.blocks),
             result.side_params,

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What the recipe's ``stage2`` section means for a model."""
+"""Settings of the recipe's ``stage2`` section for a model."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _HEADS = ('roi_head', 'bbox_head', 'rpn_head')
 
 
 def resolve_compensation(model: nn.Module, recipe: RecipeLike) -> dict[str, Any] | None:
-    """Options of the compensation that a recipe asks for.
+    """Options of a recipe's compensation.
 
     Args:
         model: Converted model; ``auto`` means ``qwt`` for a classifier with

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What a weight PTQ algorithm is, and how it writes its result into a layer."""
+"""Interface of weight PTQ algorithms, and functions that write codes into a layer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -21,32 +21,32 @@ PREPARES, ROUNDS, CORRECTS = 'prepares', 'rounds', 'corrects'
 
 @dataclass
 class PTQTask:
-    """What an algorithm works on.
+    """Model, data and options that an algorithm gets.
 
     Attributes:
         model: Converted model in evaluation mode, activation quantizers calibrated.
         layers: The layers to quantize, by name, in model order.
         float_weights: Their stage-1 weights by the same names. Every algorithm of a
-            combination starts from these; it finds the codes and scales of the one
-            before it in the layers.
+            combination starts from these; the layers hold codes and scales of the
+            previous algorithm.
         run_pass: Runs the model once over this rank's calibration images; None for
             algorithms that need no data.
         progress: Called before each layer.
-        float_biases: Their stage-1 biases, where a layer has one.
+        float_biases: Their stage-1 biases, if a layer has one.
         float_norms: Stage-1 parameters of the model's normalizations, by parameter.
-        input_factors: What an algorithm multiplied the columns of stage-1 weights by, by
-            layer; ``(in_features,)``.
-        seed: Decides all that is drawn at random.
-        folder: Where finished units are kept, so that a killed run goes on; None for
-            nowhere.
-        data_key: Tells one set of calibration images from another in ``folder``.
-        budget_bytes: Activations kept in memory; the rest lies on disk.
-        notes: What an algorithm could not do, one line each; for the log.
+        input_factors: Factors that an algorithm applied to the columns of stage-1 weights,
+            by layer; ``(in_features,)``.
+        seed: Seed of all random numbers.
+        folder: Folder for finished units, so that a killed run can continue; None to
+            store nothing.
+        data_key: Identifies the set of calibration images in ``folder``.
+        budget_bytes: Bytes of activations kept in memory; the rest is on disk.
+        notes: Limitations that algorithms report, one line each, for the log.
         blocks: Results of side branches by block, see ``QwT``.
-        float_model: While open, the model is the float one; None where its weights are not at
-            hand.
-        more_images: Gives a pass like ``run_pass`` over up to so many training images; None
-            where there are no others.
+        float_model: Context manager in which the model is the float model; None if its
+            weights are not available.
+        more_images: Returns a pass like ``run_pass`` over at most a given number of training
+            images; None if there are no others.
     """
 
     model: nn.Module
@@ -67,35 +67,35 @@ class PTQTask:
     more_images: Callable[[int], RunPass] | None = None
 
     def stage1(self) -> AbstractContextManager[None]:
-        """While open, the layers are those of stage 1: float weights, quantized activations."""
+        """Context manager: layers of stage 1, with float weights and quantized activations."""
         return float_weights(self.layers, self.float_weights, self.float_biases, self.float_norms)
 
     def note(self, text: str) -> None:
-        """Keep a line for the log."""
+        """Add a line for the log."""
         if text not in self.notes:
             self.notes.append(text)
 
     def report(self, name: str, index: int, total: int) -> None:
-        """Tell the caller what is quantized next."""
+        """Report the next layer or unit to the caller."""
         if self.progress is not None:
             self.progress(name, index, total)
 
 
 class WeightPTQ(ABC):
-    """Base of all algorithms: leaves on-grid weights and calibrated weight quantizers."""
+    """Base class of algorithms that put weights on the grid of calibrated quantizers."""
 
     needs_data: ClassVar[bool] = False
     """Whether ``apply`` calls ``task.run_pass``."""
     phase: ClassVar[str] = ROUNDS
-    """``PREPARES`` float weights, ``ROUNDS`` them, or ``CORRECTS`` what another one rounded."""
+    """``PREPARES`` float weights, ``ROUNDS`` them, or ``CORRECTS`` rounded weights."""
     name: ClassVar[str] = ''
-    """What recipes call it."""
+    """Name in recipes."""
 
     def prepare(self, model: nn.Module) -> list[str]:
-        """Attach what the algorithm adds to a model, before a checkpoint is loaded.
+        """Attach the algorithm's modules to a model, before a checkpoint is loaded.
 
         Returns:
-            Names of the modules that got something; most algorithms add nothing.
+            Names of the changed modules; most algorithms change none.
         """
         return []
 
@@ -105,7 +105,7 @@ class WeightPTQ(ABC):
 
 
 class RangePTQ(WeightPTQ):
-    """Base of algorithms that choose a range from the weights alone and round to nearest."""
+    """Base class of algorithms that choose a range from the weights and round to nearest."""
 
     @abstractmethod
     def calculate_qparams(self, rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ class RangePTQ(WeightPTQ):
         """
 
     def apply(self, task: PTQTask) -> None:
-        """Layer by layer; layers do not influence each other."""
+        """Quantize each layer independently."""
         for index, (name, layer) in enumerate(task.layers.items()):
             task.report(name, index, len(task.layers))
             spec = layer.weight_quantizer.spec
@@ -130,7 +130,7 @@ class RangePTQ(WeightPTQ):
 
 
 def folded(layer: QuantizedLayer, weight: Tensor) -> Tensor:
-    """Folded weight in float32, shape of ``weight``: the domain in which PTQ works."""
+    """Folded weight in float32, shape of ``weight``: PTQ rounds folded weights."""
     return layer.folded_weight(weight.detach()).float()
 
 
@@ -139,7 +139,7 @@ def write_nearest(layer: QuantizedLayer, weight: Tensor) -> None:
     """Write ``weight`` rounded to the nearest codes of the calibrated weight quantizer.
 
     Args:
-        layer: Its ``weight_quantizer`` has its scale.
+        layer: Layer whose ``weight_quantizer`` is calibrated.
         weight: Float values, not folded, shape of ``layer.weight``.
 
     Raises:
@@ -153,12 +153,12 @@ def write_codes(layer: QuantizedLayer, codes: Tensor) -> None:
     """Write centred integer codes into a layer's weight, as real values.
 
     Args:
-        layer: Its ``weight_quantizer`` has its scale.
+        layer: Layer whose ``weight_quantizer`` is calibrated.
         codes: ``code - zero_point``, shape of ``layer.weight``.
 
     Raises:
         ValueError: If the codes are outside the quantizer's range, or if the
-            weight's dtype is too coarse to give the same codes back.
+            weight's dtype is too coarse to reproduce the codes.
     """
     scale, _ = layer.weight_quantizer.qparams(codes)
     layer.weight.copy_(layer.unfolded_weight(codes * scale))
@@ -166,6 +166,6 @@ def write_codes(layer: QuantizedLayer, codes: Tensor) -> None:
     if not torch.equal(again, codes):
         raise ValueError(
             f'{layer.weight_quantizer.name or type(layer).__name__}: a {layer.weight.dtype} weight '
-            f'does not give back its {layer.weight_quantizer.spec.num_bits}-bit codes; the codes '
+            f'does not reproduce its {layer.weight_quantizer.spec.num_bits}-bit codes; the codes '
             'are outside the range, or the weights must be kept in torch.float32'
         )

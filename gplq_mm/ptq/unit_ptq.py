@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Base of algorithms that work on one unit after the other with its calibration inputs."""
+"""Base class of algorithms that quantize one unit after the other with its calibration inputs."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from .task import CORRECTS, PTQTask, WeightPTQ, write_nearest
 
 
 class UnitPTQ(WeightPTQ):
-    """Runs over the units in order: those before are quantized, those behind are not yet."""
+    """Visits the units in execution order: earlier units are quantized, later ones are not."""
 
     needs_data: ClassVar[bool] = True
     needs_reference: bool = False
-    """Whether ``quantize_unit`` gets the unit's inputs in the stage-1 model too."""
+    """Whether ``quantize_unit`` also gets the unit's inputs in the stage-1 model."""
 
     @abstractmethod
     def quantize_unit(
@@ -35,18 +35,18 @@ class UnitPTQ(WeightPTQ):
                 algorithm.
             inputs: Its inputs in the quantized model.
             reference: Its inputs in the stage-1 model for the same images in the same
-                order; None unless ``needs_reference``, or where the two cannot be paired.
+                order; None unless ``needs_reference``, and if the two do not correspond.
         """
 
     def begin(self, task: PTQTask, units: Sequence[Unit]) -> None:
-        """Called once, before the first unit that is still to be quantized."""
+        """Called once, before the first unit that is not finished."""
 
     def options(self) -> dict[str, Any]:
-        """What decides the result; names the folder of finished units."""
+        """Options that the result depends on; part of the key of finished units."""
         return {k: v for k, v in vars(self).items() if not k.startswith('_')}
 
     def apply(self, task: PTQTask) -> None:
-        """Unit by unit; a finished unit is kept in ``task.folder``.
+        """Quantize unit by unit; a finished unit is stored in ``task.folder``.
 
         Raises:
             ValueError: If the calibration images reach no layer.
@@ -56,7 +56,7 @@ class UnitPTQ(WeightPTQ):
         if not units:
             raise ValueError(
                 'stage 2: the calibration images reach no quantized layer; the calibration set '
-                'is empty, or its pass calls another model than the one given'
+                'is empty, or run_pass calls another model'
             )
         title = f'{type(self).__name__} {self.options()} {task.seed} {task.data_key}'
         finished = FinishedUnits(task.folder, title, task.model)
@@ -77,7 +77,7 @@ class UnitPTQ(WeightPTQ):
             ):
                 task.note(
                     f'{unit.name}: its inputs in the quantized and in the stage-1 model do not '
-                    f"belong together; {self.name} aims at its own inputs' outputs"
+                    f'correspond; {self.name} fits its outputs on the quantized inputs'
                 )
                 reference_inputs = None
             self.quantize_unit(task, unit, inputs, reference_inputs)
@@ -103,7 +103,7 @@ class UnitPTQ(WeightPTQ):
 
 
 def fall_back(task: PTQTask, name: str) -> None:
-    """Round a layer to nearest; its range is kept, or found by least squared error."""
+    """Round a layer to nearest, with its range or one of least squared error."""
     layer = task.layers[name]
     if not layer.weight_quantizer.is_calibrated:
         set_range(layer, task.float_weights[name], 'mse')
@@ -112,10 +112,10 @@ def fall_back(task: PTQTask, name: str) -> None:
 
 @torch.no_grad()
 def paired(unit: Unit, inputs: CallStore, reference: CallStore) -> bool:
-    """Whether two stores hold the same things, call by call and element by element.
+    """Whether the inputs in two models correspond, call by call and element by element.
 
-    Proposals differ between two models, so RoI features cannot be compared; unequal
-    shapes, or values that have little to do with each other, tell.
+    Proposals differ between two models, so RoI features do not correspond. Other unrelated
+    inputs are detected by unequal shapes or a large difference of the values.
     """
     if len(inputs) != len(reference) or 'roi_head' in unit.name.split('.'):
         return False
@@ -134,5 +134,5 @@ def _related(quantized: Tensor, stage1: Tensor) -> bool:
 
 
 def codes_of(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Centred integer codes of a layer's input: what its weight codes are multiplied with."""
+    """Centred integer codes of a layer's input, the factors of its weight codes."""
     return layer.input_quantizer.codes(x)[0]

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Error that stage 2 made in the weights."""
+"""Weight error of stage 2."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -37,10 +37,10 @@ def measure_weight_error(
     """Compare a layer's on-grid weight with its stage-1 weight.
 
     Args:
-        layer: After stage 2.
+        layer: Layer after stage 2.
         float_weight: Stage-1 weight, not folded.
-        input_factor: What its columns were multiplied by first, ``(in_features,)``; the
-            error is that of the columns as they were. None where nothing was multiplied.
+        input_factor: Factors applied to its columns before rounding, ``(in_features,)``; the
+            error is that of the original columns. None for no factors.
     """
     columns = 1.0 if input_factor is None else input_factor.double()
     signal = weight_rows(layer, float_weight).double() / columns

@@ -1,2 +1,2 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Corrections of what rounding changed: biases, norms, linear side branches."""
+"""Corrections after rounding: biases, normalizations, linear side branches."""

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Bias correction: the mean of each output channel is that of the stage-1 model again.
+"""Bias correction: restores the mean of each output channel in the stage-1 model.
 
 Source: arXiv 1906.04721, section 4.2, equation 16 (means measured, not derived).
 """
@@ -19,8 +19,8 @@ from .output_statistics import OutputMoments
 class BiasCorrection(UnitPTQ):
     """Shift the biases of quantized layers, in the order in which they run.
 
-    Put it behind an algorithm that rounds: ``ptq=['gptq', 'bias_correction']``. A layer
-    without a bias stays as it is, with a note.
+    Put it after an algorithm that rounds: ``ptq=['gptq', 'bias_correction']``. A layer
+    without a bias is not changed, with a note.
     """
 
     needs_reference = True

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Fine-tuning after rounding: biases, normalization and LayerScale learn, the codes stay.
+"""Fine-tuning after rounding: trains biases, normalization and LayerScale with fixed codes.
 
 Source: the parameters are those of Norm Tweaking (arXiv 2309.02784) with the biases; training
 them end to end with weights fixed on their grid is the second phase of EfficientQAT
@@ -27,28 +27,28 @@ from ..rounding.target_features import TargetFeatures
 from ..task import CORRECTS, PTQTask, WeightPTQ
 
 _FIXED = 2.0**40
-"""Gradients are summed as multiples of its inverse: exact in float64, in any order."""
+"""Gradients are rounded to multiples of its inverse; their sum in float64 is exact in any order."""
 _WARM_UP = 3
-"""Steps over which the learning rate rises."""
+"""Warm-up steps of the learning rate."""
 _HELD_OUT = 16
-"""One batch of so many is not trained on; the result is kept if their error falls."""
+"""One of this many batches is held out; the result is kept if the held-out error falls."""
 
 
 @register_weight_ptq('finetune')
 class FineTuning(WeightPTQ):
-    """Biases, normalization and LayerScale approach the float model's features.
+    """Train biases, normalization and LayerScale on the features of the float model.
 
-    The features are those of ``GlobalReconstruction``: for a classifier what its head gets and
-    gives. Where the caller gives no float model they are those of the stage-1 model. Steps are
-    proportional to each parameter, see ``ProportionalSteps``. Batches that are held out decide
-    whether the result is kept. It needs the memory of training with one calibration batch.
+    The features are those of ``GlobalReconstruction``: for a classifier the input and output
+    of its head. Without a float model they are those of the stage-1 model. Steps are
+    proportional to each parameter, see ``ProportionalSteps``. The result is kept if the error
+    on held-out batches falls. It needs the memory of training with one calibration batch.
 
     Args:
-        num_images: Training images, at most; all where there are fewer.
-        epochs: How often they are gone over.
-        lr: Learning rate in proportion to a parameter's size; it rises for three steps and
-            falls by a cosine.
-        batches: Calibration batches a step, over all ranks.
+        num_images: Most training images; all if there are fewer.
+        epochs: Number of passes over them.
+        lr: Learning rate relative to a parameter's size; three steps of warm-up, then a
+            cosine to zero.
+        batches: Calibration batches per step, over all ranks.
 
     Raises:
         ValueError: If an option is out of range.
@@ -68,14 +68,14 @@ class FineTuning(WeightPTQ):
         self.num_images, self.epochs, self.lr, self.batches = num_images, epochs, lr, batches
 
     def apply(self, task: PTQTask) -> None:
-        """Learn over the training images, once an epoch."""
+        """Train on the training images."""
         assert task.run_pass is not None
         title = f'{self.name} {vars(self)} {task.seed} {task.data_key}'
         finished = FinishedUnits(task.folder, title, task.model)
         if finished.restore(0, task.model):
             return
         if task.float_model is None:
-            task.note('finetune: no float model is at hand; it aims at the features of stage 1')
+            task.note('finetune: there is no float model; its targets are the features of stage 1')
         source, _ = feature_source(task.model, find_units(task.model, task.layers, task.run_pass))
         images = task.more_images(self.num_images) if task.more_images else task.run_pass
         learned = vectors_of(task.model, task.layers)
@@ -87,15 +87,15 @@ class FineTuning(WeightPTQ):
             problem = _Problem(task, source, images)
             if problem.trained < 1:
                 task.note(
-                    'finetune: all images are one batch, so that none can be held out, and it is '
-                    'left out; give more images, or a smaller recipe.calibration.batch_size'
+                    'finetune: skipped, since all images are one batch and none can be held out; '
+                    'give more images, or a smaller recipe.calibration.batch_size'
                 )
                 return
             after = self._learn(task, problem, learned)
         if not after < problem.before:
             for name, parameter in learned.items():
                 parameter.detach().copy_(start[name])
-            task.note('finetune: the features of held-out images came no closer; undone')
+            task.note('finetune: undone, since the feature error of held-out images did not fall')
         for parameter in learned.values():
             parameter.detach().copy_(broadcast_from_0(parameter.detach()))
         finished.save(0, task.model)
@@ -152,11 +152,11 @@ class _Problem(TargetFeatures):
     def go_over(
         self, parameters: Sequence[nn.Parameter], batches: int, step: Callable[[], None]
     ) -> float:
-        """One pass: train on the first batches, then measure the held-out ones.
+        """One epoch: train on the first batches, then measure the held-out ones.
 
         Args:
-            parameters: Get their gradients before each step, the same on all ranks.
-            batches: Batches a step.
+            parameters: Trained parameters; they get the same gradients on all ranks.
+            batches: Batches per step.
             step: Called on every rank.
 
         Returns:
@@ -198,7 +198,7 @@ class _Problem(TargetFeatures):
         return self._mean_of_held_out()
 
     def _mean_of_held_out(self) -> float:
-        """Of all ranks' batches, whose number is known."""
+        """Mean error of the held-out batches of all ranks."""
         total = torch.tensor(self._held_out, dtype=torch.float64).mul(_FIXED).round().sum()
         self._held_out = []
         all_reduce_sum(total)
@@ -206,13 +206,13 @@ class _Problem(TargetFeatures):
 
     @staticmethod
     def _number(seen: int) -> int:
-        """Number over all ranks of a batch of this rank."""
+        """Global number of a batch of this rank."""
         rank, size = world()
         return rank + seen * size
 
 
 def vectors_of(model: nn.Module, layers: Any) -> dict[str, nn.Parameter]:
-    """Biases and gains of the parts of a model that hold quantized layers, by name.
+    """Biases and gains of the top-level modules that contain quantized layers, by name.
 
     Args:
         model: Converted model.
@@ -227,7 +227,7 @@ def vectors_of(model: nn.Module, layers: Any) -> dict[str, nn.Parameter]:
 
 
 def learning_rate(step: int, steps: int) -> float:
-    """Factor of the learning rate: a short rise, then half a cosine.
+    """Factor of the learning rate: a short warm-up, then half a cosine.
 
     Examples:
         >>> [round(learning_rate(s, 8), 2) for s in (0, 1, 4, 8)]

@@ -8,10 +8,10 @@ from ...stream.exact_sum import ExactSum
 
 
 class NormalEquations:
-    """Sums of products from which ``residual ~ W x + b`` is solved, in float64.
+    """Normal equations of ``residual ~ W x + b``, in float64.
 
-    Only sums of the block's width squared are kept, never the tokens. One image is
-    one term, so the sums are bit-equal however the images are split over ranks.
+    They keep sums of the size of the squared width, not the tokens. One image is one
+    term, so the sums are bit-equal for every split of the images over ranks.
 
     Args:
         width: Channels C.
@@ -28,7 +28,7 @@ class NormalEquations:
 
         Args:
             x: Block inputs, ``(B, ..., C)``.
-            residual: What the branch should give, same shape.
+            residual: Target output of the branch, same shape.
         """
         for image, target in zip(x, residual, strict=True):
             tokens = image.reshape(-1, self.width).double()
@@ -63,7 +63,7 @@ class NormalEquations:
         """Mean squared error of ``residual - W x - b`` over all tokens and channels.
 
         Args:
-            weight: ``(C, C)``; None for no branch at all.
+            weight: ``(C, C)``; None for no branch.
             bias: ``(C,)``, given together with ``weight``.
         """
         loss = self._scalars.value()[0].cpu()
@@ -75,10 +75,10 @@ class NormalEquations:
         return float(loss) / max(self.tokens * self.width, 1)
 
     def expected_mse(self, mse: float, freedom: float) -> float:
-        """Mean squared error to expect on other images (generalised cross-validation).
+        """Expected mean squared error on other images (generalised cross-validation).
 
         Args:
-            mse: On the images added.
+            mse: Error on the added images.
             freedom: Degrees of freedom of the fit, see ``solve``.
 
         Returns:
@@ -95,7 +95,7 @@ class NormalEquations:
         Args:
             ridge: Penalty relative to the mean variance of the channels of x.
                 Directions in which x varies by no more than the rounding of float32
-                get no weight, so that singular systems have an answer with ``ridge=0``.
+                get no weight, so that singular systems have a solution with ``ridge=0``.
 
         Returns:
             ``(weight (C, C), bias (C,), degrees of freedom)``, float32, on the CPU.

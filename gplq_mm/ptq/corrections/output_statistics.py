@@ -59,9 +59,9 @@ def _sums(y: Tensor, target: Tensor, axis: int) -> Tensor:
 
 
 def _outputs(unit: Unit, name: str, inputs: CallStore, index: int) -> list[Tensor]:
-    """Outputs of a layer in one call of its unit, one tensor a call of the layer.
+    """Outputs of a layer in one call of its unit, one tensor per call of the layer.
 
-    A bias that the caller hands over (BEiT, Swin V2) is left out: no algorithm can change it.
+    A bias passed by the caller (BEiT, Swin V2) is subtracted: no algorithm can change it.
     """
     layer, caught, call = unit.layers[name], list[Tensor](), inputs[index]
 

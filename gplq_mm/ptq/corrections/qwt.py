@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""QwT: fit the side branches block by block.
+"""QwT: fit of the side branches, block by block.
 
 Source: arXiv 2411.13918, equation 6, as arXiv 2506.11784 (GPLQ) applies it:
 ``W* = (Y - Y_Z) X_Z^T (X_Z X_Z^T + lambda I)^-1``, here with a bias.
@@ -27,13 +27,13 @@ TARGETS = ('stage1', 'block')
 
 @dataclass
 class BlockResult:
-    """What the fit of one block gave.
+    """Result of the fit of one block.
 
     Attributes:
         mse_before: Mean squared output error without the branch.
-        mse_after: The same with it; equal if the branch was not kept.
-        fitted: Whether the branch was kept: the error that it is expected to make on
-            other images, see ``NormalEquations.expected_mse``, is below ``mse_before``.
+        mse_after: The same with the branch; equal if it was not kept.
+        fitted: Whether the branch was kept: its expected error on other images, see
+            ``NormalEquations.expected_mse``, is below ``mse_before``.
         tokens_per_image: Mean number of tokens of the calibration images.
     """
 
@@ -59,21 +59,21 @@ class _Call:
 
 
 class QwT:
-    """One fit over all compensated blocks of a model.
+    """Fit of all side branches of a model.
 
-    For every block the calibration images run once, through the stage-1 model and
-    through the quantized model with the blocks before already compensated, both only
-    up to the block.
+    For every block the calibration images run once through the stage-1 model and once
+    through the quantized model with the earlier blocks compensated, both only up to
+    the block.
 
     Args:
         model: Converted, quantized model in evaluation mode with attached branches.
         layers: The layers that stage 2 quantized.
         weights: Their stage-1 weights.
-        biases: Their stage-1 biases; None where stage 2 changed none.
-        norms: Stage-1 parameters of the normalizations; likewise.
+        biases: Their stage-1 biases; None if stage 2 changed none.
+        norms: Stage-1 parameters of the normalizations; None if stage 2 changed none.
         ridge: See ``NormalEquations.solve``.
-        target: ``stage1``: the block's output in the stage-1 model (corrects what
-            earlier blocks left); ``block``: the float-weight block's output on the
+        target: ``stage1``: the block's output in the stage-1 model (also corrects errors
+            of earlier blocks); ``block``: the float-weight block's output on the
             quantized model's own input.
 
     Raises:
@@ -105,15 +105,15 @@ class QwT:
 
         Args:
             run_pass: Calls the model once for each of this rank's calibration
-                images. Results of these calls are None.
+                images. These calls return None.
             progress: Called before each block.
 
         Returns:
-            Result a block.
+            Result of each block.
 
         Raises:
-            ValueError: If no block was reached, a block's output is not one tensor of
-                its input's shape, or NaN or infinity appears.
+            ValueError: If no block is reached, a block's output is not one tensor of
+                its input's shape, or there is NaN or infinity.
         """
         blocks, results = compensated_blocks(self.model), {}
         for block in blocks.values():
@@ -124,8 +124,8 @@ class QwT:
             results[name] = self._fit_block(name, block, run_pass)
         if blocks and not any(r.tokens_per_image for r in results.values()):
             raise ValueError(
-                'compensation: no block was reached; the calibration set is empty, or its pass '
-                'calls another model than the one given'
+                'compensation: no block was reached; the calibration set is empty, or run_pass '
+                'calls another model'
             )
         return results
 
@@ -158,7 +158,7 @@ class QwT:
     def _target_output(
         self, block: CompensatedBlock, call: _Call, run: Callable[[], Any]
     ) -> Tensor:
-        """What the block should have given in this call."""
+        """Target output of the block in this call."""
         with self._stage1():
             if self.target == 'block':
                 return block.forward(*call.args, **call.kwargs)
@@ -174,7 +174,7 @@ class QwT:
 
 
 def _run_until(block: nn.Module, run: Callable[[], Any]) -> _Call | None:
-    """The first call of ``block`` while ``run`` runs; stops it there."""
+    """The first call of ``block`` during ``run``, which stops after it."""
     calls: list[_Call] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -206,7 +206,7 @@ def _describe(value: Any) -> str:
 
 
 def _from_rank_0(weight: Tensor, bias: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The values on ``device``, the same on all ranks whatever each one's LAPACK gave."""
+    """Rank 0's values on all ranks, on ``device``: solutions differ between ranks."""
     weight, bias = weight.to(device), bias.to(device)
     if world()[1] > 1:
         dist.broadcast(weight, 0)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""QwT as one of several algorithms: float side branches behind quantized weights."""
+"""QwT as an algorithm of ``weight.ptq``: float side branches after the rounding."""
 
 from collections.abc import Sequence
 from typing import ClassVar
@@ -16,8 +16,8 @@ from .side_branch import attach_compensation
 class QwTBranch(WeightPTQ):
     """Fit a linear side branch for each transformer block (arXiv 2411.13918, equation 6).
 
-    Put it behind an algorithm that rounds: ``ptq=['percentile', 'qwt']``. The branches
-    multiply float numbers: such a model is not integer-only, and the report counts them.
+    Put it after an algorithm that rounds: ``ptq=['percentile', 'qwt']``. The branches
+    multiply floats, so the model is not integer-only; the report counts these operations.
 
     Args:
         blocks: ``auto`` or shell patterns of block names.
@@ -34,7 +34,7 @@ class QwTBranch(WeightPTQ):
         self.blocks, self.ridge, self.target = blocks, ridge, target
 
     def prepare(self, model: nn.Module) -> list[str]:
-        """Attach unfitted branches, so that checkpoints fit."""
+        """Attach unfitted branches, so that checkpoints load."""
         return attach_compensation(model, self.blocks)
 
     def apply(self, task: PTQTask) -> None:

@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Channel-wise affine compensation, folded: no side branch, not one operation more.
+"""Channel-wise affine compensation, folded: no side branch and no additional operation.
 
 Source: the idea of QwT (arXiv 2411.13918) with a diagonal instead of a full matrix, as in
-QwT-v2. A factor and a shift of an output channel go into the channel's weight scale and
-its bias; the integer codes stay as they are.
+QwT-v2. Factor and shift of an output channel are folded into the channel's weight scale and
+its bias; the integer codes do not change.
 """
 
 from typing import ClassVar
@@ -20,14 +20,14 @@ from .output_statistics import OutputMoments
 
 @register_weight_ptq('qwt_v2')
 class QwTv2(UnitPTQ):
-    """Least squares of each layer's stage-1 output on its quantized output, channel by channel.
+    """Fit each layer's stage-1 output by its quantized output, least squares per channel.
 
-    Put it behind an algorithm that rounds: ``ptq=['gptq', 'qwt_v2']``. Without a bias only
-    the factor is fitted; with one weight scale for all channels only the shift is.
+    Put it after an algorithm that rounds: ``ptq=['gptq', 'qwt_v2']``. Without a bias it fits
+    only the factor; with one weight scale for all channels only the shift.
 
     Args:
-        largest: Factors outside ``1 / largest`` to ``largest`` are not used: the channel
-            keeps its scale.
+        largest: A channel with a factor outside ``1 / largest`` to ``largest`` keeps its
+            scale.
 
     Raises:
         ValueError: If ``largest`` is not above 1.
@@ -69,5 +69,5 @@ class QwTv2(UnitPTQ):
 
 
 def scale_of_channels(factor: torch.Tensor, scales: int) -> torch.Tensor:
-    """What each output channel's factor is where groups of channels share a scale: their mean."""
+    """Factor of each channel; where channels share a scale, the mean of their factors."""
     return factor.view(-1, scales).mean(0).repeat(len(factor) // scales)

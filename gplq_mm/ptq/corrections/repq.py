@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Reparameterisation of LayerNorm outputs: equal channel ranges before they are quantized.
+"""Reparameterisation of LayerNorms: outputs with equal channel ranges before quantization.
 
 Source: arXiv 2212.08254 (RepQ-ViT), section 4.1, equations 8 to 12, without the shift of
-the zero point, which zero padding of windows would not survive.
+the zero point, which is wrong for zero padding of windows.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..task import PREPARES, PTQTask, WeightPTQ
 
 @dataclass
 class Pair:
-    """A LayerNorm and the linear layers that read its output."""
+    """A LayerNorm and the linear layers whose input is its output."""
 
     norm: nn.LayerNorm
     consumers: dict[str, QuantLinear]
@@ -34,10 +34,10 @@ class Pair:
 class RepQ(WeightPTQ):
     """Divide LayerNorm channels by their range and multiply the next weights by it.
 
-    The float function stays the same; the scale of the layers' input is found anew. A pair
-    is kept only if the layers' outputs come closer to those of unquantized inputs, and put
-    back where the output of the unit would change (a LayerNorm with other readers). Put it
-    first: ``ptq=['repq', 'gptq']``.
+    The float function does not change; the scale of the layers' input is calibrated again.
+    The change is undone if it does not reduce the error of the layers' outputs due to
+    quantized inputs, or if it changes the output of the unit (the LayerNorm has other
+    consumers). Put it first: ``ptq=['repq', 'gptq']``.
 
     Args:
         strength: Exponent of the range, from 0 (nothing changes) to 1 (equal ranges).
@@ -78,7 +78,7 @@ class RepQ(WeightPTQ):
         _scale(task, pair, factor)
         if not _same(expected, _float_outputs(unit, inputs)):
             _scale(task, pair, 1 / factor)
-            task.note(f'{unit.name}: a LayerNorm has readers besides linear layers, left as it is')
+            task.note(f'{unit.name}: a LayerNorm has consumers besides linear layers; not changed')
             return
         _calibrate(unit, inputs, quantizers)
         if not _input_error(unit, inputs, pair) < before:
@@ -90,9 +90,9 @@ class RepQ(WeightPTQ):
 def find_pairs(unit: Unit, inputs: CallStore) -> list[Pair]:
     """LayerNorms of a unit with the linear layers that run on their output, channels last.
 
-    The layers behind a LayerNorm are those that run next with one and the same input;
-    only such with one input scale for all channels count. Whether others read the output
-    too is told by the unit's output, see ``RepQ``.
+    The layers of a LayerNorm are those that run next with the same input; only layers with
+    one input scale for all channels count. ``RepQ`` detects other consumers by comparing the
+    unit's output.
     """
     pairs: list[Pair] = []
     last: list[Any] = [None, None]
@@ -151,7 +151,7 @@ def _scale(task: PTQTask, pair: Pair, factor: Tensor) -> None:
 
 
 def _each_input(unit: Unit, inputs: CallStore, pair: Pair) -> Any:
-    """Inputs of the pair's first layer, call by call."""
+    """Inputs of the pair's first layer, one per call."""
     layer = next(iter(pair.consumers.values()))
     caught: list[Tensor] = []
     handle = layer.register_forward_pre_hook(lambda _, args: caught.append(args[0]))
@@ -173,7 +173,7 @@ def _channel_ranges(unit: Unit, inputs: CallStore, pair: Pair) -> Tensor:
 
 
 def _input_error(unit: Unit, inputs: CallStore, pair: Pair) -> float:
-    """Squared change of the layers' outputs by quantizing their input."""
+    """Squared output error of the layers due to the quantization of their input."""
     total = ExactSum((1,), pair.norm.weight.device)
     for x in _each_input(unit, inputs, pair):
         for layer in pair.consumers.values():
@@ -184,7 +184,7 @@ def _input_error(unit: Unit, inputs: CallStore, pair: Pair) -> float:
 
 
 def _calibrate(unit: Unit, inputs: CallStore, quantizers: list[FakeQuantizer]) -> None:
-    """Find the ranges of quantizers as the recipe's observer does."""
+    """Calibrate quantizers with the recipe's observer."""
     for quantizer in quantizers:
         quantizer.observer = build_observer(quantizer.spec)
     passes = max(q.observer.num_passes for q in quantizers if q.observer)

@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Linear side branches of transformer blocks: ``block(x) + W x + b``.
 
-The structure is attached when the model is built, unfitted (an exact identity), so
-that checkpoints fit; ``qwt`` finds the values. A fitted branch multiplies float32
-numbers: such a model is not integer-only, and ``compensation_cost`` says by how much.
+Branches are attached when the model is built, unfitted (the block is unchanged), so
+that checkpoints load; ``qwt`` fits the values. A fitted branch multiplies float32
+numbers, so the model is not integer-only; ``compensation_cost`` counts the operations.
 
 Source: arXiv 2411.13918 (QwT), section 3.2.
 """
@@ -29,7 +29,7 @@ else:
 class LinearCompensation(LoadsState):
     """The side branch of one block, ``(..., C)`` -> ``(..., C)``.
 
-    Weight and bias are buffers: they are saved, but neither trained nor seen by DDP.
+    Weight and bias are buffers: they are saved, but not trained.
 
     Args:
         width: Channels C of the block.
@@ -37,7 +37,7 @@ class LinearCompensation(LoadsState):
     Attributes:
         weight: ``(C, C)``, float32.
         bias: ``(C,)``, float32.
-        fitted: Whether the branch has values; without, the block ignores it.
+        fitted: Whether the branch is fitted; the block ignores an unfitted branch.
         enabled: Whether a fitted branch is used.
     """
 
@@ -55,12 +55,12 @@ class LinearCompensation(LoadsState):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the branch has values (kept beside the buffer to spare a device sync)."""
+        """Whether the branch is fitted (stored outside the buffer to avoid synchronizing)."""
         return self._is_fitted
 
     @property
     def is_active(self) -> bool:
-        """Whether the block adds the branch now."""
+        """Whether the block adds the branch."""
         return self.enabled and self._is_fitted
 
     @torch.no_grad()
@@ -73,7 +73,7 @@ class LinearCompensation(LoadsState):
 
     @torch.no_grad()
     def clear(self) -> None:
-        """Back to the unfitted identity."""
+        """Make the branch unfitted again."""
         for buffer in (self.weight, self.bias, self.fitted):
             buffer.zero_()
         self._is_fitted = False
@@ -83,7 +83,7 @@ class LinearCompensation(LoadsState):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
     def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Know without a device sync whether the branch has values."""
+        """Store whether the branch is fitted, to avoid later device synchronizations."""
         if prefix + 'fitted' in state_dict:
             self._is_fitted = bool(self.fitted)
 
@@ -93,7 +93,7 @@ class LinearCompensation(LoadsState):
 
 
 class CompensatedBlock(_Base):
-    """Mixin for a block whose output gets the side branch of its first input.
+    """Mixin for a block that adds the side branch of its first input to its output.
 
     The block's class is swapped in place: its keys stay, ``compensation.*`` is added.
     """
@@ -101,7 +101,7 @@ class CompensatedBlock(_Base):
     compensation: LinearCompensation
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The float class's forward, plus the branch once it is fitted."""
+        """Forward of the float class, plus the branch if it is fitted."""
         if not self.compensation.is_active:
             return super().forward(x, *args, **kwargs)
         side = self.compensation(x)
@@ -109,10 +109,10 @@ class CompensatedBlock(_Base):
 
 
 def attach_compensation(model: nn.Module, blocks: str | Sequence[str] = 'auto') -> list[str]:
-    """Give transformer blocks an unfitted side branch, in place.
+    """Attach an unfitted side branch to transformer blocks, in place.
 
-    Call it on the converted model before a checkpoint is loaded. Blocks that
-    have a branch keep it.
+    Call it on the converted model before loading a checkpoint. Existing branches are
+    kept.
 
     Args:
         model: Converted model.
@@ -139,7 +139,7 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _compensated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """One subclass a block class, so that equal blocks have equal types."""
+    """One subclass per block class, so that equal blocks have equal types."""
     if cls not in _CLASSES:
         name, bases = f'Compensated{cls.__name__}', (CompensatedBlock, cls)
         _CLASSES[cls] = type(name, bases, {'__module__': __name__})
@@ -147,7 +147,7 @@ def _compensated_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def detach_compensation(model: nn.Module) -> None:
-    """Take all side branches away; the blocks are of their own class again."""
+    """Remove all side branches and restore the classes of the blocks."""
     for block in compensated_blocks(model).values():
         del block.compensation
         block.__class__ = type(block).__mro__[2]
@@ -159,11 +159,11 @@ def compensated_blocks(model: nn.Module) -> dict[str, CompensatedBlock]:
 
 
 def compensation_cost(model: nn.Module) -> dict[str, int]:
-    """What the fitted branches add to the model.
+    """Size and operations of the fitted branches.
 
     Returns:
-        ``side_params``: float32 numbers stored; ``side_macs_per_token``: float
-        multiply-adds of one token that passes every fitted block.
+        ``side_params``: number of float32 parameters; ``side_macs_per_token``: float
+        multiply-accumulates per token, summed over the fitted blocks.
     """
     widths = [
         len(b.compensation.bias)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Ranges for algorithms that round by themselves."""
+"""Weight ranges for algorithms that do their own rounding."""
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ def set_range(
         weight: Float weight, not folded.
         name: One of ``RANGES``, or ``hessian`` for the least squared error weighted by
             ``importance``.
-        importance: Weight an element, shape of ``weight``.
+        importance: Weight per element, shape of ``weight``.
     """
     spec = layer.weight_quantizer.spec
     rows = rows_by_scale(spec.granularity, folded(layer, weight))

@@ -14,7 +14,7 @@ class MSEPTQ(RangePTQ):
     """Shrink the range of each output channel where that lowers the squared error.
 
     Args:
-        steps: Candidates a search, see ``search_range``.
+        steps: Candidates per search, see ``search_range``.
 
     Raises:
         ValueError: If ``steps`` is not an integer of at least 2.

@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Weight range from percentiles, the best of a small grid for each output channel.
+"""Weight range from percentiles, chosen from a small grid for each output channel.
 
-Source: arXiv 2506.11784 (GPLQ) takes the percentile of its code family
-(arXiv 2212.08254, RepQ-ViT), where the squared error chooses it.
+Source: arXiv 2506.11784 (GPLQ) uses the percentile search of arXiv 2212.08254 (RepQ-ViT),
+which minimizes the squared error.
 """
 
 from collections.abc import Sequence

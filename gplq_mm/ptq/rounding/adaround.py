@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""AdaRound: learn the rounding of one layer on the layer's output.
+"""AdaRound: learns the rounding of one layer by the error of the layer's output.
 
 Source: arXiv 2004.10568, equations 21 to 25. The layer's squared output error is a
-quadratic form of the weight error with the Hessian of GPTQ, so that all calibration images
-take part in every step.
+quadratic form of the weight error with the Hessian of GPTQ, so that every step uses all
+calibration images.
 """
 
 import torch
@@ -26,10 +26,10 @@ from .soft_rounding import SoftRounding, annealed_beta
 class AdaRound(UnitPTQ):
     """Round each weight up or down so that the layer's output changes least.
 
-    Each output channel keeps rounding to nearest where that has the smaller error.
+    An output channel keeps rounding to nearest if that has the smaller error.
 
     Args:
-        steps: Optimizer steps a layer.
+        steps: Optimizer steps per layer.
         lr: Learning rate.
         regularization: Weight of the term that drives the rounding to 0 or 1.
         range: As for ``gptq``.
@@ -100,7 +100,7 @@ class AdaRound(UnitPTQ):
 
     @torch.no_grad()
     def _errors(self, layer: QuantizedLayer, target: Tensor, own: CodeProducts) -> Tensor:
-        """Output error of each row with the layer's present weight, ``(groups, rows, 1)``."""
+        """Output error of each row with the layer's current weight, ``(groups, rows, 1)``."""
         rows = to_rows(layer, folded(layer, layer.weight)).double()
         parts = [
             output_error(target[..., a:b].double(), rows[..., a:b], h)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""BRECQ: learn the rounding of all layers of a unit on the unit's output.
+"""BRECQ: learns the rounding of all layers of a unit by the error of the unit's output.
 
 Source: arXiv 2102.05426 (BRECQ), section 3.3; the rounding is AdaRound's
 (arXiv 2004.10568); inputs are mixed as in arXiv 2203.05740 (QDrop), equation 8; the
@@ -36,28 +36,29 @@ STARTS = ('gptq', 'nearest')
 
 @register_weight_ptq('brecq')
 class BRECQ(UnitPTQ):
-    """Block reconstruction: the unit's output approaches that of the stage-1 unit.
+    """Block reconstruction: learn the rounding so that the unit's output is that of stage 1.
 
-    The result of a unit is kept only if its error on the calibration images, with hard
-    codes, is below that of the start.
+    The result of a unit is kept only if it reduces the error on the calibration images,
+    measured with hard codes.
 
     Args:
-        steps: Optimizer steps a unit.
+        steps: Optimizer steps per unit.
         lr: Learning rate of the rounding.
         scale_lr: Learning rate of the logarithm of the weight scales; 0 to keep them.
         bias_lr: Learning rate of the biases, relative to their root mean square; 0 to
             keep them.
-        batch_size: Calls of the unit a step, at most.
+        batch_size: Most calls of the unit per step.
         drop: Share of the input elements taken from the stage-1 model, 0 to 1.
         regularization: Weight of the term that drives the rounding to 0 or 1.
-        commitment: How far the rounding starts from the codes that are there (1) rather
-            than from the float weights (0).
-        start: ``gptq`` or ``nearest``, for layers that no algorithm before has rounded.
-        max_elements: Input elements a step, which bounds the memory.
-        global_weight: Weight of the error of the model's features through the frozen units
-            behind, beside that of the unit's output, each relative to its start; 0 for the
-            unit alone. It needs the memory of training with one calibration batch.
-        global_batches: Calibration batches a step for it.
+        commitment: Initial rounding, between the existing codes (1) and the float weights
+            (0).
+        start: ``gptq`` or ``nearest``, for layers that no earlier algorithm has rounded.
+        max_elements: Most input elements per step; bounds the memory.
+        global_weight: Weight of the feature error of the model, computed through the frozen
+            units after this one, next to the error of the unit's output, each relative to its
+            initial value; 0 for the unit alone. It needs the memory of training with one
+            calibration batch.
+        global_batches: Calibration batches per step for the feature error.
 
     Raises:
         ValueError: If an option is out of range.
@@ -98,7 +99,7 @@ class BRECQ(UnitPTQ):
         self._suffix: FrozenSuffix | None = None
 
     def begin(self, task: PTQTask, units: Sequence[Unit]) -> None:
-        """Keep the features that the global term aims at."""
+        """Store the target features of the global term."""
         self._suffix = FrozenSuffix(task, units) if self.global_weight > 0 else None
 
     def quantize_unit(
@@ -175,7 +176,7 @@ class BRECQ(UnitPTQ):
 
 
 class _Problem:
-    """What a unit is to give on its inputs."""
+    """Inputs of a unit with its target outputs."""
 
     def __init__(
         self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
@@ -194,7 +195,7 @@ class _Problem:
     def batch(
         self, indices: list[int], drop: float, generator: torch.Generator
     ) -> tuple[Call, list[Tensor]]:
-        """Joined inputs, partly those of stage 1, and wanted outputs."""
+        """Joined inputs, partly from the stage-1 model, and target outputs."""
         call = join([self.inputs[i] for i in indices])
         if drop > 0 and self.reference is not self.inputs:
             other = join([self.reference[i] for i in indices])
@@ -213,14 +214,14 @@ class _Problem:
 
     @torch.no_grad()
     def error(self) -> float:
-        """Loss with the layers as they are, over all calls, on the quantized inputs."""
+        """Mean loss over all calls on the quantized inputs, with the current layers."""
         pairs = zip(self.inputs, self.targets, strict=True)
         losses = [float(self.loss(call, targets.args[0])) for call, targets in pairs]
         return sum(losses) / max(len(losses), 1)
 
 
 class _Objective:
-    """Error of the unit's output and of the model's features, each relative to its start."""
+    """Error of the unit's output and of the features, each relative to its initial value."""
 
     def __init__(self, problem: _Problem, suffix: FrozenSuffix | None, weight: float) -> None:
         self.problem, self.suffix = problem, suffix
@@ -230,16 +231,16 @@ class _Objective:
         self.start = local / self.local_start + self.global_factor * far
 
     def error(self) -> float:
-        """With the layers as they are."""
+        """Error with the current layers."""
         far = 0.0 if self.suffix is None else self.suffix.error()
         return self.problem.error() / self.local_start + self.global_factor * far
 
 
 def _biases(unit: Unit) -> list[Tensor]:
-    """Biases of the unit's layers that are parameters of their own."""
+    """Biases of the unit's layers that are their own parameters."""
     return [la.bias for la in unit.layers.values() if isinstance(la.bias, torch.nn.Parameter)]
 
 
 def _seed(task: PTQTask, unit: Unit) -> int:
-    """Depends on the run's seed and the unit, not on what ran before: a resumed run agrees."""
+    """Seed of a unit: it depends on the run's seed and the unit, so a resumed run agrees."""
     return task.seed * 1_000_003 + sum(ord(c) * (i + 1) for i, c in enumerate(unit.name))

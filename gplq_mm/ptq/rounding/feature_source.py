@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which features of a model tell what its quantization changed."""
+"""Features of a model by which its quantized state is compared with the stage-1 state."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,27 +12,27 @@ from ...stream.calls import all_tensors
 from ...stream.interception import run_until_reached
 
 PROPOSALS = 100
-"""Proposals an image at which RoI heads are compared."""
+"""Proposals per image at which RoI heads are compared."""
 _ENTRIES = ('predict', 'forward')
-"""Methods by which a detector hands its proposals to the RoI head."""
+"""Methods with which a detector passes its proposals to the RoI head."""
 
 
 class FeatureSource:
-    """What the pass over the images gives: for models of which no head is quantized."""
+    """Result of the forward pass: for models without a quantized head."""
 
     def features(self, run: Callable[[], Any], index: int) -> list[Tensor]:
-        """Floating-point tensors that two models can be compared by.
+        """Floating-point tensors in which two models are compared.
 
         Args:
-            run: The model's forward with a batch. The first call for a batch is made with the
-                stage-1 model.
+            run: The model's forward with a batch. The first call for a batch has to be made
+                with the stage-1 model.
             index: Number of the batch on this rank.
         """
         return floating(run())
 
 
 class HeadFeatures(FeatureSource):
-    """What a head gets and gives; nothing behind it runs."""
+    """Input and output of a head; the forward pass stops after it."""
 
     def __init__(self, head: nn.Module) -> None:
         self.head = head
@@ -42,16 +42,16 @@ class HeadFeatures(FeatureSource):
         return floating(self.calls_of_head(run))
 
     def calls_of_head(self, run: Callable[[], Any]) -> list[Any]:
-        """Arguments and output of the head's call; none where the batch does not reach it."""
+        """Arguments and output of the head's call; none if the batch does not reach it."""
         with _calls_of([self.head], leave=True) as calls:
             run_until_reached(run)
         return calls
 
 
 class RoIFeatures(HeadFeatures):
-    """What the RPN and, at the stage-1 model's proposals, the RoI heads get and give.
+    """Inputs and outputs of the RPN and, at the stage-1 model's proposals, of the RoI heads.
 
-    Proposals of two models differ, so that features at each one's own could not be compared.
+    Proposals of two models differ, so features at each model's own proposals are not comparable.
 
     Args:
         model: Two-stage detector of mmdet, with an ``rpn_head`` and a ``roi_head``.
@@ -64,7 +64,7 @@ class RoIFeatures(HeadFeatures):
         self._proposals: dict[int, tuple[list[Any], Any]] = {}
 
     def features(self, run: Callable[[], Any], index: int) -> list[Tensor]:
-        """As in the base class; the first call for a batch keeps its proposals."""
+        """As in the base class; the first call for a batch stores its proposals."""
         if index in self._proposals:
             first = self.calls_of_head(run)
         else:
@@ -77,7 +77,7 @@ class RoIFeatures(HeadFeatures):
         return floating((first, second))
 
     def _calls_up_to_proposals(self, run: Callable[[], Any], index: int) -> list[Any]:
-        """Calls of the RPN; runs on until the proposals are handed over, and keeps those."""
+        """Calls of the RPN; runs until the proposals are passed on, and stores them."""
 
         def keep(_: Any, proposals: list[Any], samples: Any, **__: Any) -> None:
             self._proposals[index] = ([p[:PROPOSALS] for p in proposals], samples)
@@ -95,7 +95,7 @@ class RoIFeatures(HeadFeatures):
 
 
 def feature_source(model: Any, units: Sequence[Unit]) -> tuple[FeatureSource, list[Unit]]:
-    """The features for a model, and the units that they depend on.
+    """Feature source of a model, and the units that the features depend on.
 
     Args:
         model: Converted model.
@@ -111,7 +111,7 @@ def feature_source(model: Any, units: Sequence[Unit]) -> tuple[FeatureSource, li
 
 
 def floating(value: Any) -> list[Tensor]:
-    """The floating-point tensors with elements in nested tuples, lists and dicts."""
+    """Non-empty floating-point tensors in nested tuples, lists and dicts."""
     return [t for t in all_tensors(value) if t.is_floating_point() and t.numel()]
 
 
@@ -127,7 +127,7 @@ def _calls_of(modules: Sequence[nn.Module], leave: bool = False) -> Iterator[lis
 
     Args:
         modules: Modules to watch.
-        leave: Raise ``Reached`` behind the first call.
+        leave: Raise ``Reached`` after the first call.
     """
     calls: list[Any] = []
 

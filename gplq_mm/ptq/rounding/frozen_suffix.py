@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What a unit changes in the model's features, through the units behind it.
+"""Feature error of the model as a function of one unit, through the units after it.
 
 Source: the global term of GLF-Q's block-by-block training: the penultimate feature through the
 frozen suffix (RoI features of a detector).
@@ -19,15 +19,15 @@ from .feature_source import feature_source
 from .target_features import TargetFeatures
 
 CHECKED = 8
-"""Batches that the error of a unit is measured on."""
+"""Batches on which the error of a unit is measured."""
 
 
 class FrozenSuffix(TargetFeatures):
-    """Distance of the model's features from those of stage 1, one batch of images at a time.
+    """Error of the model's features relative to those of stage 1, one batch at a time.
 
-    The model runs as it is: units before quantized, those behind as the algorithm found them.
-    Its inputs and the features wanted are kept from one pass over the images, a quarter of the
-    budget each in memory, the rest on disk.
+    Units before the current one are quantized, those after it are not changed. Inputs and
+    target features are stored in one pass over the images, each with a quarter of the
+    budget in memory and the rest on disk.
 
     Args:
         task: The task.
@@ -43,17 +43,17 @@ class FrozenSuffix(TargetFeatures):
         super().__init__(task, source, task.budget_bytes // 4)
 
     def keep(self, run: partial[Any]) -> None:
-        """As in the base class, and the model's inputs."""
+        """Store the features as in the base class, and the model's inputs."""
         self._forwards.append(run.func)
         self._inputs.append(Call(run.args, run.keywords))
         super().keep(run)
 
     def sees(self, unit: Unit) -> bool:
-        """Whether the features depend on a unit: the last head of a detector is behind them."""
+        """Whether the features depend on a unit: the last head of a detector comes after them."""
         return unit.name in self._reached
 
     def _loss_of(self, number: int) -> Tensor | None:
-        """Relative error of a batch's features; None where it is another rank's batch."""
+        """Relative error of a batch's features; None for a batch of another rank."""
         index, owner = divmod(number, world()[1])
         if owner != world()[0]:
             return None
@@ -74,11 +74,11 @@ class FrozenSuffix(TargetFeatures):
     def add_gradients(
         self, parameters: Sequence[Tensor], numbers: Sequence[int], weight: float
     ) -> None:
-        """Add those of ``weight`` times the mean error of some batches, the same on all ranks.
+        """Add gradients of ``weight`` times the mean error of some batches, equal on all ranks.
 
         Args:
-            parameters: What to add to.
-            numbers: Numbers of batches, below ``batches``.
+            parameters: Parameters whose gradients are increased.
+            numbers: Indices of batches, below ``batches``.
             weight: Factor of the mean.
         """
         for number in numbers:

@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Global reconstruction: all roundings, scales and biases learned on the model's features.
+"""Global reconstruction: learns all roundings, scales and biases by the feature error.
 
 Source: the global term of GLF-Q (penultimate feature of a classifier, RoI features of a
-detector), here for all blocks at once behind an algorithm that rounds them one by one;
+detector), here for all blocks at once, after an algorithm that rounds them one by one;
 rounding as in AdaRound (arXiv 2004.10568).
 """
 
@@ -29,21 +29,20 @@ from .soft_rounding import (
 from .target_features import TargetFeatures
 
 _FIXED = 2.0**40
-"""Gradients are summed as multiples of its inverse: exact in float64, in any order."""
+"""Gradients are rounded to multiples of its inverse; their sum in float64 is exact in any order."""
 
 
 @register_weight_ptq('global')
 class GlobalReconstruction(WeightPTQ):
-    """The quantized model's features approach those of the stage-1 model.
+    """Learn roundings, scales and biases so that the features are those of the stage-1 model.
 
-    Features are what the first head gets and gives (penultimate feature and logits of a
-    classifier, neck and RPN outputs of a detector) and, where RoI heads are quantized, RoI
-    features and outputs at the stage-1 model's proposals; or what the pass over the images
-    gives where no head is quantized. Each tensor's squared error is taken relative to its
-    power.
-    The result is kept only if this error, with hard codes, falls. Put it behind an
-    algorithm that rounds: ``ptq=['gptq', 'global']``. It needs the memory of training with
-    one calibration batch.
+    Features are input and output of the first head (penultimate feature and logits of a
+    classifier, neck and RPN outputs of a detector) and, if RoI heads are quantized, RoI
+    features and outputs at the stage-1 model's proposals; without a quantized head, the
+    result of the forward pass. The squared error of each tensor is divided by its power.
+    The result is kept only if it reduces this error, measured with hard codes. Put it
+    after an algorithm that rounds: ``ptq=['gptq', 'global']``. It needs the memory of
+    training with one calibration batch.
 
     Args:
         steps: Optimizer steps.
@@ -51,10 +50,10 @@ class GlobalReconstruction(WeightPTQ):
         scale_lr: Learning rate of the logarithm of the weight scales; 0 to keep them.
         affine_lr: Learning rate of biases and normalization parameters, relative to their
             root mean square; 0 to keep them.
-        batches: Calibration batches a step.
+        batches: Calibration batches per step.
         regularization: Weight of the term that drives the rounding to 0 or 1.
-        commitment: How far the rounding starts from the codes that are there (1) rather
-            than from the float weights (0).
+        commitment: Initial rounding, between the existing codes (1) and the float weights
+            (0).
 
     Raises:
         ValueError: If an option is out of range.
@@ -81,7 +80,7 @@ class GlobalReconstruction(WeightPTQ):
         self.batches, self.regularization, self.commitment = batches, regularization, commitment
 
     def apply(self, task: PTQTask) -> None:
-        """Learn on all calibration images, over and over."""
+        """Train in passes over all calibration images until the steps are done."""
         assert task.run_pass is not None
         title = f'{self.name} {vars(self)} {task.seed} {task.data_key}'
         finished = FinishedUnits(task.folder, title, task.model)
@@ -108,7 +107,7 @@ class GlobalReconstruction(WeightPTQ):
             rounding.write()
         if not problem.error() < before:
             task.model.load_state_dict(start)
-            task.note('global: the features came no closer; undone')
+            task.note('global: undone, since the feature error did not fall')
         for tensor in task.model.state_dict().values():
             tensor.copy_(broadcast_from_0(tensor))
         finished.save(0, task.model)
@@ -166,7 +165,7 @@ class GlobalReconstruction(WeightPTQ):
 
 
 class _Features(TargetFeatures):
-    """Goes over all images, again and again."""
+    """Target features, with passes over all images."""
 
     def error(self) -> float:
         """Mean loss over all batches, the same on all ranks."""
@@ -186,10 +185,10 @@ class _Features(TargetFeatures):
         """One pass over the images.
 
         Args:
-            batches: Batches a step, over all ranks.
-            add: Gets the loss of each of this rank's batches.
-            step: Called on every rank after each step's batches, with their number.
-            more: Whether further losses are wanted.
+            batches: Batches per step, over all ranks.
+            add: Called with the loss of each of this rank's batches.
+            step: Called on every rank after the batches of a step, with their number.
+            more: Returns whether another loss is required.
         """
         rank, size = world()
         steps, seen, stepped = -(-self.batches // batches), 0, 0
@@ -213,7 +212,7 @@ class _Features(TargetFeatures):
 
 
 def _affine_parameters(units: list[Unit]) -> list[Tensor]:
-    """Biases of the layers, and weights and biases of the normalizations beside them."""
+    """Biases of the layers, and weights and biases of the normalizations in their units."""
     found: dict[int, Tensor] = {}
     for unit in units:
         for layer in unit.layers.values():

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""GPTQ: round column by column, each error made up for by the columns not yet rounded.
+"""GPTQ: rounds column by column; the columns not yet rounded compensate each error.
 
 Source: arXiv 2210.17323, algorithm 1; the target of ``asymmetric`` is that of
 arXiv 2504.02692 (GPTAQ), equation 5, in closed form; ``guided`` is arXiv 2505.07004.
@@ -39,25 +39,25 @@ _BLOCK = 128
 class GPTQ(UnitPTQ):
     """Rounding that minimises the error of each layer's output, ``|| (W - W^) X ||^2``.
 
-    X are the layer's input codes in the model whose layers before are quantized already,
-    so the Hessian X X^T is an exact sum of integers. A per-channel input scale is folded
-    into W. A transposed convolution whose kernels overlap is no matrix product: it is
-    rounded to nearest, with a note.
+    X are the layer's input codes in the model whose earlier layers are quantized, so the
+    Hessian X X^T is an exact sum of integers. A per-channel input scale is folded into W.
+    A transposed convolution with overlapping kernels is not a matrix product: it is rounded
+    to nearest, with a note.
 
     Args:
         range: ``mse``, ``percentile``, ``minmax``, or ``hessian`` for the squared error
-            weighted by the Hessian's diagonal; None keeps the scale of an algorithm before,
-            or else takes ``mse``.
+            weighted by the Hessian's diagonal; None keeps the scale of an earlier algorithm,
+            or is ``mse`` without one.
         damping: Added to the diagonal, relative to its mean.
         act_order: Round the columns with the largest inputs first.
-        asymmetric: Approach the output of the stage-1 model on its own inputs, so that a
-            layer also makes up for the errors of those before, as far as this holds on
-            images that it was not fitted to (``Target``); False for the output of the float
-            layer on the quantized model's inputs.
-        max_columns: Columns whose products are kept; wider layers are cut into parts.
-        guided: Power of the squared gradient of the model's features by which each token of a
-            linear layer counts in its Hessian (``TokenWeights``); 0 to count all alike. It
-            needs the memory of training with one calibration batch.
+        asymmetric: Fit the output of the stage-1 model on its own inputs, so that a layer
+            also compensates errors of earlier layers, as far as this generalises to images
+            outside the fit (``Target``); False fits the output of the float layer on the
+            quantized model's inputs.
+        max_columns: Most columns of a Hessian; wider layers are split.
+        guided: Exponent of a token's squared feature gradient, its weight in the Hessian of a
+            linear layer (``TokenWeights``); 0 for equal weights. It needs the memory of
+            training with one calibration batch.
 
     Raises:
         ValueError: If an option is out of range.
@@ -86,12 +86,12 @@ class GPTQ(UnitPTQ):
         self._guidance: TokenWeights | None = None
 
     def options(self) -> dict[str, Any]:
-        """As in the base class; ``guided`` where it counts, so that older folders are found."""
+        """As in the base class; without ``guided`` if it is 0, as in folders of older versions."""
         found = super().options()
         return found if self.guided else {k: v for k, v in found.items() if k != 'guided'}
 
     def begin(self, task: PTQTask, units: Sequence[Unit]) -> None:
-        """Weigh the tokens, with the weights of stage 1."""
+        """Compute the token weights, with the weights of stage 1."""
         self._guidance = None
         if self.guided:
             with task.stage1():
@@ -118,11 +118,11 @@ class GPTQ(UnitPTQ):
         inputs: CallStore,
         reference: CallStore | None,
     ) -> tuple[CodeProducts, list[Target]]:
-        """Sums of ``q q^T``, and with a reference those of a target a column range."""
+        """Sums of ``q q^T``, and with a reference a target for each column range."""
         layer = unit.layers[name]
         device = layer.weight.device
         splits = column_splits(to_rows(layer, layer.weight).shape[2], self.max_columns)
-        # with a target by halves of the images, so that one can be checked on the other
+        # a target needs separate sums for two halves of the images, to check each on the other
         own = [CodeProducts(layer, splits, device) for _ in range(2 if reference else 1)]
         cross = [CodeProducts(layer, splits, device) for _ in range(2 if reference else 0)]
         call = 0
@@ -165,10 +165,10 @@ class GPTQ(UnitPTQ):
         """Quantize one layer.
 
         Args:
-            layer: The layer; its range is kept if it has one and no other is asked for.
+            layer: The layer; an existing range is kept if ``range`` is None.
             weight: Float weight, not folded.
             own: Products of its input codes.
-            targets: What to aim at in each column range; empty for the float weight.
+            targets: Target of each column range; empty for the float weight.
         """
         rows = to_rows(layer, folded(layer, weight)).double()
         for index, target in enumerate(targets):
@@ -254,14 +254,14 @@ def not_worse(
     zero_point: Tensor,
     quant_range: tuple[int, int],
 ) -> Tensor:
-    """The rows of ``codes``, rounded to nearest where that gives the smaller output error."""
+    """``codes``, with rows rounded to nearest where that has the smaller output error."""
     nearest = nearest_codes(rows, scale, zero_point, quant_range)
     error, plain = (output_error(rows, c * scale, hessian) for c in (codes, nearest))
     return torch.where(error <= plain, codes, nearest)
 
 
 def layer_codes(unit: Unit, name: str, inputs: CallStore, index: int) -> list[Tensor]:
-    """Input codes of a layer in one call of its unit, one tensor a call of the layer."""
+    """Input codes of a layer in one call of its unit, one tensor per call of the layer."""
     layer = unit.layers[name]
     caught = layer_inputs(unit, [name], inputs[index])[name]
     return [codes_of(layer, x) for x in caught]

@@ -1,12 +1,12 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""How much each token of a layer's output matters to the model's features.
+"""Token weights for GPTQ: influence of each output token of a layer on the model's features.
 
-In the last blocks of a classifier only the class token reaches the head, one of hundreds; a
-Hessian that counts all tokens alike rounds the weights for the others.
+In the last blocks of a classifier only the class token, one of hundreds, reaches the head; a
+Hessian with equal weights optimizes the rounding for the other tokens.
 
 Source: GuidedQuant (arXiv 2505.07004), equation 6, with the features in place of the task loss:
-the gradient of a random projection of the features gives the diagonal of their Gauss-Newton
-matrix on average.
+the expected squared gradient of a random projection of the features is the diagonal of their
+Gauss-Newton matrix.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +25,21 @@ from .feature_source import feature_source
 from .soft_rounding import only_trainable, without_checkpointing
 
 LOWEST = -16
-"""Power of two below which weights of tokens are cut off, relative to the largest one."""
+"""Exponent of two at which token weights are clipped, relative to the largest one."""
 
 
 class TokenWeights:
     """Weights of the output tokens of linear layers, powers of two.
 
-    Sums of products of codes stay exact with them, in any order. Layers of other kinds, and
-    those that the features do not depend on, have none.
+    With powers of two, sums of products of codes stay exact in any order. Other layers, and
+    layers that the features do not depend on, have no weights.
 
     Args:
-        task: Its model holds the stage-1 weights; runs once over the images, with gradients.
+        task: The task; its model has the stage-1 weights and runs once over the images, with
+            gradients.
         units: All units, in the order in which they run.
-        exponent: The weight is the token's share of the squared gradient to this power: 1 for
-            the Gauss-Newton matrix, 0.5 where few images determine it.
+        exponent: Power of the token's squared gradient: 1 for the Gauss-Newton matrix, 0.5
+            for estimates from few images.
     """
 
     def __init__(self, task: PTQTask, units: Sequence[Unit], exponent: float) -> None:
@@ -47,11 +48,11 @@ class TokenWeights:
         self._levels = {name: _levels(found, exponent) for name, found in energies.items()}
 
     def of_call(self, name: str, index: int, tokens: int) -> Tensor | None:
-        """Exponents of two, ``(tokens,)``; None for a layer or a call that has none.
+        """Exponents of two, ``(tokens,)``; None for a layer or call without weights.
 
         Args:
             name: Layer.
-            index: Number of its call in the pass over this rank's images.
+            index: Index of the call in the pass over this rank's images.
             tokens: Rows of the layer's input, flattened.
         """
         levels = self._levels.get(name)
@@ -61,7 +62,7 @@ class TokenWeights:
 
 
 def _levels(energies: Sequence[Tensor], exponent: float) -> list[Tensor] | None:
-    """Exponents of two relative to the largest, of all ranks' tokens."""
+    """Exponents of two relative to the largest over the tokens of all ranks."""
     powers = [(exponent * e.log2()).round() for e in energies]
     own = max((float(p.max()) for p in powers if p.numel()), default=-float('inf'))
     largest = float(all_reduce_max(torch.tensor(own)))
@@ -73,7 +74,7 @@ def _levels(energies: Sequence[Tensor], exponent: float) -> list[Tensor] | None:
 def _energies(
     task: PTQTask, units: Sequence[Unit], layers: dict[str, Any]
 ) -> dict[str, list[Tensor]]:
-    """Squared gradient of a random projection of the features, by layer, call and token."""
+    """Squared gradient of a random projection of the features, per layer, call and token."""
     assert task.run_pass is not None
     source, _ = feature_source(task.model, units)
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
@@ -109,14 +110,14 @@ def _energies(
 
 
 def _projection(feature: Tensor, generator: torch.Generator) -> Tensor:
-    """A random projection of a feature, relative to its size."""
+    """Random projection of a feature, divided by the feature's norm."""
     signs = torch.randn(feature.shape, generator=generator).to(feature.device, feature.dtype)
     return (feature * signs).sum() / feature.detach().norm().clamp_min(1e-12)
 
 
 @contextmanager
 def _outputs(layers: dict[str, Any]) -> Iterator[dict[str, list[Tensor]]]:
-    """While open, the outputs of each call of the layers."""
+    """Context manager: collects the outputs of each call of the layers."""
     calls: dict[str, list[Tensor]] = {name: [] for name in layers}
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Tensor], None]:

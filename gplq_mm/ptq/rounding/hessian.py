@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """Hessian with dead inputs decoupled and its diagonal raised.
+    """Hessian with a damped diagonal; inputs that are always zero are decoupled.
 
     Args:
         hessian: ``(groups, columns, columns)``.
@@ -20,7 +20,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 
 
 def stable_cholesky(matrix: Tensor) -> Tensor:
-    """Lower Cholesky factor; a singular matrix is damped until it and its inverse have one.
+    """Lower Cholesky factor; a singular matrix is damped until it and its inverse have a factor.
 
     Args:
         matrix: ``(groups, columns, columns)``, symmetric.

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Learned rounding: each weight between two neighbouring codes, driven to one of them.
+"""Learned rounding: each weight starts between two neighbouring codes and converges to one.
 
 Source: AdaRound, arXiv 2004.10568, equations 22 to 25.
 """
@@ -19,7 +19,7 @@ ZETA, GAMMA = 1.1, -0.1
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """Share of the upper code, 0 to 1, reached with a slope.
+    """Share of the upper code, 0 to 1; both ends are reached with a nonzero slope.
 
     Examples:
         >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
@@ -29,7 +29,7 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 
 
 def inverse_rectified_sigmoid(share: Tensor) -> Tensor:
-    """The ``v`` of a share, which is moved off 0 and 1 where the slope ends.
+    """The ``v`` of a share; shares near 0 and 1, where the slope is zero, are clipped.
 
     Examples:
         >>> rectified_sigmoid(inverse_rectified_sigmoid(torch.tensor([0.25, 1.0])))
@@ -40,14 +40,14 @@ def inverse_rectified_sigmoid(share: Tensor) -> Tensor:
 
 
 class SoftRounding(nn.Module):
-    """Weight of one layer with learnable rounding and, if asked for, a learnable scale.
+    """Weight of one layer with learnable rounding and, optionally, a learnable scale.
 
     Args:
-        layer: Its quantizer has a scale; if its weight holds codes they are the start.
+        layer: Layer whose weight quantizer has a scale; its codes are the initial rounding.
         weight: Stage-1 weight, not folded.
         learn_scale: Whether the weight scale is learned (as a factor).
-        commitment: How far the start is the layer's codes (1) rather than the float
-            weight between its neighbours (0).
+        commitment: Initial rounding, between the layer's codes (1) and the position of the
+            float weight between its neighbours (0).
     """
 
     def __init__(
@@ -79,12 +79,12 @@ class SoftRounding(nn.Module):
         return rectified_sigmoid(self.v)
 
     def weight(self) -> Tensor:
-        """Soft weight, as the layer multiplies it."""
+        """Soft weight, not folded: the layer's effective weight."""
         codes = torch.minimum(self.base + self.share(), self.high)
         return self.layer.unfolded_weight(codes * (self.scale * self.log_factor.exp()))
 
     def regularizer(self, beta: float) -> Tensor:
-        """``mean(1 - |2 h - 1|^beta)``: 0 once every share is 0 or 1."""
+        """``mean(1 - |2 h - 1|^beta)``: 0 if every share is 0 or 1."""
         return 1 - (2 * self.share() - 1).abs().pow(beta).mean()
 
     @torch.no_grad()
@@ -99,7 +99,7 @@ class SoftRounding(nn.Module):
 
 @contextmanager
 def soft_weights(roundings: Iterable[SoftRounding]) -> Iterator[None]:
-    """While open, the layers multiply their soft weights, and gradients reach the roundings."""
+    """Context manager: the layers use their soft weights, and roundings get gradients."""
     roundings = list(roundings)
     try:
         for rounding in roundings:
@@ -112,7 +112,7 @@ def soft_weights(roundings: Iterable[SoftRounding]) -> Iterator[None]:
 
 @contextmanager
 def only_trainable(module: nn.Module, parameters: Iterable[Any]) -> Iterator[None]:
-    """While open, of all parameters of ``module`` only the given ones take gradients."""
+    """Context manager: only the given parameters of ``module`` require gradients."""
     trainable = {id(p) for p in parameters}
     before = {p: p.requires_grad for p in module.parameters()}
     try:
@@ -127,7 +127,7 @@ def only_trainable(module: nn.Module, parameters: Iterable[Any]) -> Iterator[Non
 
 @contextmanager
 def without_checkpointing(model: nn.Module) -> Iterator[None]:
-    """Activation checkpointing (``with_cp``) off: it cannot give gradients of chosen tensors."""
+    """Context manager: turns off activation checkpointing, which breaks ``autograd.grad``."""
     switched = [m for m in model.modules() if getattr(m, 'with_cp', False) is True]
     try:
         for module in switched:

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Weights that make up for the errors of the layers before, fitted with a check."""
+"""Weights fitted to compensate errors of earlier layers, checked on images outside the fit."""
 
 from dataclasses import dataclass
 
@@ -15,15 +15,15 @@ _DAMPINGS = (0.1, 1.0, 10.0)
 
 @dataclass
 class Target:
-    """What a layer's float weights should be, so that its output is that of stage 1.
+    """Target of a layer's rounding: float weights with which its output is that of stage 1.
 
-    The least-squares change ``W (sum (p - q) q^T) H^-1`` follows what the errors of the layers
-    before have in common with the input. From few images most of it is chance, so it is damped
-    as is best for the other half of the images, and left out where it does not help there.
+    The least-squares change ``W (sum (p - q) q^T) H^-1`` fits the part of the earlier layers'
+    errors that is correlated with the input. With few images most of it is noise, so its
+    damping is chosen on the other half of the images; without a gain there it is not used.
 
     Attributes:
-        hessians: ``sum q q^T`` of either half of the images, ``(groups, columns, columns)``.
-        crosses: ``sum (p - q) q^T`` likewise; p: stage-1 codes, q: those of the quantized model.
+        hessians: ``sum q q^T`` of each half of the images, ``(groups, columns, columns)``.
+        crosses: ``sum (p - q) q^T``, same shape; p: stage-1 codes, q: codes of the quantized model.
     """
 
     hessians: list[Tensor]
@@ -34,7 +34,7 @@ class Target:
 
         Args:
             rows: Float weights, ``(groups, rows, columns)``, float64.
-            damping: The least that the Hessian's diagonal is raised by, relative to its mean.
+            damping: Smallest damping of the Hessian's diagonal, relative to its mean.
         """
         strengths = sorted({damping, *(d for d in _DAMPINGS if d > damping)})
         gains = [self.gain(rows, strength) for strength in strengths]
@@ -45,7 +45,7 @@ class Target:
         return rows + change(rows, hessian, cross, strengths[best])
 
     def gain(self, rows: Tensor, damping: float) -> float:
-        """By how much the squared output error falls on the half that was not fitted to."""
+        """Decrease of the squared output error on the half of the images outside the fit."""
         gain = 0.0
         for fitted, other in ((0, 1), (1, 0)):
             found = change(rows, self.hessians[fitted], self.crosses[fitted], damping)
@@ -55,12 +55,12 @@ class Target:
 
 
 def change(rows: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tensor:
-    """Least-squares change of weight rows, see ``Target``; shapes as there."""
+    """Least-squares change of weight rows; shapes as in ``Target``."""
     lower = stable_cholesky(damped(hessian, damping))
     return torch.cholesky_solve((rows @ cross).transpose(1, 2), lower).transpose(1, 2)
 
 
 def image_numbers(inputs: CallStore) -> list[int]:
-    """Number over all ranks of the batch of images that each kept call belongs to."""
+    """Global number of the batch of images of each stored call."""
     rank, size = world()
     return [rank + size * i for i, calls in enumerate(inputs.batches) for _ in range(calls)]

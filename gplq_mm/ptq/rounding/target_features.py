@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Features that the quantized model is to have: those of the stage-1 or of the float model."""
+"""Target features of the quantized model: those of the stage-1 or of the float model."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -17,14 +17,14 @@ from .feature_source import FeatureSource
 
 
 class TargetFeatures:
-    """Features of another state of the model on all images, from one pass.
+    """Features of another state of the model on all images, stored in one pass.
 
     Args:
         task: The task.
-        source: Which features.
-        budget_bytes: Features kept in memory; the rest lies on disk.
+        source: The features to store.
+        budget_bytes: Bytes of features kept in memory; the rest is on disk.
         run_pass: Runs the model over this rank's images; ``task.run_pass`` if None.
-        state: Opens the state whose features are wanted; that of stage 1 if None.
+        state: Context manager of the target state; ``task.stage1`` if None.
 
     Attributes:
         batches: Calibration batches over all ranks.
@@ -54,16 +54,16 @@ class TargetFeatures:
             self.run_pass()
 
     def keep(self, run: partial[Any]) -> None:
-        """Keep the features that one batch has in the other state."""
+        """Store the features of one batch in the target state."""
         with self.state():
             self.targets.append(Call(tuple(self.source.features(run, len(self.targets)))))
 
     def loss(self, run: Callable[[], Any], index: int) -> Tensor:
-        """Mean over a batch's features of their squared error, each relative to its power.
+        """Mean squared error of a batch's features, each divided by its power.
 
         Args:
             run: The model's forward with the batch.
-            index: Number of the batch on this rank.
+            index: Index of the batch on this rank.
         """
         parts = []
         for y, stored in zip(

@@ -98,7 +98,7 @@ def test_without_a_float_model_it_says_what_it_aims_at() -> None:
     ptq = ['minmax', dict(type='finetune', lr=0.01, epochs=4)]
     data = images(64, seed=3)
     notes = run_stage2(model, recipe_with(ptq), run_pass(model, data)).notes
-    assert notes == ['finetune: no float model is at hand; it aims at the features of stage 1']
+    assert notes == ['finetune: there is no float model; its targets are the features of stage 1']
     assert error(model, stage1, data) < 0.95 * error(rounded, stage1, data)
 
 
@@ -108,7 +108,7 @@ def test_what_does_harm_is_undone() -> None:
         model, run = stage1_stack()
         notes = run_stage2(model, recipe_with(ptq), run).notes
         states.append(model.state_dict())
-    assert notes[-1] == 'finetune: the features of held-out images came no closer; undone'
+    assert notes[-1] == 'finetune: undone, since the feature error of held-out images did not fall'
     assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
 
 

@@ -110,18 +110,18 @@ def test_repq_leaves_a_norm_with_other_readers_alone() -> None:
     task = reparameterize(model, run)
     torch.testing.assert_close(float_output(model), wanted, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.layers[0].ln2.weight, norm)
-    assert task.notes == ['layers.0: a LayerNorm has readers besides linear layers, left as it is']
+    assert task.notes == ['layers.0: a LayerNorm has consumers besides linear layers; not changed']
 
 
 @pytest.mark.parametrize(
     ('ptq', 'message'),
     [
         (['mse', 'repq'], 'repq changes float weights; put it before mse'),
-        (['qwt', 'gptq'], 'qwt mends quantized weights; put it behind gptq'),
+        (['qwt', 'gptq'], 'qwt corrects quantized weights; put it after gptq'),
         ('repq', "none of these rounds weights; write ['repq', 'gptq']"),
         ('bias_correction', "none of these rounds weights; write ['gptq', 'bias_correction']"),
         (['repq', 'qwt_v2'], "write ['repq', 'gptq', 'qwt_v2']"),
-        (['global', 'mse'], 'global mends quantized weights; put it behind mse'),
+        (['global', 'mse'], 'global corrects quantized weights; put it after mse'),
     ],
 )
 def test_an_order_that_cannot_work_is_refused_before_stage_1(ptq: Any, message: str) -> None:
@@ -207,8 +207,8 @@ def test_reference_of_a_combination_has_the_stage_1_biases() -> None:
         torch.testing.assert_close(value, states[1][name], atol=1e-5, rtol=1e-4)
 
 
-def test_reference_behind_global_has_the_stage_1_normalizations() -> None:
-    """`global` trains LayerNorms; bias correction behind it still aims at stage 1's means."""
+def test_reference_after_global_has_the_stage_1_normalizations() -> None:
+    """`global` trains LayerNorms; bias correction after it still restores stage 1's means."""
     stage1, run = stage1_stack(2)
     wanted = {n: layer_outputs(stage1, n).mean(0) for n in ('layers.0.ffn.0', 'head')}
     quantize(stage1, run, ['mse', dict(type='global', steps=10, lr=0.05), 'bias_correction'])
@@ -217,7 +217,7 @@ def test_reference_behind_global_has_the_stage_1_normalizations() -> None:
         np.testing.assert_allclose(layer_outputs(stage1, name).mean(0), mean, atol=1e-5)
 
 
-def test_weight_error_behind_repq_is_that_of_the_columns_as_they_were() -> None:
+def test_weight_error_after_repq_is_that_of_the_columns_as_they_were() -> None:
     model, run = uneven_stack()
     before = {n: la.weight.detach().clone() for n, la in quantized_layers(model).items()}
     task = reparameterize(model, run)

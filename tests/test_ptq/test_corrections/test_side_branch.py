@@ -158,7 +158,7 @@ def test_singular_inputs_have_an_answer(ridge):
     for name, block in compensated_blocks(model).items():
         assert block.compensation.weight.isfinite().all()
         assert results[name].mse_after <= results[name].mse_before
-        assert results[name].mse_after < 1e-10  # a bias alone mends one token
+        assert results[name].mse_after < 1e-10  # a bias alone corrects one token
 
 
 def test_directions_that_do_not_vary_get_no_weight():

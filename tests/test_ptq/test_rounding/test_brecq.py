@@ -197,7 +197,7 @@ def test_global_that_does_harm_is_undone() -> None:
         model, run = stage1_stack(2)
         notes = quantize(model, run, ptq).notes
         states.append(model.state_dict())
-    assert notes == ['global: the features came no closer; undone']
+    assert notes == ['global: undone, since the feature error did not fall']
     assert [n for n in states[0] if not torch.equal(states[0][n], states[1][n])] == []
 
 

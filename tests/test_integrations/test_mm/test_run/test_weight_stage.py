@@ -83,7 +83,7 @@ def test_fine_tuning_without_the_float_checkpoint_says_so(
         if hasattr(hook, 'source'):
             hook.source = {**hook.source, 'path': 'gone.pth'}
     notes = weight_stage.run(runner, ptq=['minmax', 'finetune']).data['stage2']['notes']
-    assert 'no float model is at hand' in notes[0]
+    assert 'there is no float model' in notes[0]
 
 
 def test_an_unknown_algorithm_is_refused(runner: Runner) -> None:
