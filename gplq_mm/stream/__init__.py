@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Running a model over images unit by unit, one unit's activations at a time."""
+"""Runs a model over images unit by unit, with the activations of one unit at a time."""
 
 from .calls import Call, CallStore, all_tensors
 from .interception import Reached, intercepted

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Find the transformer blocks of a model without knowing any library's classes."""
+"""Transformer blocks of a model, found by structure and not by class."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -13,11 +13,11 @@ _FFN_NAMES = ('ffn', 'mlp')
 
 
 def is_block(module: nn.Module) -> bool:
-    """Whether a module holds both an attention and a feed-forward child.
+    """Whether a module has both an attention and a feed-forward child.
 
     True for the blocks of mmpretrain's ViT, DeiT III, BEiT, ViTSAM, Swin and Swin V2,
     mmdet's Swin and the ViTDet project, whose first input and output are tokens
-    ``(B, ..., C)``. A decoder layer (``cross_attn``) is none.
+    ``(B, ..., C)``. False for a decoder layer (``cross_attn``).
     """
     children = {name for name, child in module.named_children() if child is not None}
     return (
@@ -31,7 +31,7 @@ def block_width(block: nn.Module) -> int:
     """Channels C of a block's tokens: the size of its first normalization.
 
     Raises:
-        ValueError: If no child tells the width.
+        ValueError: If no child determines the width.
     """
     for child in block.children():
         shape = getattr(child, 'normalized_shape', None)
@@ -42,13 +42,13 @@ def block_width(block: nn.Module) -> int:
         if isinstance(width, int):
             return width
     raise ValueError(
-        f'{type(block).__name__}: no LayerNorm child and no embed_dims tell how wide its tokens '
-        'are; leave it out of compensation.blocks'
+        f'{type(block).__name__}: the width of its tokens is unknown, it has no LayerNorm child '
+        'and no embed_dims; leave it out of compensation.blocks'
     )
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] = 'auto') -> dict[str, nn.Module]:
-    """Transformer blocks that hold a quantized layer, by name, in model order.
+    """Transformer blocks with a quantized layer, by name, in model order.
 
     Args:
         model: Converted model.

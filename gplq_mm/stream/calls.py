@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Calls of a module with their inputs, kept in memory up to a budget and on disk beyond it."""
+"""Calls of a module with their inputs, stored in memory up to a budget and on disk beyond it."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ class Call:
         return found
 
     def signature(self) -> str:
-        """Equal for calls that may run as one batch: shapes and all that is no tensor."""
+        """Equal for calls that can run as one batch: shapes, and all other arguments."""
         return repr(self.map(lambda t: (tuple(t.shape[1:]), str(t.dtype))))
 
 
@@ -53,7 +53,7 @@ def map_tensors(value: Any, function: Callable[[Tensor], Any]) -> Any:
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
-    """``function`` of everything in nested lists, tuples and dicts."""
+    """Replace every leaf of nested lists, tuples and dicts by ``function(leaf)``."""
     if isinstance(value, tuple | list):
         return type(value)(map_leaves(v, function) for v in value)
     if isinstance(value, dict):
@@ -69,16 +69,16 @@ def all_tensors(value: Any) -> list[Tensor]:
 
 
 class CallStore:
-    """A list of calls on the CPU; what exceeds the budget lies in a temporary folder.
+    """List of calls on the CPU; tensors beyond the budget are in a temporary folder.
 
     Args:
-        budget_bytes: Tensors kept in memory.
-        folder: Where the temporary folder is made, and itself made if absent; the system's
-            if None.
+        budget_bytes: Bytes of tensors kept in memory.
+        folder: Parent of the temporary folder, created if absent; the system's temporary
+            folder if None.
 
     Attributes:
-        bytes_in_memory: Of the tensors that are not on disk.
-        batches: How many calls each batch of images made.
+        bytes_in_memory: Bytes of the tensors that are not on disk.
+        batches: Number of calls in each batch of images.
     """
 
     def __init__(self, budget_bytes: int, folder: str | None = None) -> None:
@@ -93,7 +93,7 @@ class CallStore:
         return CallStore(self.budget_bytes, self.folder)
 
     def append(self, call: Call) -> None:
-        """Keep a copy of a call."""
+        """Store a copy of a call."""
         copied = call.map(lambda t: t.detach().to('cpu', copy=True))
         size = sum(t.numel() * t.element_size() for t in copied.tensors)
         if self.bytes_in_memory + size <= self.budget_bytes:
@@ -117,7 +117,7 @@ class CallStore:
         return len(self._calls)
 
     def __getitem__(self, index: int) -> Call:
-        """A copy of a call, which its receiver may change."""
+        """A copy of a call, which may be changed in place."""
         kept = self._calls[index]
         if isinstance(kept, Call):
             return kept.map(torch.clone)
@@ -129,7 +129,7 @@ class CallStore:
 
 
 class _Hole:
-    """Stands for a tensor that lies on disk."""
+    """Placeholder of a tensor on disk."""
 
 
 _HOLE = _Hole()

@@ -11,7 +11,7 @@ from ..quantizers import FakeQuantizer, Observer
 
 
 def world() -> tuple[int, int]:
-    """``(rank, world_size)``; ``(0, 1)`` where no process group exists.
+    """``(rank, world_size)``; ``(0, 1)`` without a process group.
 
     Examples:
         >>> world()
@@ -25,7 +25,7 @@ def world() -> tuple[int, int]:
 def synchronize_observer(quantizer: FakeQuantizer) -> None:
     """Reduce the statistics of a quantizer's observer over all ranks.
 
-    A rank whose share never reached the quantizer takes part with the neutral
+    A rank whose images did not reach the quantizer contributes the neutral
     element. Does nothing without a process group.
     """
     observer = quantizer.observer
@@ -56,12 +56,12 @@ def all_reduce_max(value: Tensor) -> Tensor:
 
 
 def on_all_ranks(fact: bool) -> bool:
-    """Whether something holds on every rank: for what decides on further collectives."""
+    """Whether a condition is true on every rank, to decide on further collectives together."""
     return not all_reduce_max(torch.tensor(float(not fact))).item()
 
 
 def broadcast_from_0(value: Tensor) -> Tensor:
-    """Rank 0's values on all ranks, whatever each one's LAPACK gave."""
+    """Broadcast rank 0's values; factorizations differ between ranks."""
     if world()[1] > 1:
         value = value.contiguous()
         dist.broadcast(value, 0)
@@ -78,7 +78,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def _reduce_in_place(value: Tensor, operation: dist.ReduceOp.RedOpType) -> None:
-    """Reduce a tensor of any device; NCCL alone knows no CPU tensors."""
+    """Reduce a tensor of any device; NCCL does not support CPU tensors."""
     if world()[1] == 1:
         return
     if value.device.type == 'cpu' and dist.get_backend() == 'nccl':

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, a model is in evaluation mode; then each module has its own mode again."""
+    """Context manager: evaluation mode; at the end each module returns to its own mode."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

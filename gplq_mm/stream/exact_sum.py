@@ -8,22 +8,22 @@ from torch import Tensor
 from .distributed import world
 
 _QUANTA = (2.0**20, 2.0**-20, 2.0**-60)
-"""Each term is cut into integer multiples of these; multiples add without rounding."""
+"""Each term is split into integer multiples of these; multiples add without rounding."""
 
 
 class ExactSum:
     """Running float64 sum, bit-equal for every order and every split over ranks.
 
-    A term is cut at fixed binary places into three parts, and float64 adds the
-    parts without rounding as long as no sum of parts needs more than 53 bits: terms
-    below 2^72 and 2^13 of them are safe. What lies below 2^-61 is dropped.
+    A term is split at fixed binary places into three parts, and float64 adds the
+    parts without rounding as long as no sum of parts needs more than 53 bits: up to
+    2^13 terms below 2^72. Digits below 2^-61 are dropped.
 
     Source: pre-rounding as in Demmel and Nguyen, "Fast reproducible floating-point
     summation" (ARITH 2013), with fixed instead of data-dependent places.
 
     Args:
         shape: Shape of a term.
-        device: Where to sum.
+        device: Device of the sum.
 
     Examples:
         >>> total = ExactSum((1,), torch.device('cpu'))

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Take over a model's forward passes, and leave them early."""
+"""Intercepts a model's forward passes, and stops them early."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,20 +9,20 @@ from typing import Any
 from torch import nn
 
 _ENTRIES = ('forward', 'extract_feat')
-"""Methods by which a pass over images may call a model."""
+"""Methods with which a pass over images calls a model."""
 
 
 class Reached(Exception):  # noqa: N818
-    """Leaves the model's forward as soon as all that is wanted was seen."""
+    """Stops the model's forward pass when the required modules have run."""
 
 
 @contextmanager
 def intercepted(model: nn.Module, handle: Callable[[partial[Any]], None]) -> Iterator[None]:
-    """While open, calling the model calls ``handle`` with the forward to run, and gives None.
+    """Context manager: a call of the model calls ``handle`` with the forward, and returns None.
 
     Args:
-        model: Its ``forward`` and, where it has one, its ``extract_feat`` are taken over;
-            a call of the one from the other is the model's own.
+        model: Its ``forward`` and ``extract_feat`` are replaced; calls between the two are
+            not intercepted.
         handle: Called once for each batch of images, with the forward and its arguments.
     """
     own = {name: vars(model).get(name) for name in _ENTRIES if hasattr(model, name)}
@@ -54,6 +54,6 @@ def intercepted(model: nn.Module, handle: Callable[[partial[Any]], None]) -> Ite
 
 
 def run_until_reached(run: Callable[[], Any]) -> None:
-    """Run ``run`` until it ends or a hook raises ``Reached``."""
+    """Call ``run``; it ends early if a hook raises ``Reached``."""
     with suppress(Reached):
         run()

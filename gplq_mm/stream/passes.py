@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What procedures over images are given by their caller: a pass, and somebody to tell."""
+"""Types of callbacks: a pass over the images, and a progress report."""
 
 from collections.abc import Callable
 

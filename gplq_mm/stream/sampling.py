@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Random batches of kept calls."""
+"""Random batches of stored calls."""
 
 import hashlib
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from .distributed import all_reduce_max, gather, world
 
 
 class BatchSampler:
-    """Draws calls that fit together and joins them along their first dimension.
+    """Draws random batches of calls with equal signatures.
 
     Args:
         store: Calls of a unit.
         batch_size: Most calls in a batch.
         max_elements: Most elements of a batch's input, so that memory stays bounded; a
             single call may exceed it.
-        generator: Decides the draw.
+        generator: Random generator.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class BatchSampler:
         self._weights = torch.tensor([float(len(g)) for g in self.groups])
 
     def draw(self) -> list[int]:
-        """Indices of calls, without repetition, all of one signature."""
+        """Indices of different calls with one signature."""
         chosen = int(torch.multinomial(self._weights, 1, generator=self.generator))
         group = self.groups[chosen]
         order = torch.randperm(len(group), generator=self.generator)
@@ -49,8 +49,8 @@ class BatchSampler:
 def join(calls: Sequence[Call]) -> Call:
     """Calls of one signature as one call, tensors joined along the first dimension.
 
-    Tensors whose first dimension is not the batch's (a relative position bias that all blocks
-    share) are the same in all calls of a signature and are handed on.
+    Tensors whose first dimension is not the batch (such as a relative position bias shared by
+    all blocks) are equal in all calls of a signature and are passed unchanged.
     """
     if len(calls) == 1:
         return calls[0]
@@ -65,7 +65,7 @@ def join(calls: Sequence[Call]) -> Call:
 
 
 def _batch(call: Call) -> int | None:
-    """Length of the first tensor: images, or windows."""
+    """Batch size of a call, the length of its first tensor: images, or windows."""
     return next((_length(t) for t in call.tensors), None)
 
 
@@ -74,7 +74,7 @@ def _length(tensor: Tensor) -> int | None:
 
 
 def _without_batch(call: Call) -> list[str]:
-    """Hashes of the tensors whose first dimension is not the batch's."""
+    """Hashes of the tensors whose first dimension is not the batch."""
     batch = _batch(call)
     return [
         hashlib.sha256(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -84,11 +84,11 @@ def _without_batch(call: Call) -> list[str]:
 
 
 def of_all_ranks(store: CallStore, empty: CallStore) -> CallStore:
-    """The calls of all ranks in the order of one rank's, on every rank.
+    """Calls of all ranks on every rank, in the order of a single-rank run.
 
     Args:
-        store: This rank's calls; ``store.batches`` says how many each batch of images made.
-        empty: Where to put them.
+        store: This rank's calls; ``store.batches`` has the number of calls per batch.
+        empty: Store for the result.
     """
     if world()[1] == 1:
         return store

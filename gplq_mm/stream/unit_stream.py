@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Inputs of one unit after the other."""
+"""Calibration inputs of one unit after the other."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,20 +17,20 @@ from .units import Unit
 
 
 class UnitStream:
-    """Gives the inputs of the units in order, holding those of one unit only.
+    """Computes the inputs of the units in order and stores those of one unit at a time.
 
-    Where the input of a unit is the very output of the one before, that unit is run on its
-    kept inputs. Elsewhere (after a neck, after proposals) the images run through the model
-    up to the unit; the two give the same bits.
+    If the input of a unit is the unchanged output of the previous unit, only the previous unit
+    runs, on its stored inputs. Otherwise (after a neck, after proposals) the images run through
+    the model up to the unit; both give the same bits.
 
     Args:
         model: Converted model in evaluation mode.
         units: From ``find_units``.
         run_pass: Runs the model over this rank's images.
-        context: Opened around every run, for example the one that puts the stage-1
-            weights into the model; None for none.
-        budget_bytes: Inputs kept in memory; the rest lies on disk.
-        folder: Where the rest lies; the system's temporary folder if None.
+        context: Context manager for every run, for example one that restores the stage-1
+            weights; None for none.
+        budget_bytes: Bytes of inputs kept in memory; the rest is on disk.
+        folder: Folder for the rest; the system's temporary folder if None.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class UnitStream:
 
     @torch.no_grad()
     def inputs(self, index: int) -> CallStore:
-        """Calls of unit ``index`` with the model as it is now.
+        """Calls of unit ``index`` with the current model.
 
-        Ask for the units in order, each after the one before has its final weights; units
-        may be left out.
+        Call it for the units in order, after the previous unit has its final weights; units
+        may be skipped.
         """
         with self.context():
             if self._store is not None and index == self._index + 1 and self._links:
@@ -69,18 +69,18 @@ class UnitStream:
         return CallStore(self.budget_bytes, self.folder)
 
     def _advance(self) -> None:
-        """Run the present unit on its inputs; its outputs are the next one's inputs."""
+        """Run the current unit on its inputs; its outputs are the inputs of the next one."""
         assert self._store is not None
         module, links, store = self.units[self._index].module, self._links.pop(0), self._new_store()
         device = _device(module)
         for call, link in zip(self._store, links, strict=True):
-            handed_on = _first(run_unit(module, call, device))
-            store.append(link.filled(_LINK, repeat(handed_on).__next__))
+            output = _first(run_unit(module, call, device))
+            store.append(link.filled(_LINK, repeat(output).__next__))
         store.batches = [1] * len(store)
         self._store = store
 
     def _capture(self, index: int) -> None:
-        """Run the images up to the unit, and on as long as unit follows on unit directly."""
+        """Run the images up to the unit, and on while each unit's input is the previous output."""
         self._store = store = self._new_store()
         chains: list[list[Call]] = []
 
@@ -97,14 +97,14 @@ class UnitStream:
 
 
 class _Link:
-    """Stands for the output of the unit before."""
+    """Placeholder of the output of the previous unit."""
 
 
 _LINK = _Link()
 
 
 class _Recorder:
-    """Stores the calls of the first unit in one forward pass, and links of those behind it."""
+    """Stores the calls of the first unit in a forward pass, and links of the units after it."""
 
     def __init__(self, units: Sequence[Unit], store: CallStore) -> None:
         self.units, self.store = units, store
@@ -133,7 +133,7 @@ class _Recorder:
                 self.store.append(Call(args, dict(kwargs)))
                 return
             if self.calls < self.units[0].runs:
-                return  # units that take turns: the first one runs again
+                return  # units alternate: the first one still has to run again
             link = self._linked(Call(args, dict(kwargs)))
             once = self.calls == 1 and self.units[position].runs == 1
             if position != len(self.links) + 1 or not once or link is None:
@@ -152,7 +152,7 @@ class _Recorder:
         return hook
 
     def _linked(self, call: Call) -> Call | None:
-        """The call with a mark for the last output; None if other tensors take part."""
+        """The call with the last output replaced by a mark; None if it has other tensors."""
         output, version = self._output
         tensors = call.tensors
         if not tensors or any(t is not output or version_of(t) != version for t in tensors):
@@ -161,15 +161,15 @@ class _Recorder:
 
 
 def run_unit(module: nn.Module, call: Call, device: torch.device) -> Any:
-    """Output of a unit for one kept call."""
+    """Output of a unit for one stored call."""
     moved = call.map(lambda t: t.to(device))
     return module(*moved.args, **moved.kwargs)
 
 
 def layer_inputs(unit: Unit, names: Sequence[str], call: Call) -> dict[str, list[Tensor]]:
-    """What layers of a unit get in one call of the unit, for each one tensor a call of the layer.
+    """Inputs of layers in one call of their unit, one tensor per call of the layer.
 
-    The unit runs until all of them are reached.
+    The unit runs until all layers are reached.
     """
     caught: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -195,5 +195,5 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def _first(output: Any) -> Any:
-    """The tensor that a unit hands on: its output, or the first of several."""
+    """The tensor that a unit passes on: its output, or the first of several."""
     return output[0] if isinstance(output, tuple | list) and output else output

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Units: the parts of a model that weight PTQ works on one after the other."""
+"""Units: parts of a model that weight PTQ quantizes one after the other."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +17,12 @@ from .interception import intercepted, run_until_reached
 from .passes import RunPass
 
 MAX_LAYERS = 16
-"""Largest number of quantized layers of a unit that is no transformer block."""
+"""Most quantized layers of a unit that is not a transformer block."""
 
 
 @dataclass
 class _Trace:
-    """What one forward pass called: layers in order with the modules around them, and how often."""
+    """Calls of one forward pass: layers in order, their parent modules, and numbers of calls."""
 
     around: dict[str, tuple[str, ...]] = field(default_factory=dict)
     runs: dict[str, int] = field(default_factory=dict)
@@ -30,15 +30,15 @@ class _Trace:
 
 @dataclass
 class Unit:
-    """A module that is run alone.
+    """A module that stage 2 runs alone and quantizes at once.
 
     Attributes:
         name: Its dotted name.
         module: Transformer block, or patch embedding, patch merging, FPN, RPN head, box or
             mask head, classifier head, single layer.
-        layers: The layers to quantize in it by full name, in the order in which they run.
-        calls: How often a call of the unit calls each layer.
-        runs: How often a forward pass of the model calls the unit.
+        layers: Its layers to quantize by full name, in execution order.
+        calls: Number of calls of each layer per call of the unit.
+        runs: Number of calls of the unit per forward pass of the model.
     """
 
     name: str
@@ -52,20 +52,20 @@ class Unit:
 def find_units(
     model: nn.Module, layers: Mapping[str, QuantizedLayer], run_pass: RunPass
 ) -> list[Unit]:
-    """Units of a model in the order in which they run.
+    """Units of a model in execution order.
 
-    The order is observed on the calibration images, not guessed from names: a transformer
-    block is a unit; any other layer belongs to the outermost module around it that holds no
-    block and at most ``MAX_LAYERS`` layers. All ranks find the same units.
+    The order is observed on the calibration images. A transformer block is a unit; any other
+    layer belongs to the outermost parent module without a block and with at most
+    ``MAX_LAYERS`` layers. All ranks find the same units.
 
     Args:
         model: Converted model in evaluation mode.
         layers: Layers to quantize.
-        run_pass: Runs the model over this rank's images; stops running once every layer
-            was seen.
+        run_pass: Runs the model over this rank's images; the model is not run any more when
+            every layer has run.
 
     Returns:
-        The units; layers that no image reaches are in none.
+        The units; they do not contain layers that no image reaches.
     """
     traces: list[_Trace] = []
     seen: set[str] = set()
@@ -87,7 +87,7 @@ def find_units(
 def _traced(
     model: nn.Module, layers: Mapping[str, QuantizedLayer], trace: _Trace
 ) -> Iterator[None]:
-    """While open, ``trace`` gets each layer's surroundings in order of the first calls."""
+    """Context manager: records each layer's parent modules in ``trace``, in call order."""
     stack: list[str] = []
     handles = []
 
