@@ -1,2 +1,2 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Calibration: scales of activations, and weights fitted to quantized inputs."""
+"""Calibration: scales of activations, and float weights fitted to quantized inputs."""

@@ -1,12 +1,12 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Float weights fitted to quantized inputs: least squares, in closed form, before stage 1.
+"""Float weights fitted to quantized inputs by least squares in closed form, before stage 1.
 
-A layer gets quantized inputs ``x^`` where the float model's gets ``x``. Inputs of a pretrained
-model are correlated, errors of rounding are not, so that weights can average much of the error
-out: ``W' = argmin || W x - W' x^ ||^2``. The correction is the one of QwT (arXiv 2411.13918,
-equation 6) inside the layer itself, so no side branch is left, with GPTAQ's target
-(arXiv 2504.02692, equation 5): the float model's output, errors of the layers before included.
-How far it is damped, or whether it is left out, is decided on images that it was not fitted to.
+A layer has quantized inputs ``x^`` where the float model has ``x``. Inputs of a pretrained
+model are correlated, rounding errors are not, so weights can average out much of the error:
+``W' = argmin || W x - W' x^ ||^2``. It is the correction of QwT (arXiv 2411.13918, equation 6)
+in the layer's own weight instead of a side branch, with GPTAQ's target (arXiv 2504.02692,
+equation 5): the float model's output, so that errors of earlier layers are corrected too.
+Images outside the fit decide on its damping, or that it is not used.
 """
 
 import copy
@@ -19,19 +19,20 @@ from ..ops import QuantLinear
 from ..stream.distributed import broadcast_from_0
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0)
-"""Added to the inputs' correlation matrix."""
+"""Candidates of the damping, added to the correlation matrix of the inputs."""
 HELD_OUT = 4
-"""Each so-manieth image decides on the damping."""
+"""Every n-th image is held out of the fit and used to choose the damping."""
 
 
 @dataclass(frozen=True)
 class Compensation:
-    """What a fit was worth, on images that it was not fitted to.
+    """Result of a fit, measured on held-out images.
 
     Attributes:
-        damping: Chosen; None where the weights were left as they are.
-        error_before: Squared error of the output relative to its variance, weights as they were.
-        error_after: With the fitted weights.
+        damping: Chosen damping; None if the weights were not changed.
+        error_before: Squared error of the output relative to its variance, with the original
+            weights.
+        error_after: The same with the fitted weights.
     """
 
     damping: float | None
@@ -44,20 +45,20 @@ def compensate(layer: QuantLinear, inputs: list[Tensor], floats: list[Tensor]) -
     """Fit a linear layer's weight and bias to its quantized inputs, in place.
 
     Args:
-        layer: Its input quantizer is calibrated, its weight float.
-        inputs: Its inputs in the model whose layers before are quantized, ``(tokens, C)`` for each
+        layer: Layer with calibrated input quantizer and float weight.
+        inputs: Its inputs in the model with quantized earlier layers, ``(tokens, C)`` for each
             image.
         floats: Its inputs in the float model for the same tokens.
 
     Returns:
-        What the fit was worth.
+        Errors before and after.
     """
     weight = layer.weight.detach().float()
     x = torch.cat([layer.input_quantizer(x) for x in inputs])
     f = torch.cat(floats)
     zero = x.new_zeros(x.shape[1])
     mean, mean_float = (x.mean(0), f.mean(0)) if layer.bias is not None else (zero, zero)
-    x, missing = x - mean, (f - mean_float - (x - mean)) @ weight.t()  # what the output lacks
+    x, missing = x - mean, (f - mean_float - (x - mean)) @ weight.t()  # error of the output
     variance = float(((f - mean_float) @ weight.t()).double().square().sum()) + 1e-12
     size = x.square().mean(0).sqrt().clamp_min(1e-8)
     x = x / size
@@ -77,18 +78,18 @@ def compensate(layer: QuantLinear, inputs: list[Tensor], floats: list[Tensor]) -
 
 
 def _held_out(tokens: list[int], device: torch.device) -> Tensor:
-    """Which tokens decide on the damping, ``(tokens,)``."""
+    """Mask of the held-out tokens, ``(tokens,)``."""
     held = [i % HELD_OUT == HELD_OUT - 1 for i in range(len(tokens))]
     counts = torch.tensor(tokens, device=device)
     return torch.tensor(held, device=device).repeat_interleave(counts)
 
 
 class _Equations:
-    """Normal equations of least squares: ``missing`` from ``x``.
+    """Normal equations of the least-squares fit of ``missing`` by ``x``.
 
     Args:
         x: Inputs, ``(tokens, C)``.
-        missing: What is to be added to the outputs, ``(tokens, out)``.
+        missing: Correction that the outputs need, ``(tokens, out)``.
     """
 
     def __init__(self, x: Tensor, missing: Tensor) -> None:
@@ -111,7 +112,7 @@ class _Equations:
         return torch.cholesky_solve(self.cross.t(), lower).t()
 
     def error(self, change: Tensor | None) -> float:
-        """Squared error that a solution leaves; None for no change."""
+        """Squared error with a solution; None for no change of the weights."""
         if change is None:
             return float(self.energy)
         quadratic = ((change @ self.moments) * change).sum()

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Calibration: set every quantizer's range from a pass or two over images."""
+"""Ranges of activation quantizers from one or two passes over images."""
 
 import torch
 from torch import nn
@@ -11,25 +11,25 @@ from ..stream.distributed import synchronize_observer
 from ..stream.passes import RunPass
 
 COUNTED = 512
-"""Values of a channel that go into a histogram, of one batch of images."""
+"""Most values of a channel that a histogram counts per batch of images."""
 
 
 def observe_activations(model: nn.Module, run_pass: RunPass) -> dict[str, Observer]:
-    """Statistics of every activation operand of the float model.
+    """Observe every activation operand of the float model.
 
-    Quantizers pass their input through while observed. One pass, or, if an observer
-    needs it, two.
+    Quantizers return their input while they observe. It takes one pass, or two if an
+    observer needs them.
 
     Args:
         model: Converted model, on its device.
-        run_pass: Runs the model over the images; the same images every call.
+        run_pass: Runs the model over the images; every call uses the same images.
 
     Returns:
         Observers by the quantizer's name, the same on all ranks.
 
     Raises:
-        ValueError: If a tensor holds NaN or infinity, or if a quantizer was never
-            reached (each named).
+        ValueError: If a tensor contains NaN or infinity, or if a quantizer was never
+            reached (each is named).
     """
     found = quantizers(model, 'activation')
     try:
@@ -48,18 +48,18 @@ def observe_activations(model: nn.Module, run_pass: RunPass) -> dict[str, Observ
 
 
 def calibrate_activations(model: nn.Module, run_pass: RunPass) -> int:
-    """Find scale and zero point of every activation quantizer, see ``observe_activations``.
+    """Set scale and zero point of every activation quantizer, see ``observe_activations``.
 
     Args:
         model: Converted model, on its device.
-        run_pass: Runs the model over the images; the same images every call.
+        run_pass: Runs the model over the images; every call uses the same images.
 
     Returns:
         Number of quantizers calibrated.
 
     Raises:
-        ValueError: If a tensor holds NaN or infinity, or if a quantizer was never
-            reached (each named).
+        ValueError: If a tensor contains NaN or infinity, or if a quantizer was never
+            reached (each is named).
     """
     observers = observe_activations(model, run_pass)
     for name, quantizer in quantizers(model, 'activation').items():
@@ -68,7 +68,7 @@ def calibrate_activations(model: nn.Module, run_pass: RunPass) -> int:
 
 
 def set_observed(quantizer: FakeQuantizer, observer: Observer) -> None:
-    """Give a quantizer what its observer found."""
+    """Set scale, zero point and levels of a quantizer from its observer."""
     levels = observer.calculate_levels()
     if levels is not None:
         quantizer.set_levels(levels)
@@ -77,14 +77,14 @@ def set_observed(quantizer: FakeQuantizer, observer: Observer) -> None:
 
 @torch.no_grad()
 def calibrate_trained_weights(model: nn.Module) -> int:
-    """Find the scales of weight quantizers that train in stage 1 (``qat=True``).
+    """Set the scales of weight quantizers that train in stage 1 (``qat=True``).
 
     Args:
         model: Converted model whose activation quantizers are calibrated (a
             per-channel input scale is folded into the weight).
 
     Returns:
-        Number of quantizers calibrated; 0 where weights stay float in stage 1.
+        Number of quantizers calibrated; 0 if weights stay float in stage 1.
     """
     count = 0
     for layer in quantized_layers(model).values():
@@ -101,7 +101,7 @@ def calibrate_trained_weights(model: nn.Module) -> int:
 
 
 def is_calibrated(model: nn.Module) -> bool:
-    """Whether every activation quantizer has its range."""
+    """Whether every activation quantizer is calibrated."""
     return all(q.is_calibrated for q in quantizers(model, 'activation').values())
 
 

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The stage-1 weights, kept while stage 2 overwrites them."""
+"""Copies of the stage-1 weights, which stage 2 overwrites."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +20,7 @@ def copy_weights(layers: Mapping[str, QuantizedLayer]) -> dict[str, nn.Parameter
 
 
 def copy_biases(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
-    """Copies of the layers' biases, of those that have one."""
+    """Copies of the layers' biases."""
     return {n: la.bias.detach().clone() for n, la in layers.items() if la.bias is not None}
 
 
@@ -40,16 +40,16 @@ def float_weights(
     biases: Mapping[str, Tensor] | None = None,
     norms: Mapping[nn.Parameter, Tensor] | None = None,
 ) -> Iterator[None]:
-    """While open, the layers are those of stage 1: float weights, quantized activations.
+    """Context manager: layers of stage 1, with float weights and quantized activations.
 
-    Parameters are exchanged by reference, so it costs no copy and may be opened for
-    every image.
+    Weights are exchanged by reference, without a copy, so it can be used for every
+    image.
 
     Args:
         layers: The layers whose weights stage 2 quantized.
-        weights: What ``copy_weights`` returned before stage 2 wrote codes.
-        biases: What ``copy_biases`` returned then; None where biases did not change.
-        norms: What ``copy_vectors`` returned then; None where normalizations did not change.
+        weights: Result of ``copy_weights`` before stage 2 wrote codes.
+        biases: Result of ``copy_biases`` at that time; None if biases did not change.
+        norms: Result of ``copy_vectors`` at that time; None if normalizations did not change.
     """
     own = {layers[name].bias: value for name, value in (biases or {}).items() if name in layers}
     originals = {p: v for p, v in {**own, **(norms or {})}.items() if not torch.equal(p, v)}

@@ -1,9 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Input scales and float weights of one layer after the other, by the error of its output.
+"""Layer-wise calibration: input scales and float weights by the error of each layer's output.
 
-The layers are taken in the order in which they run, each with inputs that the layers before have
-quantized: ``scale_migration`` chooses the input scales, ``activation_compensation`` fits the
-weights to the quantized inputs. All ranks look at the same tokens: N ranks and one find the same.
+Layers are visited in execution order, each with inputs from the already quantized layers:
+``scale_migration`` chooses the input scales, ``activation_compensation`` fits the weights to the
+quantized inputs. All ranks use the same tokens, so N ranks and one rank get the same result.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,29 +26,29 @@ from .float_weights import copy_biases, copy_weights, float_weights
 from .scale_migration import Choice, migrate_scale
 
 LAYERWISE_IMAGES = 64
-"""Calibration images, at the most, by which input scales and weights are fitted layer by layer."""
+"""Most calibration images for the layer-wise fit of input scales and weights."""
 TOKENS = 16384
-"""Tokens of a linear layer that are looked at, an equal share of each image."""
+"""Number of tokens used for a linear layer, an equal share of each image."""
 MAPS = 4
-"""Images of which a convolution's inputs are looked at."""
+"""Number of images used for a convolution."""
 
 
 def layerwise_images(batch_size: int) -> int:
-    """Images to take at the most: ``LAYERWISE_IMAGES``, or a batch for every rank.
+    """Most images to use: ``LAYERWISE_IMAGES``, or one batch per rank.
 
     Args:
-        batch_size: Images a forward pass.
+        batch_size: Images per forward pass.
     """
     return max(LAYERWISE_IMAGES, batch_size * world()[1])
 
 
 @dataclass
 class LayerwiseResult:
-    """What was found for each layer, by name.
+    """Results for each layer, by name.
 
     Attributes:
-        choices: Of scale migration.
-        compensations: Of the fits of weights.
+        choices: Results of scale migration.
+        compensations: Results of the weight fits.
     """
 
     choices: dict[str, Choice] = field(default_factory=dict)
@@ -74,16 +74,16 @@ class LayerwiseResult:
             lines.append(
                 f'input scales of {len(chosen)} layers: migration strength {min(strengths):g} to '
                 f'{max(strengths):g}, median {median(strengths):g}; output error '
-                f'{median(c.activation_error for c in chosen):.2g} by inputs, '
-                f'{median(c.weight_error for c in chosen):.2g} by weights (medians)'
+                f'{median(c.activation_error for c in chosen):.2g} from inputs, '
+                f'{median(c.weight_error for c in chosen):.2g} from weights (medians)'
             )
         if self.compensations:
             fits = list(self.compensations.values())
             kept = sum(f.damping is None for f in fits)
             before = median(f.error_before for f in fits)
             lines.append(
-                f'weights of {len(fits) - kept} layers fitted to quantized inputs, {kept} left as '
-                f'they were; output error on held-out images {before:.2g} -> '
+                f'weights of {len(fits) - kept} layers fitted to quantized inputs, {kept} not '
+                f'changed; output error on held-out images {before:.2g} -> '
                 f'{median(f.error_after for f in fits):.2g} (medians)'
             )
         return lines
@@ -97,17 +97,17 @@ def calibrate_layerwise(
     compensate_weights: bool = True,
     progress: Progress | None = None,
 ) -> LayerwiseResult:
-    """Choose input scales, and fit weights to them, layer by layer.
+    """Choose input scales and fit weights, layer by layer.
 
     Args:
         model: Converted model in evaluation mode, activations calibrated, weights float.
         run_pass: Runs the model over this rank's calibration images.
-        migrate: Whether to search the scales of per-channel inputs.
+        migrate: Whether to search the scales of inputs with per-channel scales.
         compensate_weights: Whether to fit the weights of linear layers.
         progress: Called before each unit.
 
     Returns:
-        What was found; the same on all ranks. Layers that no image reaches are left out.
+        Results, equal on all ranks. Layers that no image reaches are left out.
     """
     layers = quantized_layers(model)
     result = LayerwiseResult()
@@ -155,12 +155,12 @@ def _calibrate(
 
 
 def _is_frozen(layer: QuantLinear) -> bool:
-    """Whether the recipe or the project keeps a layer's weight as it is."""
+    """Whether recipe or project freeze a layer's weight."""
     return isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
 
 
 def _paired(samples: list[Tensor], floats: list[Tensor]) -> bool:
-    """Whether both models' inputs hold the same tokens; proposals differ between models."""
+    """Whether both models' inputs are of the same tokens; proposals differ between models."""
     shapes = [x.shape for x in samples] == [x.shape for x in floats]
     if not shapes or not samples:
         return on_all_ranks(False)
@@ -170,15 +170,15 @@ def _paired(samples: list[Tensor], floats: list[Tensor]) -> bool:
 
 
 def _samples(unit: Unit, names: Sequence[str], inputs: CallStore) -> dict[str, list[Tensor]]:
-    """Inputs of a unit's layers in the order of the images, the same on every rank.
+    """Inputs of a unit's layers in image order, equal on every rank.
 
     Args:
         unit: The unit.
-        names: Its layers to look at.
+        names: Names of the layers.
         inputs: Calls of the unit on this rank.
 
     Returns:
-        For each call of the unit ``(tokens, C)``, or maps of a convolution.
+        For each call of the unit ``(tokens, C)``, or feature maps for a convolution.
     """
     calls, (rank, ranks) = sum(gather(len(inputs))), world()
     own: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -194,12 +194,12 @@ def _samples(unit: Unit, names: Sequence[str], inputs: CallStore) -> dict[str, l
 
 
 def is_linear(unit: Unit, name: str) -> bool:
-    """Whether a layer of a unit works on tokens."""
+    """Whether a layer of a unit is linear, with tokens as input."""
     return isinstance(unit.layers[name], QuantLinear)
 
 
 def _taken(x: Tensor, tokens: bool, calls: int) -> Tensor:
-    """The share of one call: every so-manieth token, or the whole map."""
+    """The sample of one call: every n-th token, or the whole feature map."""
     if not tokens:
         return x.float()
     x = x.reshape(-1, x.shape[-1])

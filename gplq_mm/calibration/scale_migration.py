@@ -1,11 +1,11 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""How far a layer's input scales follow its channels: the strength of scale migration.
+"""Scale migration: how closely a layer's input scales follow the ranges of its channels.
 
-A per-channel input scale is folded into the weight, ``W (s * q) = (W diag(s)) q``. Where it
-follows every channel's range (strength 1) the activation loses least, but outlier channels become
-outlier columns of the weight; one scale for all channels (strength 0) leaves the weight as it was.
-In between, ``s_c = clip * range_c ^ strength * range_max ^ (1 - strength)``. Strength and clip are
-those with the least error of the layer's output, from its input and from its weight together.
+A per-channel input scale is folded into the weight, ``W (s * q) = (W diag(s)) q``. With each
+channel's own range (strength 1) the activation error is smallest, but outlier channels become
+outlier columns of the weight; one scale for all channels (strength 0) does not change the weight.
+In between, ``s_c = clip * range_c ^ strength * range_max ^ (1 - strength)``. Strength and clip
+minimize the error of the layer's output from its input and its weight together.
 
 Source: the strength is SmoothQuant's alpha (arXiv 2211.10438, equation 4), here with a scale and a
 zero point for each channel.
@@ -23,23 +23,23 @@ from ..quantizers.range_search import search_range
 STRENGTHS = (1.0, 0.85, 0.7, 0.5, 0.25, 0.0)
 CLIPS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _WEIGHT_STEPS = 10
-"""Candidates of the range of a folded weight: only the step's size is asked for."""
+"""Candidates per range search of a folded weight; few suffice for an estimate of its scale."""
 WEIGHT_BITS = 4
-"""Bits at which the weight's error counts, whatever the recipe's: one stage-1 model serves all."""
+"""Bits of the weight error, independent of the recipe: a stage-1 model serves all weight bits."""
 MOST_SAMPLES = 1024
-"""Tokens of a linear layer that the error of its input is measured on."""
+"""Number of tokens on which the input error of a linear layer is measured."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen for a layer's input.
+    """Chosen scales of a layer's input.
 
     Attributes:
-        strength: 1 where every channel has its own range, 0 where all share one.
+        strength: 1 for each channel's own range, 0 for one range for all.
         clip: Factor of the scales.
-        activation_error: Squared error of the output by quantizing the input, relative to the
+        activation_error: Squared output error from quantizing the input, relative to the
             output's energy.
-        weight_error: The same by rounding the folded weight as GPTQ does, estimated.
+        weight_error: Estimate of the same from rounding the folded weight with GPTQ.
     """
 
     strength: float
@@ -50,13 +50,13 @@ class Choice:
 
 @torch.no_grad()
 def migrate_scale(layer: QuantizedLayer, samples: list[Tensor]) -> Choice:
-    """Search, and set, the scales of one layer's input.
+    """Search and set the scales of one layer's input.
 
     Args:
-        layer: Its input quantizer is per channel and calibrated: every channel's own range is
-            where the search starts. Weights float.
-        samples: Inputs to measure on, the same on all ranks: one ``(tokens, C)`` for a linear
-            layer, maps ``(B, C, H, W)`` for a convolution.
+        layer: Layer with float weight and a per-channel, calibrated input quantizer, whose
+            ranges are the start of the search.
+        samples: Inputs to measure on, equal on all ranks: one ``(tokens, C)`` for a linear
+            layer, feature maps ``(B, C, H, W)`` for a convolution.
     """
     quantizer = layer.input_quantizer
     spec = quantizer.spec
@@ -103,7 +103,7 @@ def migrated(ranges: Tensor, strength: float) -> Tensor:
 
 
 def zero_point_of(scale: Tensor, low: Tensor, high: Tensor, spec: QuantSpec) -> Tensor:
-    """Zero points that put the middle of each range onto the middle of the codes.
+    """Zero points that map the middle of each range to the middle of the codes.
 
     Args:
         scale: ``(C,)``.
@@ -127,7 +127,7 @@ class _Errors:
     """Errors of a layer's output, relative to its variance over the samples.
 
     Args:
-        layer: Weights float.
+        layer: Layer with float weight.
         samples: Inputs.
     """
 
@@ -155,17 +155,17 @@ class _Errors:
         return sum(float(y.double().square().sum()) for y in outputs)
 
     def of_input(self, scale: Tensor, zero_point: Tensor) -> float:
-        """Error by quantizing the input; both arguments are ``(C,)``."""
+        """Error from quantizing the input; both arguments are ``(C,)``."""
         s, z = scale.view(self.shape), zero_point.view(self.shape)
         bounds = self.layer.input_quantizer.spec.quant_range
         changes = [dequantize(quantize(x, s, z, *bounds), s, z).sub_(x) for x in self.samples]
         return self._sum(changes) / self.variance
 
     def of_weight(self, scale: Tensor) -> float:
-        """Error by rounding the weight, folded with an input scale ``(C,)``.
+        """Error from rounding the weight, folded with an input scale ``(C,)``.
 
-        Linear layers: what GPTQ leaves, a twelfth of a squared step for what no other column
-        makes up. Convolutions: rounding to nearest.
+        Linear layers: the error after GPTQ, a twelfth of a squared step times the part of each
+        column that later columns cannot compensate. Convolutions: rounding to nearest.
         """
         rows, step, zero_point = self._folded(scale)
         if isinstance(self.layer, QuantLinear):
@@ -182,11 +182,11 @@ class _Errors:
 
     @property
     def samples_scale(self) -> float:
-        """Variance of the outputs a token, summed over channels."""
+        """Variance of the outputs per token, summed over channels."""
         return self.variance / len(self.samples[0])
 
     def _on_weight(self, scale: Tensor) -> Tensor:
-        """An input scale as it broadcasts over the weight."""
+        """Input scale shaped to broadcast over the weight."""
         quantizer = self.layer.input_quantizer
         kept = quantizer.scale.detach().clone()
         quantizer.scale.copy_(scale)
@@ -196,7 +196,7 @@ class _Errors:
             quantizer.scale.copy_(kept)
 
     def _folded(self, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows of the folded weight, and step and zero point of each with the least error."""
+        """Rows of the folded weight, with scale and zero point of least error for each."""
         layer, spec = self.layer, self.weight_spec
         folded = self.weight * self._on_weight(scale)
         rows = folded.movedim(layer.weight_axis, 0).flatten(1)
@@ -215,10 +215,10 @@ class _Errors:
 
 
 def _freedom(x: Tensor, damping: float = 0.01) -> Tensor:
-    """What of each column's energy the columns after it cannot make up, ``(C,)``, a token.
+    """Energy per token of each column that later columns cannot compensate, ``(C,)``.
 
-    GPTQ rounds column by column, and the error of one is spread over those still to come: of a
-    rounding error ``e`` of column i the output keeps ``e^2 / U_ii^2``, with U the upper Cholesky
+    GPTQ rounds column by column, and later columns compensate the error of each: a rounding
+    error ``e`` of column i leaves an output error ``e^2 / U_ii^2``, with U the upper Cholesky
     factor of the inverse second moments of the inputs (arXiv 2210.17323, equation 3).
     """
     rms = x.square().mean(0).sqrt().clamp_min(1e-12)
