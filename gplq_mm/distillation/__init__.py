@@ -1,2 +1,2 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Stage 1: the student follows the float teacher."""
+"""Stage 1: training of the quantized student with a float teacher."""

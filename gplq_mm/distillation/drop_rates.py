@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Dropout and stochastic depth in stage 1.
 
-The float model was trained with them against overfitting. Stage 1 is one epoch that follows
-a teacher which drops nothing: what the student drops is noise in that comparison.
+The float model was trained with them against overfitting. Stage 1 is one epoch of comparison
+with a teacher without dropout, in which the student's random drops are noise.
 """
 
 from typing import Any
@@ -11,15 +11,15 @@ from torch import nn
 
 DROP_RATES = ('keep', 'off')
 _FLOAT_RATES = ('drop_prob', 'attn_drop', 'attention_dropout', 'dropout', 'p')
-"""Where mmcv, mmpretrain, mmdet, torch and torchvision hold a rate as a plain number."""
+"""Attributes of mmcv, mmpretrain, mmdet, torch and torchvision that hold a rate as a number."""
 
 
 def set_drop_rates_(model: nn.Module, drop_rates: str) -> int:
-    """Turn off dropout and stochastic depth, in place, or leave them as they are.
+    """Turn off dropout and stochastic depth in place, or keep them.
 
     Args:
         model: Converted model.
-        drop_rates: ``keep`` for the float model's own rates, ``off`` for none.
+        drop_rates: ``keep`` for the float model's rates, ``off`` for none.
 
     Returns:
         Number of rates that were turned off.
@@ -41,7 +41,7 @@ def set_drop_rates_(model: nn.Module, drop_rates: str) -> int:
 
 
 def _drops(module: nn.Module) -> bool:
-    """Whether a module may drop something: by class for layers, by attribute for attention."""
+    """Whether a module can drop elements: by class for layers, by attribute for attention."""
     name = type(module).__name__.lower()
     return 'drop' in name or 'stochasticdepth' in name or 'attention' in name or 'msa' in name
 

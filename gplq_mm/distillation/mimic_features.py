@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Values in which student and teacher are compared: features, logits, outputs of named layers."""
+"""Outputs in which student and teacher are compared: features, logits, named layers."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ class Recording:
 
     Attributes:
         model: The network.
-        features: Result of ``extract_feat()``; None until it ran.
+        features: Result of ``extract_feat()``; None before it runs.
         outputs: Outputs of the watched modules by name.
     """
 
@@ -78,10 +78,9 @@ class Recording:
 
 @contextmanager
 def watched(recording: Recording, layers: Sequence[str]) -> Iterator[None]:
-    """Context manager: the latest output of each named module goes into the recording.
+    """Context manager: records the latest output of each named module.
 
-    Calls of a head with more than features (its labels) are left out: they return no plain
-    logits.
+    Calls of a head with labels are not recorded: they do not return plain logits.
     """
 
     def keep(name: str) -> Any:
@@ -112,7 +111,7 @@ def run_teacher(
         teacher: Float model.
         inputs: Preprocessed batch.
         layers: Modules to watch.
-        dtype: Type of its matrix products; the recording is float32.
+        dtype: Type of its matrix products; recorded tensors are float32.
     """
     recording = Recording(teacher)
     with watched(recording, layers), teacher_precision(dtype, inputs.device):
@@ -127,10 +126,10 @@ def run_teacher(
 def penultimate(model: Any, features: Any) -> Tensor:
     """Input of a classifier's last layers, ``(N, C)``.
 
-    It is the result of the head's own ``pre_logits``: the class token of a ViT (after the
-    head's hidden layer if it has one), the pooled tokens of BEiT or Swin. If several last
-    layers get different features (class and distillation token of a distilled head, the heads
-    of several tasks), the features are concatenated.
+    It is the result of the head's ``pre_logits``: the class token of a ViT (after the head's
+    hidden layer if it has one), the pooled tokens of BEiT or Swin. If several last layers
+    have different inputs (class and distillation token of a distilled head, the heads of
+    several tasks), the features are concatenated.
 
     Raises:
         TypeError: If a head has no ``pre_logits``.
@@ -230,6 +229,6 @@ def _by_task(logits: Any, prefix: str = '') -> dict[str, Tensor]:
             found.update(_by_task(value, f'{prefix}.{name}' if prefix else str(name)))
         return found
     if isinstance(logits, tuple | list):
-        # a distilled head gives one per token: class and distillation
+        # a distilled head returns one per token: class and distillation
         return {prefix: torch.stack([x.float() for x in logits]).mean(0)}
     return {prefix: logits}

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The terms of stage 1's loss that the recipe's ``mimic`` gives for a model."""
+"""Loss terms of stage 1 from the recipe's ``mimic``."""
 
 from dataclasses import replace
 from typing import Any

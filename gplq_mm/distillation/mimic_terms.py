@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The terms that mimicking adds to stage 1's loss."""
+"""Mimicking terms of stage 1's loss."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,15 +13,15 @@ from .mimic_settings import PENULTIMATE
 from .streaming_pca import PCAStatistics
 
 PCA_IMAGES = 1024
-"""Number of images for a PCA basis if the recipe gives none."""
+"""Number of images for a PCA basis if the recipe does not set it."""
 PCA_BATCH = 16
-"""Images per forward pass when a PCA basis is fitted."""
+"""Images per forward pass for the fit of a PCA basis."""
 
 
 class FeatureTerm:
     """Relative squared error of feature maps.
 
-    Every term has ``settings`` and ``layers``, the modules whose outputs it needs.
+    Every term has ``settings`` and ``layers``, the names of the modules whose outputs it uses.
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
@@ -81,7 +81,7 @@ class PCATerm:
         Args:
             teacher: The float model, in evaluation mode.
             batches: This rank's preprocessed images.
-            run: Returns a recording for teacher, batch and names of layers.
+            run: Returns a recording for a teacher, a batch and names of layers.
 
         Raises:
             ValueError: If there are fewer samples than components.
@@ -124,6 +124,6 @@ def build_term(settings: Mapping[str, Any]) -> FeatureTerm | LogitsTerm | PCATer
 
 
 def module_names(settings: Mapping[str, Any]) -> tuple[str, ...]:
-    """Name of the module that a term watches, if it watches one."""
+    """Names of the modules whose outputs a term uses: one or none."""
     layer = settings.get('layer')
     return () if layer in (None, PENULTIMATE) else (str(layer),)

@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Stage-1 mimicking: a model whose ``loss()`` adds terms that compare it with the float teacher.
+"""Stage-1 mimicking: a mixin whose ``loss()`` adds terms that compare student and teacher.
 
 The student's class is extended when it is built; ``isinstance``, attributes and keys do not
-change. The teacher is no submodule: it is neither saved, optimised nor wrapped.
+change. The teacher is not a submodule: it is not saved, optimised or wrapped.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,7 +30,7 @@ else:
     _Base = object
 
 Batches = Callable[[int | None], Iterable[Tensor]]
-"""Gives this rank's preprocessed batches of a number of training images."""
+"""Called with a number of training images; returns this rank's preprocessed batches."""
 
 
 class Mimicking(_Base):
@@ -59,7 +59,7 @@ class Mimicking(_Base):
 
     @property
     def needs_features(self) -> bool:
-        """Whether a term compares more than the head's logits."""
+        """Whether a term compares other outputs than the head's logits."""
         return any(term['type'] != 'logits' for term in self.mimic['terms'])
 
     @property
@@ -77,11 +77,11 @@ class Mimicking(_Base):
         return held[0]
 
     def fit_mimic(self, batches: Batches, stored: Mapping[str, Any] | None = None) -> None:
-        """Fit the PCA bases that the terms need.
+        """Fit the PCA bases of the terms.
 
         Args:
             batches: Called with a term's ``num_images``.
-            stored: Result of ``mimic_state``; bases of equal terms are taken from it.
+            stored: Result of ``mimic_state``; its bases are used for equal terms.
 
         Raises:
             ValueError: If there are fewer samples than components.
@@ -99,7 +99,7 @@ class Mimicking(_Base):
         return {'bases': [(dict(t.settings), t.components) for t in fitted]} if fitted else {}
 
     def extract_feat(self, *args: Any, **kwargs: Any) -> Any:
-        """Features, stored while a loss is computed."""
+        """Features, recorded during the computation of a loss."""
         features = super().extract_feat(*args, **kwargs)  # type: ignore[misc]
         recording = self.__dict__.get('_recording')
         if recording is not None:
@@ -107,10 +107,10 @@ class Mimicking(_Base):
         return features
 
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Any]:
-        """The model's own losses and the mimicking terms.
+        """The model's losses and the mimicking terms.
 
         Raises:
-            TypeError: If the model's own ``loss()`` never calls ``extract_feat()``.
+            TypeError: If the model's ``loss()`` does not call ``extract_feat()``.
             RuntimeError: If no teacher was attached.
         """
         teacher, student = self.teacher, Recording(self)

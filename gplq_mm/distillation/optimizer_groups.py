@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""What a recipe says of stage 1's optimizer: groups of parameters and the length of the steps."""
+"""Parameter groups, learning rates and proportional steps of stage 1's optimizer."""
 
 import math
 from typing import Any
@@ -10,16 +10,16 @@ from torch.optim import Optimizer
 from .scale_steps import ProportionalSteps, RelativeSteps
 
 SCALE_KEY = '_quantizer.scale'
-"""Part of a parameter's name by which learned scales are told from weights."""
+"""Part of the names of learned scales."""
 
 
 def scale_ids(model: nn.Module) -> set[int]:
-    """Identities of the quantizers' scales, to tell them among an optimizer's parameters."""
+    """``id`` of the quantizers' scales, to find them among an optimizer's parameters."""
     return {id(p) for n, p in model.named_parameters() if SCALE_KEY in n}
 
 
 def vectors(model: nn.Module, optim: Any) -> dict[str, nn.Parameter]:
-    """Trained biases and gains by name; none where the recipe gives them no steps of their own."""
+    """Trained biases and gains by name; none if the recipe has no ``vector_lr``."""
     if optim.vector_lr is None:
         return {}
     return {
@@ -30,22 +30,22 @@ def vectors(model: nn.Module, optim: Any) -> dict[str, nn.Parameter]:
 
 
 def vector_ids(model: nn.Module, optim: Any) -> set[int]:
-    """Identities of ``vectors``."""
+    """``id`` of each parameter of ``vectors``."""
     return {id(p) for p in vectors(model, optim).values()}
 
 
 def proportional_ids(model: nn.Module, optim: Any) -> set[int]:
-    """Identities of what does not train at the weights' LR: scales, and ``vectors``."""
+    """``id`` of the parameters with other learning rates than the weights: scales, ``vectors``."""
     return scale_ids(model) | vector_ids(model, optim)
 
 
 def moved_lr(own: float, lr: float, optim: Any) -> float:
-    """A rate of the recipe, moved with the weights' where another one is given for them.
+    """Learning rate of scales or vectors, multiplied by the ratio of ``lr`` to ``optim.lr``.
 
     Args:
         own: ``optim.scale_lr`` or ``optim.vector_lr``.
-        lr: Of the weights.
-        optim: ``OptimSettings`` of the recipe, its ``auto`` settled.
+        lr: Learning rate of the weights.
+        optim: ``OptimSettings`` of the recipe, with ``auto`` resolved.
 
     Examples:
         >>> from gplq_mm.recipe import as_recipe
@@ -56,7 +56,7 @@ def moved_lr(own: float, lr: float, optim: Any) -> float:
 
 
 def parameter_groups(model: nn.Module, optim: Any, lr: float) -> list[dict[str, Any]]:
-    """Weights, scales, and biases with gains in a group each: fast steps, few log lines.
+    """One group each for weights, scales, and biases with gains: fast steps, few log lines.
 
     Args:
         model: Converted model.
@@ -64,7 +64,7 @@ def parameter_groups(model: nn.Module, optim: Any, lr: float) -> list[dict[str, 
         lr: Of the weights.
 
     Returns:
-        Groups for a torch optimizer, empty ones left out.
+        Groups for a torch optimizer, without empty ones.
 
     Raises:
         ValueError: If nothing trains.
@@ -89,17 +89,17 @@ def parameter_groups(model: nn.Module, optim: Any, lr: float) -> list[dict[str, 
     groups = [g for g in groups if g['params']]
     if not groups:
         raise ValueError(
-            "stage 1 has nothing to train: recipe.optim.train='none' leaves the scales, and the "
-            "recipe learns none; write train='all' or activation=dict(learn_scale=True)"
+            "stage 1 has nothing to train: recipe.optim.train='none' trains the scales only, and "
+            "the recipe learns none; write train='all' or activation=dict(learn_scale=True)"
         )
     return groups
 
 
 def make_steps_proportional(optimizer: Optimizer, model: nn.Module, optim: Any) -> None:
-    """Let scales, biases and gains step in proportion to themselves, as far as the recipe says so.
+    """Make steps of scales, biases and gains proportional to their size, as the recipe sets.
 
     Args:
-        optimizer: Of the model's parameters; gets hooks.
+        optimizer: Optimizer of the model's parameters; hooks are added to it.
         model: Converted model.
         optim: ``OptimSettings`` of the recipe, its ``auto`` settled.
     """
@@ -118,10 +118,10 @@ def make_steps_proportional(optimizer: Optimizer, model: nn.Module, optim: Any) 
 
 
 def short_run_factor(optim: Any, steps: float) -> float:
-    """Factor of the weights' LR where stage 1 has few steps: ``sqrt(steps / lr_iterations)``.
+    """Factor of the weights' LR for a short stage 1: ``sqrt(steps / lr_iterations)``, at most 1.
 
-    A model near its optimum has to average out what noise a step brings, and a short run has
-    no steps for it (measured: ``docs/accuracy_trials.md``).
+    Near the optimum the noise of the steps has to be averaged out, and a short run has too few
+    steps for it (measured: ``docs/accuracy_trials.md``).
 
     Args:
         optim: ``OptimSettings`` of the recipe, its ``auto`` settled.

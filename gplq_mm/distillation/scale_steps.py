@@ -1,11 +1,11 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Steps of scales, biases and gains in proportion to themselves.
+"""Optimizer steps of scales, biases and gains proportional to their size.
 
-Adam's step is about the learning rate, whatever the parameter: 1e-3 is nothing to a scale of 10
-and twice a scale of 5e-4. Here a learning rate of 1e-3 moves every scale by about a thousandth:
-the step is one of ``log(scale)``. Biases and gains (normalization, LayerScale) may be negative or
-0, so their step is multiplied by their size. The parameters, and what a checkpoint stores, stay
-the same; sizes are those before each step, so that a resumed run goes on bit for bit.
+Adam's step is about as large as the learning rate: 1e-3 is negligible for a scale of 10 and
+twice a scale of 5e-4. Here a learning rate of 1e-3 changes every scale by about a thousandth:
+the step is taken in ``log(scale)``. Biases and gains (normalization, LayerScale) may be negative
+or 0, so their step is multiplied by their size. Parameters and checkpoints have the same form as
+without it. Sizes are those before each step, so that a resumed run is equal bit for bit.
 """
 
 from collections.abc import Iterable
@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 ZERO_BIAS = 1e-2
-"""Size of biases that are all (about) 0; trained ones are larger."""
+"""Smallest size of biases, for biases that are all about 0."""
 
 
 class OwnSteps:
-    """Base: an optimizer holds some parameters divided by their size, as far as steps go.
+    """Base class: an optimizer steps some parameters as if they were divided by their size.
 
-    Before a step gradients are multiplied by the size and the parameters become 0, so that what
-    the optimizer leaves is the step itself, not rounded to the parameter; after it ``moved`` says
-    where the step leads. Momentum, gradient scaling and schedules are the optimizer's own.
+    Before a step, gradients are multiplied by the size and the parameters are set to 0, so that
+    the optimizer computes the step itself, without rounding to the parameter; after it ``moved``
+    applies the step. Momentum, gradient scaling and schedules are those of the optimizer.
 
     Args:
         optimizer: Any torch optimizer.
-        parameters: Some of its parameters.
+        parameters: The parameters to step this way.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
@@ -45,9 +45,9 @@ class OwnSteps:
         """The parameter after a step.
 
         Args:
-            before: Its value before.
-            size: Its size then.
-            step: What the optimizer made of 0.
+            before: Its value before the step.
+            size: Its size before the step.
+            step: Step of the optimizer.
         """
         raise NotImplementedError
 
@@ -69,9 +69,9 @@ class OwnSteps:
 
 
 class RelativeSteps(OwnSteps):
-    """Makes an optimizer step in the logarithm of some of its parameters, which are positive.
+    """Makes an optimizer step in the logarithm of some positive parameters.
 
-    A weight decay of these parameters has no effect.
+    Weight decay of these parameters has no effect.
 
     Examples:
         >>> scales = [nn.Parameter(torch.tensor(s)) for s in (1e-4, 10.0)]
@@ -79,23 +79,23 @@ class RelativeSteps(OwnSteps):
         >>> steps = RelativeSteps(optimizer, scales)
         >>> sum(s.log() for s in scales).backward()
         >>> optimizer.step()
-        >>> [round(float(s), 7) for s in scales]  # both times exp(-0.1)
+        >>> [round(float(s), 7) for s in scales]  # both multiplied by exp(-0.1)
         [9.05e-05, 9.0483742]
     """
 
     def size(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter itself: the gradient becomes that of its logarithm."""
+        """The parameter itself: the gradient becomes the one of its logarithm."""
         return parameter
 
     def moved(self, before: Tensor, size: Tensor, step: Tensor) -> Tensor:
-        """The old value times the step's exponential."""
+        """The old value times the exponential of the step."""
         return before * step.exp()
 
 
 class ProportionalSteps(OwnSteps):
-    """Makes an optimizer's steps of some parameters proportional to their size.
+    """Makes the steps of some parameters proportional to their size.
 
-    The parameters' group must have no weight decay.
+    The groups of these parameters must have no weight decay.
 
     Args:
         optimizer: Any torch optimizer.
@@ -108,7 +108,7 @@ class ProportionalSteps(OwnSteps):
         >>> steps = ProportionalSteps(optimizer, [], [gain])
         >>> gain.sum().backward()
         >>> optimizer.step()
-        >>> [round(float(g), 4) for g in gain]  # each by a hundredth of itself
+        >>> [round(float(g), 4) for g in gain]  # each changes by one percent
         [9.9, -0.101]
     """
 
@@ -130,5 +130,5 @@ class ProportionalSteps(OwnSteps):
         return rms.clamp_min(ZERO_BIAS).to(parameter.dtype)
 
     def moved(self, before: Tensor, size: Tensor, step: Tensor) -> Tensor:
-        """The old value plus as many sizes as the step says."""
+        """The old value plus the step times the size."""
         return before + step * size

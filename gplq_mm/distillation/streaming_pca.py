@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Streaming PCA of the teacher's features, the same bits however images are split over ranks.
+"""Streaming PCA of the teacher's features, bit-equal for every split of images over ranks.
 
 Source: GPLQ (arXiv 2506.11784), section 3.2: components that explain about 60 % of
 the variance, their number rounded to a multiple of 32.
@@ -20,7 +20,7 @@ class PCAStatistics:
 
     Args:
         dim: Feature width C.
-        device: Where the moments are kept.
+        device: Device of the moments.
     """
 
     def __init__(self, dim: int, device: torch.device | str = 'cpu') -> None:
@@ -93,7 +93,7 @@ def num_components(variances: Tensor, explained_variance: float) -> int:
 
 
 def _from_rank_0(components: Tensor, device: torch.device) -> Tensor:
-    """One basis for all ranks, whatever each one's LAPACK gave."""
+    """Broadcast rank 0's basis; factorizations differ between ranks."""
     if world()[1] == 1:
         return components
     shared = components.to(device)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Teacher outputs stored on disk by image, so that an image needs one teacher pass only.
+"""Teacher outputs stored on disk per image, so that an image needs one teacher pass.
 
 An entry's name is a hash of the preprocessed image, the teacher and the requested outputs, so
 an entry is only found for the input that it was computed from.
@@ -22,8 +22,8 @@ class TeacherCache:
 
     Args:
         folder: Folder of the files.
-        identity: Everything else that the outputs depend on: checkpoint, layers, type.
-        with_features: Whether a term needs the result of ``extract_feat()``.
+        identity: Text with everything else that the outputs depend on: checkpoint, layers, type.
+        with_features: Whether a term uses the result of ``extract_feat()``.
     """
 
     def __init__(self, folder: str | Path, identity: str, with_features: bool) -> None:
@@ -34,7 +34,7 @@ class TeacherCache:
     def run(
         self, teacher: Any, inputs: Tensor, layers: Sequence[str], dtype: torch.dtype
     ) -> Recording:
-        """As ``run_teacher``, from the cache if it has all images of the batch.
+        """As ``run_teacher``; from the cache if it has all images of the batch.
 
         Args:
             teacher: Float model.

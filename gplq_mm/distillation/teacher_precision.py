@@ -13,9 +13,9 @@ def teacher_dtype(setting: str, device: torch.device) -> torch.dtype:
     """Type of the teacher's matrix products.
 
     Args:
-        setting: ``engine.teacher``: a type's name, or ``auto`` for bfloat16 on GPUs that
-            multiply it in hardware, else float32. A CPU uses float32 unless a type is given,
-                so that runs are comparable bit for bit on any processor.
+        setting: ``engine.teacher``: a type's name, or ``auto`` for bfloat16 on GPUs with
+            hardware support, else float32. On a CPU ``auto`` is float32, so that runs are
+            equal bit for bit on any processor.
         device: Device of the teacher.
 
     Examples:

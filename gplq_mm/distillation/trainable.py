@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which weights stage 1 trains; learned scales train but for those in frozen stages.
+"""Weights that stage 1 trains. Learned scales always train, except in frozen stages.
 
-``projection`` is the finding of APLA (arXiv 2503.11335): training nothing but the
-output projection of each attention is as good as training all, and cheaper.
+``projection`` follows APLA (arXiv 2503.11335): training only the output projection of each
+attention is as accurate as training all weights, and cheaper.
 """
 
 import difflib
@@ -19,15 +19,15 @@ _PROJECTION = ('proj', 'out_proj')
 
 
 def choose_trained_(model: nn.Module, train: str | Sequence[str]) -> list[str]:
-    """Freeze the weights that stage 1 is not to train: they get no gradient.
+    """Freeze the weights that stage 1 does not train: they get no gradient.
 
-    A weight that the model froze itself stays frozen.
+    A weight that the model has frozen stays frozen.
 
     Args:
         model: Converted model; changed in place.
         train: ``all``; ``attention`` for all weights inside attention modules;
             ``projection`` for their output projections; ``vectors`` for biases, normalization
-            and LayerScale; ``none`` for the scales alone; or shell patterns of parameter names.
+            and LayerScale; ``none`` for the scales only; or shell patterns of parameter names.
 
     Returns:
         Names of the weights that train.
@@ -48,13 +48,13 @@ def choose_trained_(model: nn.Module, train: str | Sequence[str]) -> list[str]:
 
 
 def freeze_stages_(model: nn.Module) -> list[str]:
-    """Let the model freeze what its ``frozen_stages`` says, quantizer scales included.
+    """Let the model freeze its ``frozen_stages``, including quantizer scales.
 
-    Backbones of mmpretrain and mmdet freeze in every ``train()``. Done once before there is an
-    optimizer or a DDP wrapper, these see from the start what will get no gradient.
+    Backbones of mmpretrain and mmdet freeze in every ``train()``. Call it before the optimizer
+    or a DDP wrapper is created, so that these exclude parameters without gradients.
 
     Args:
-        model: Converted model; left in training mode, as a new one is.
+        model: Converted model; it is in training mode afterwards.
 
     Returns:
         Names of the scales that keep their calibrated values.
@@ -65,7 +65,7 @@ def freeze_stages_(model: nn.Module) -> list[str]:
 
 
 def is_in_attention(name: str) -> bool:
-    """Whether a parameter lies inside an attention module, by its dotted name.
+    """Whether a parameter is inside an attention module, by its dotted name.
 
     Examples:
         >>> is_in_attention('layers.0.attn.qkv.weight'), is_in_attention('layers.0.ffn.weight')

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Losses of stage 1; they need torch only."""
+"""Losses of stage 1; they require only torch."""
 
 from .pca_mimic import PCAMimicLoss
 from .relative_feature import RelativeFeatureLoss

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Feature mimicking: keep the student's features near the float teacher's."""
+"""Feature mimicking: keeps the student's features close to those of the float teacher."""
 
 from collections.abc import Sequence
 
