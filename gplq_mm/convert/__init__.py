@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""From a float model and a recipe to a model with quantizers."""
+"""Conversion of a float model to a model with quantizers, by a recipe."""
 
 from ..recipe import PRESETS, recipe_difference, resolve_recipe, settle_auto, typical_width
 from .attention_handlers import (

@@ -50,7 +50,7 @@ def attach_matmuls(module: Any, name: str, context: Context, heads: int) -> None
 
 
 POSITION_MLP = {'cpb_mlp': 'acts on a constant table: a deployed model stores its output'}
-"""Reason in the report for the part of Swin V2's attention that stays float."""
+"""Reason in the report for the float part of Swin V2's attention."""
 
 
 def register_attention(
@@ -60,9 +60,9 @@ def register_attention(
     """Register handlers of attention classes, which add both matmuls; projections are children.
 
     Args:
-        quantized: Class -> subclass whose forward calls ``qk_matmul`` and ``pv_matmul``. The
-            modules have ``num_heads``.
-        kept_float: Children that stay float, with the reason.
+        quantized: Maps a class to a subclass whose forward calls ``qk_matmul`` and
+            ``pv_matmul``. The modules have ``num_heads``.
+        kept_float: Names of children that stay float, with the reason.
     """
 
     @register_handler(*quantized)

@@ -17,10 +17,10 @@ from ..recipe import OperandSettings, RuleBook, WeightSettings, spec_from_settin
 
 
 class Context(Protocol):
-    """Interface of a conversion for handlers."""
+    """What a handler can ask and report during a conversion."""
 
     def role(self, name: str, default: str = 'input') -> str:
-        """Role that a parent module set for a module, or the default."""
+        """Role that a parent module has set for a module, or the default."""
 
     def set_role(self, name: str, role: str) -> None:
         """Set the role of a (child) module that is converted later."""

@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Roles: a parent module sets what kind of input its children have.
+"""Roles: kinds of operands, which a parent module sets for its children.
 
 Roles are set before the conversion, for classes and their subclasses, and do not change any
-computation: a user's own head gets the roles of the head that it extends.
+computation: a user's head gets the roles of the head that it extends.
 """
 
 import re
@@ -21,7 +21,7 @@ _AFTER = ((nn.GELU, 'post_gelu'), (nn.ReLU, 'post_relu'), (nn.ReLU6, 'post_relu'
 
 
 def register_roles(*types: type[nn.Module]) -> Callable[[RoleGiver], RoleGiver]:
-    """Function decorator: the function sets roles of the children of these classes."""
+    """Function decorator: the function sets the roles of children of these classes."""
 
     def add(giver: RoleGiver) -> RoleGiver:
         ROLE_GIVERS.append((types, giver))
@@ -65,11 +65,11 @@ def set_ffn_roles(module: nn.Module, name: str, context: Context) -> None:
 
 
 def register_ffn(float_class: type[nn.Module], quantized: type[nn.Module]) -> None:
-    """Register a feed-forward class whose layers are its own children.
+    """Register a feed-forward class whose layers are its direct children.
 
     Args:
         float_class: Its layers after the activation function get ``post_gelu`` or ``post_relu``.
-        quantized: Subclass that may run them as one operator, see ``MlpFeedForward``.
+        quantized: Subclass that can run them as one operation, see ``MlpFeedForward``.
     """
 
     @register_handler(float_class)

@@ -172,14 +172,14 @@ def quantizers(model: nn.Module, kind: str | None = None) -> dict[str, FakeQuant
 
 
 def set_quantization(model: nn.Module, enabled: bool, kind: str | None = None) -> None:
-    """Switch all quantizers of a kind on or off; off equals the float model."""
+    """Switch all quantizers of a kind on or off; with all off the model is the float model."""
     for quantizer in quantizers(model, kind).values():
         quantizer.enabled = enabled
 
 
 @contextmanager
 def floating(chosen: Iterable[FakeQuantizer]) -> Iterator[None]:
-    """While open, some quantizers pass their input through; restored at the end."""
+    """Context manager: some quantizers return their input; restored at the end."""
     before = [(quantizer, quantizer.enabled) for quantizer in chosen]
     try:
         for quantizer, _ in before:
@@ -205,8 +205,8 @@ def _check_result(conversion: _Conversion, strict: bool) -> None:
     for rule in conversion.book.unmatched():
         raise ValueError(
             f'recipe rule {rule.as_dict()} matches no layer in the scope '
-            f'{list(conversion.report.scope)}; correct its name or role, or what it sets, which '
-            'has no effect there, or remove it'
+            f'{list(conversion.report.scope)}; correct its name, role or settings (a setting may '
+            'be one that has no effect there), or remove it'
         )
     if not any(conversion.report.counts.values()):
         raise ValueError(
