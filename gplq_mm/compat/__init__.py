@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which libraries are installed, and what we use of their internals: one file per library."""
+"""Checks of installed libraries, and uses of their internals: one file per library."""
 
 from .installed import check_versions, is_installed
 

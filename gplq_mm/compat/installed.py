@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Check which required libraries are installed and compatible, and how to fix what is not.
+"""Check of the required libraries: installed, compatible, or the command that fixes them.
 
-Everything is found by import and by feature, never by distribution name: `mmcv` may come from
-`mmcv`, `mmcv-full` or a source tree, and only `import mmcv.ops` tells whether it has operators.
+Libraries are found by import and by feature, not by distribution name: `mmcv` may come from
+`mmcv`, `mmcv-full` or a source tree, and only `import mmcv.ops` shows whether it has operators.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Component:
 
 
 def is_installed(name: str) -> bool:
-    """Tell whether a top-level module can be found, without importing it.
+    """Whether a top-level module can be found, without importing it.
 
     Args:
         name: Import name, such as `mmdet`.
@@ -148,7 +148,7 @@ COMPONENTS = (
 
 
 def mending_line(message: str, default: str) -> str:
-    """Turn an OpenMMLab version assertion into the pip command that satisfies it.
+    """The pip command that satisfies an OpenMMLab version assertion.
 
     Args:
         message: Text of the assertion in `mmdet/__init__.py` or `mmpretrain/__init__.py`.
@@ -208,7 +208,7 @@ def _distribution_version(name: str) -> str:
 
 
 def check_versions(*names: str) -> None:
-    """Refuse versions that cannot work together, before any long work.
+    """Raise an error for versions that do not work together, before a long run.
 
     Args:
         names: Import names that are required, such as `'mmdet'`. Others are only checked if they

@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Everything that the package uses of MMEngine and that MMEngine does not document.
+"""Undocumented parts of MMEngine that the package uses.
 
-No other file touches an underscored name of MMEngine's; ``tests/test_compat/test_mmengine.py``
-has a test for each function here, which fails by name where MMEngine changes.
+No other file uses a private name of MMEngine; ``tests/test_compat/test_mmengine.py`` has a test
+for each function here, which fails if MMEngine changes.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,25 +17,25 @@ from mmengine.runner.base_loop import BaseLoop
 def train_loop(runner: Runner) -> BaseLoop | None:
     """The training loop of a runner, None before it is built.
 
-    ``runner.train_loop`` builds the loop, and with it the training data set, which a test needs
-    not to have.
+    ``runner.train_loop`` would build the loop, and with it the training data set, which is not
+    needed for a test.
     """
     loop = getattr(runner, '_train_loop', None)
     return loop if isinstance(loop, BaseLoop) else None
 
 
 def is_resumed(runner: Runner) -> bool:
-    """Whether a run goes on from a training checkpoint, its optimizer and epoch included."""
+    """Whether a run resumes from a training checkpoint, with its optimizer and epoch."""
     return runner._resume
 
 
 def load_path(runner: Runner) -> str | None:
-    """Checkpoint that a run starts from; None where the config names none."""
+    """Checkpoint that a run starts from; None if the config has none."""
     return runner._load_from
 
 
 def start_from(runner: Runner, checkpoint: str, resume: bool) -> None:
-    """Name the checkpoint that a run starts from, before the runner loads it.
+    """Set the checkpoint that a run starts from, before the runner loads it.
 
     Args:
         runner: Runner in ``before_run``.
@@ -46,20 +46,20 @@ def start_from(runner: Runner, checkpoint: str, resume: bool) -> None:
 
 
 def accumulated_batches(wrapper: OptimWrapper) -> int:
-    """Batches whose gradients are summed to one step of the optimizer."""
+    """Number of batches whose gradients are accumulated for one optimizer step."""
     return wrapper._accumulative_counts
 
 
 def count_epoch(loop: EpochBasedTrainLoop) -> None:
-    """Tell a loop that one more epoch is done, as its own ``run_epoch`` does."""
+    """Increase a loop's epoch counter, as its own ``run_epoch`` does."""
     loop._epoch += 1
 
 
 def is_lazy_config(path: str) -> bool:
-    """Whether a config file is of MMEngine's import style (``with read_base():``)."""
+    """Whether a config file has MMEngine's import style (``with read_base():``)."""
     return Config._is_lazy_import(path)
 
 
 def history_statistics() -> Mapping[str, Callable]:
-    """The functions that a pickled ``HistoryBuffer`` names, by name."""
+    """Functions that a pickled ``HistoryBuffer`` refers to, by name."""
     return HistoryBuffer()._statistics_methods

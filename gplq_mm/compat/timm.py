@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Everything that the package uses of timm and that timm does not document.
+"""Undocumented parts of timm that the package uses.
 
-No other file touches an underscored name of timm's; ``tests/test_compat/test_timm.py`` has a test
-for each function here, which fails by name where timm changes.
+No other file uses a private name of timm; ``tests/test_compat/test_timm.py`` has a test for each
+function here, which fails if timm changes.
 """
 
 from typing import Any

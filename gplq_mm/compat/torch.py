@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Everything that the package uses of torch and that torch does not document.
+"""Undocumented parts of torch that the package uses.
 
-No other file touches an underscored name of torch's; ``tests/test_compat/test_torch.py`` has a
-test for each function here, which fails by name where torch changes.
+No other file uses a private name of torch; ``tests/test_compat/test_torch.py`` has a test for
+each function here, which fails if torch changes.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ __all__ = [
 
 
 class LoadsState(nn.Module):
-    """A module that looks at its own part of a state dict before and after it is loaded."""
+    """A module with callbacks before and after its part of a state dict is loaded."""
 
     def before_load(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Called before this module's parameters and buffers are copied.
 
         Args:
-            state_dict: The whole state dict; changes of it are loaded.
-            prefix: What this module's keys begin with.
+            state_dict: The whole state dict; it may be changed before it is loaded.
+            prefix: Prefix of this module's keys.
         """
 
     def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
@@ -45,7 +45,7 @@ class LoadsState(nn.Module):
 
         Args:
             state_dict: The whole state dict.
-            prefix: What this module's keys begin with.
+            prefix: Prefix of this module's keys.
         """
 
     def _load_from_state_dict(
@@ -57,12 +57,12 @@ class LoadsState(nn.Module):
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often a tensor's memory was changed in place."""
+    """Number of in-place changes of a tensor's memory."""
     return tensor._version
 
 
 def own_tensor(x: Tensor) -> Tensor:
-    """``x`` as no view of another tensor: an output that in-place operations may change."""
+    """``x`` as a tensor that is not a view: an output that in-place operations may change."""
     return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
 
 
@@ -87,12 +87,12 @@ def convolution_backward(
     """Gradients of a convolution's input and weight.
 
     Args:
-        layer: Gives stride, padding, dilation and groups.
+        layer: Convolution layer with stride, padding, dilation and groups.
         grad: Gradient of the output, ``(B, C_out, H', W')``.
         x: Input, ``(B, C_in, H, W)``.
-        weight: The weight that was used.
+        weight: Weight of the forward pass.
         required: Whether the gradient of the input and of the weight is required.
-        output_padding: Of a transposed convolution, else zeros.
+        output_padding: Output padding of a transposed convolution, else zeros.
     """
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         grad,
@@ -111,7 +111,7 @@ def convolution_backward(
 
 
 def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a convolution layer computes with another weight, its padding mode included."""
+    """Output of a convolution layer with another weight, including its padding mode."""
     return layer._conv_forward(x, weight, bias)
 
 
@@ -142,12 +142,12 @@ def output_padding(
 
 
 def has_forward_pre_hooks(module: nn.Module) -> bool:
-    """Whether a hook is called with a module's input."""
+    """Whether a module has forward pre-hooks."""
     return bool(module._forward_pre_hooks)
 
 
 def has_hooks(modules: Sequence[nn.Module]) -> bool:
-    """Whether a hook is called when one of the modules runs, forward or backward."""
+    """Whether one of the modules has a forward or backward hook."""
     return any(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -158,7 +158,7 @@ def has_hooks(modules: Sequence[nn.Module]) -> bool:
 
 
 def stop_workers(dataloader: Any) -> None:
-    """End persistent workers of a dataloader: its next epoch starts new ones."""
+    """Stop persistent workers of a dataloader; its next epoch starts new ones."""
     if getattr(dataloader, '_iterator', None) is not None:
         dataloader._iterator = None
 
@@ -166,9 +166,9 @@ def stop_workers(dataloader: Any) -> None:
 def learnable_fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor, qmin: int, qmax: int, grad_factor: float
 ) -> Tensor:
-    """Values on the grid of one learned scale, by torch's own operator.
+    """Fake quantization with one learned scale by torch's own operator.
 
-    It is what ``torch.ao.quantization`` computes in its learnable fake quantize.
+    It is the operator of the learnable fake quantize in ``torch.ao.quantization``.
 
     Args:
         x: Any shape.
@@ -176,7 +176,7 @@ def learnable_fake_quantize(
         zero_point: ``(1,)``.
         qmin: Lowest code.
         qmax: Highest code.
-        grad_factor: What the gradient of the scale is multiplied by.
+        grad_factor: Factor of the scale's gradient.
     """
     return torch._fake_quantize_learnable_per_tensor_affine(
         x, scale, zero_point, qmin, qmax, grad_factor
