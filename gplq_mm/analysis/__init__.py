@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Cost and report of a quantized model."""
+"""Cost, sensitivity, bit assignment, error figures and report of a quantized model."""
 
 from .cost import MacCount, bit_operations, count_macs, model_bytes
 from .report import (

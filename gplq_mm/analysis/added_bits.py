@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""More bits for the activations of some roles: in place, as rules, and from a checkpoint."""
+"""Additional bits for the activations of some roles: in place, as rules, from a checkpoint."""
 
 import glob
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +14,11 @@ from ..recipe import Recipe, plain
 from .operands import find_operands
 
 ADD_BITS = 'add_bits'
-"""Action of a recipe's gate that gives operands more bits where the start is broken."""
+"""Action of a recipe's gate that adds bits if the feature error is too large."""
 
 
 def adds_bits(recipe: Recipe) -> bool:
-    """Whether a recipe may be given more bits than it says.
+    """Whether a recipe allows its gate to add bits.
 
     Examples:
         >>> from gplq_mm.recipe import as_recipe
@@ -29,12 +29,12 @@ def adds_bits(recipe: Recipe) -> bool:
 
 
 def add_bits_(model: nn.Module, roles: Iterable[str], num_bits: int) -> int:
-    """Give activations of some roles more bits, in place; their calibration is not valid after it.
+    """Raise the bits of activations of some roles, in place; their calibration becomes invalid.
 
     Args:
         model: Converted model.
-        roles: Whose operands.
-        num_bits: Their bits; operands that have as many, or more, keep theirs.
+        roles: Roles of the operands.
+        num_bits: New bits; operands with at least as many are not changed.
 
     Returns:
         Number of operands changed.
@@ -48,7 +48,7 @@ def add_bits_(model: nn.Module, roles: Iterable[str], num_bits: int) -> int:
 def bit_rules_of_roles(
     model: nn.Module, roles: Iterable[str], num_bits: int
 ) -> list[dict[str, Any]]:
-    """Rules that say what ``add_bits_`` does, to append to the recipe's own before it is done.
+    """Rules equivalent to ``add_bits_``, to append to the recipe's rules; call it before.
 
     Args:
         model: Converted model, before its bits change.
@@ -56,7 +56,7 @@ def bit_rules_of_roles(
         num_bits: As for ``add_bits_``.
 
     Returns:
-        A rule a role, and one for each operand of it that keeps more bits.
+        One rule per role, and one for each of its operands that has more bits.
     """
     rules: list[dict[str, Any]] = []
     operands = find_operands(model, kinds=('activation',)).values()
@@ -71,15 +71,15 @@ def bit_rules_of_roles(
 
 
 def adopt_rules_(model: nn.Module, recipe: Recipe, made_with: Mapping[str, Any]) -> Recipe:
-    """Take over the bits that a run's gate added, from the recipe in its checkpoint.
+    """Apply the bits that a run's gate added, from the recipe in its checkpoint.
 
     Args:
-        model: Converted model; its activation quantizers get the bits, calibrated or not.
+        model: Converted model; its activation quantizers, calibrated or not, get the bits.
         recipe: Its recipe.
-        made_with: Recipe of the checkpoint, plain.
+        made_with: Recipe of the checkpoint as a dict.
 
     Returns:
-        The recipe with the added rules; as it was unless both recipes may add bits.
+        The recipe with the added rules; unchanged unless both recipes allow added bits.
     """
     own, rules = plain(recipe.rules), plain(made_with.get('rules', ()))
     added_bits = (made_with.get('gate') or {}).get('action') == ADD_BITS
@@ -93,15 +93,15 @@ def adopt_rules_(model: nn.Module, recipe: Recipe, made_with: Mapping[str, Any])
 
 
 def adopt_bits(model: nn.Module, state_dict: Mapping[str, Tensor], prefix: str, *args: Any) -> None:
-    """Give activations the bits that a state dict holds, where it holds more (a pre-hook).
+    """Load pre-hook: raise the bits of activations to those of a state dict.
 
-    For ``load_state_dict`` without any check before it, as mmdet's ``init_detector`` does.
+    For callers of ``load_state_dict`` without a check, such as mmdet's ``init_detector``.
 
     Args:
         model: Converted model.
-        state_dict: To be loaded.
-        prefix: Of the model's keys.
-        *args: What else a pre-hook is given.
+        state_dict: State dict to load.
+        prefix: Prefix of the model's keys.
+        *args: Further arguments of a pre-hook, unused.
     """
     for name, quantizer in quantizers(model, 'activation').items():
         codes = state_dict.get(f'{prefix}{name}.quant_range')

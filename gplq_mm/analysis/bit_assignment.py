@@ -1,10 +1,11 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Bits for each operand under a budget, from measured sensitivities.
 
-A multiple-choice knapsack: one choice of bits an operand (or a group of operands whose
-costs multiply), the least total damage at a total cost within the budget. Solved by
-dynamic programming over the cost, exactly where the costs have few distinct values.
-Source: HAWQ-V2 (arXiv 1911.03852) poses it so; its Pareto front is the same program.
+A multiple-choice knapsack problem: one choice of bits per operand (or per group of operands
+whose costs multiply) with the least total error increase at a total cost within the budget.
+Dynamic programming over the cost solves it, exactly if the costs have few distinct values.
+In the code an error increase is called ``damage``, as in ``sensitivity.json``.
+Source: the problem of HAWQ-V2 (arXiv 1911.03852), with its Pareto front.
 """
 
 import math
@@ -18,8 +19,8 @@ from torch import Tensor
 Damages = Mapping[str, Mapping[int, float]]
 Errors = Mapping[str, Mapping[int, Tensor]]
 CELLS = 1 << 16
-"""Steps of cost that the program distinguishes; finer costs are rounded up, so that the
-budget holds, and what is left over is then spent one operand after the other."""
+"""Cost steps of the dynamic program; finer costs are rounded up, so that the budget holds, and
+the rest of the budget is then spent on one operand after the other."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ class Choice:
 
     Attributes:
         bits: Bits by operand key.
-        cost: In whatever the budget counts, an integer.
-        damage: As measured; 0 is none.
-        error: Sketch of the outputs' error, ``(SKETCH,)``; None where none was taken.
+        cost: Cost in units of the budget, an integer.
+        damage: Measured error increase.
+        error: Sketch of the outputs' error, ``(SKETCH,)``; None without one.
     """
 
     bits: Mapping[str, int]
@@ -44,7 +45,7 @@ class Product:
     """Multiply-accumulates of two operands: a layer, or a matmul of two activations.
 
     Attributes:
-        macs: Number of them.
+        macs: Number of multiply-accumulates.
         lhs: Key of one operand, or its fixed bits.
         rhs: Key of the other, or its fixed bits.
     """
@@ -65,13 +66,13 @@ class Product:
 
 
 def monotone(damage: Mapping[int, float]) -> dict[int, float]:
-    """Damage that never rises with the bits and is never negative.
+    """Error increase, made non-negative and non-increasing in the bits.
 
-    More bits can be measured a little worse than fewer, by chance; they are then taken
-    to be as good, and the assignment prefers the cheaper.
+    By chance more bits can have a slightly larger measured error than fewer; both then get
+    the same value, and the assignment prefers fewer bits.
 
     Args:
-        damage: Measured damage by bits.
+        damage: Measured error increase by bits.
 
     Examples:
         >>> monotone({2: 0.5, 3: 0.1, 4: 0.2, 8: -0.1})
@@ -85,10 +86,10 @@ def monotone(damage: Mapping[int, float]) -> dict[int, float]:
 
 
 def size_groups(damages: Damages, sizes: Mapping[str, int], errors: Errors) -> list[list[Choice]]:
-    """Choices where a budget counts bits: ``size * bits`` for each operand alone.
+    """Choices for a budget of bits: each operand costs ``size * bits``.
 
     Args:
-        damages: Damage by bits, by operand key.
+        damages: Error increase by bits, by operand key.
         sizes: Weights or elements by operand key.
         errors: Sketches by bits, by operand key; may be empty.
     """
@@ -104,12 +105,12 @@ def size_groups(damages: Damages, sizes: Mapping[str, int], errors: Errors) -> l
 def product_groups(
     damages: Damages, products: Sequence[Product], errors: Errors
 ) -> list[list[Choice]]:
-    """Choices where a budget counts bit operations.
+    """Choices for a budget of bit operations.
 
-    Operands that meet in a product are chosen together, in all combinations.
+    Operands of the same product are one group, with all combinations of bits.
 
     Args:
-        damages: Damage by bits, by operand key.
+        damages: Error increase by bits, by operand key.
         products: All products of those operands.
         errors: Sketches by bits, by operand key; may be empty.
     """
@@ -137,20 +138,20 @@ def assign_bits(
     budget: float,
     describe: Callable[[float], str] = '{:g}'.format,
 ) -> list[Choice]:
-    """The choice of each group: least total damage, total cost within the budget.
+    """Choice of each group with the least total error increase within the budget.
 
-    It is the optimum where costs need at most ``CELLS`` steps. Otherwise costs are
-    rounded up, and the result is never worse than any setting that gives all operands
-    the same bits.
+    It is the optimum if costs need at most ``CELLS`` steps. Otherwise costs are rounded
+    up, and the result is never worse than any setting with the same bits for all
+    operands.
 
     Args:
         groups: Possible choices of each group.
         budget: Bound of the total cost.
-        describe: Turns a total cost into what the user wrote, for messages.
+        describe: Text of a total cost in the user's unit, for messages.
 
     Raises:
-        ValueError: If there is nothing to choose, or the budget lies outside what the
-            choices can reach.
+        ValueError: If there is nothing to choose, or the budget is below the cheapest or
+            above the most expensive setting.
 
     Examples:
         >>> fine, coarse = Choice({'fc': 4}, 4, 0.1), Choice({'fc': 2}, 2, 0.5)
@@ -169,16 +170,16 @@ def check_budget(
     budget: float,
     describe: Callable[[float], str] = '{:g}'.format,
 ) -> None:
-    """Refuse a budget that no setting meets exactly or from below, or that bounds nothing.
+    """Refuse a budget below the cheapest or above the most expensive setting.
 
     Args:
-        groups: Possible choices of each group; their damage is not looked at.
+        groups: Possible choices of each group; their damage is not used.
         budget: Bound of the total cost.
         describe: As for ``assign_bits``.
 
     Raises:
-        ValueError: If there is nothing to choose, or the budget lies outside what the
-            choices can reach.
+        ValueError: If there is nothing to choose, or the budget is below the cheapest or
+            above the most expensive setting.
     """
     if not groups or not all(groups):
         raise ValueError('no operand has candidate bits; measure at least one, e.g. bits=[2, 3, 4]')
@@ -201,7 +202,7 @@ def _total_damage(choices: Sequence[Choice]) -> float:
 
 
 def pareto(group: Sequence[Choice]) -> list[Choice]:
-    """Choices that no other one beats, cost ascending and damage falling."""
+    """Pareto-optimal choices, cost ascending and error increase falling."""
     front: list[Choice] = []
     for choice in sorted(group, key=lambda c: (c.cost, c.damage)):
         if not front or choice.damage < front[-1].damage:
@@ -210,7 +211,7 @@ def pareto(group: Sequence[Choice]) -> list[Choice]:
 
 
 def _solve(fronts: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
-    """Dynamic program: ``table[c]`` is the least damage at extra cost of at most ``c`` steps."""
+    """Dynamic program: ``table[c]`` is the least error increase for at most ``c`` cost steps."""
     extras = [[choice.cost - front[0].cost for choice in front] for front in fronts]
     room = math.floor(budget) - sum(front[0].cost for front in fronts)
     room = min(room, sum(extra[-1] for extra in extras))
@@ -232,7 +233,7 @@ def _solve(fronts: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
 def _add_group(
     table: Tensor, front: Sequence[Choice], steps: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Table with one more group, and the index of its choice in each cell."""
+    """Table with another group, and the index of its choice in each cell."""
     best = table + front[0].damage
     index = torch.zeros(len(table), dtype=torch.int16)
     for number in range(1, len(front)):
@@ -246,7 +247,7 @@ def _add_group(
 
 
 def uniform_plans(groups: Sequence[Sequence[Choice]], budget: float) -> list[list[Choice]]:
-    """Plans that give every operand the same bits and fit the budget."""
+    """Plans with the same bits for all operands that fit the budget."""
     widths = {bits for group in groups for choice in group for bits in choice.bits.values()}
     plans = []
     for width in sorted(widths):
@@ -259,7 +260,7 @@ def uniform_plans(groups: Sequence[Sequence[Choice]], budget: float) -> list[lis
 def _spend_rest(
     fronts: Sequence[Sequence[Choice]], plan: Sequence[Choice], budget: float
 ) -> list[Choice]:
-    """Take the step that saves the most damage a unit of cost, as long as one fits."""
+    """Repeat the affordable step with the largest decrease of the error per unit of cost."""
     plan = list(plan)
     while True:
         rest = budget - total_cost(plan)
@@ -276,7 +277,7 @@ def _spend_rest(
 
 
 def _connected(keys: Sequence[str], products: Sequence[Product]) -> list[list[str]]:
-    """Operands by group: those that meet in a product, directly or through others."""
+    """Groups of operands that share products, directly or through others."""
     group_of = {key: {key} for key in keys}
     for item in products:
         merged: set[str] = set().union(*(group_of[key] for key in item.free()))

@@ -1,10 +1,10 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Bits for operands whose errors add up or cancel: exchanges that lower the joint error.
+"""Local search of bits by the joint error, in which errors of operands add up or cancel.
 
-At few bits the errors of different layers are far from independent, and the sum of
-single damages misleads. To first order the joint error is the sum of the single ones,
-so the joint damage is a quadratic form, which exchanges of one or two choices lower.
-Source: arXiv 2307.05657 (CLADO) poses the quadratic program; the errors stand in for
+At few bits the errors of different layers are correlated, and the sum of the single error
+increases is a poor estimate. To first order the joint error is the sum of the single errors,
+so the joint error increase is a quadratic form; exchanges of one or two choices reduce it.
+Source: the quadratic program of arXiv 2307.05657 (CLADO), with measured errors instead of
 its pairwise measurements.
 """
 
@@ -20,7 +20,7 @@ _TOLERANCE = 1e-12
 
 
 def joint_damage(plan: Sequence[Choice]) -> float:
-    """First-order damage of a plan: the square of its summed errors.
+    """First-order error increase of a plan: the squared norm of its summed errors.
 
     Args:
         plan: Choices with errors.
@@ -35,18 +35,18 @@ def joint_damage(plan: Sequence[Choice]) -> float:
 
 
 def search_bits(groups: Sequence[Sequence[Choice]], budget: float) -> list[Choice]:
-    """The choice of each group: least joint damage found, total cost within the budget.
+    """Choice of each group with the least joint error increase found within the budget.
 
-    Starts from the additive optimum and from every uniform setting that fits, and
-    exchanges the best one or two choices until none helps. So it is no worse, by
-    ``joint_damage``, than any of the starts.
+    It starts from the additive optimum and from every uniform setting within the budget, and
+    exchanges one or two choices while that reduces ``joint_damage``; so it is not worse than
+    any of the starts.
 
     Args:
         groups: Possible choices of each group, with errors.
         budget: Bound of the total cost.
 
     Raises:
-        ValueError: As ``assign_bits``.
+        ValueError: As for ``assign_bits``.
     """
     starts = [assign_bits(groups, budget), *uniform_plans(groups, budget)]
     fronts = [pareto(group) for group in groups]
@@ -79,7 +79,7 @@ def _exchange(
 def _best_pair(
     change: Tensor, extra: Tensor, group: Tensor, total: Tensor, room: float
 ) -> list[int]:
-    """The one or two moves, in different groups, that fit and lower the square the most."""
+    """Best exchange of one or two choices, in different groups, within the budget."""
     single = 2 * (change @ total) + change.square().sum(1)
     alone = single.masked_fill(extra > room, float('inf'))
     value, index = alone.min(0)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Size and operations of a (partly) quantized model, counted exactly."""
+"""Exact size and operations of a (partly) quantized model."""
 
 import math
 from collections.abc import Callable
@@ -20,9 +20,9 @@ FLOAT_BITS = 32
 def model_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers when quantized weights are packed.
 
-    A weight whose quantizer is active takes ``num_bits`` per value and a float32 scale per
-    output channel; an activation scale takes 4 bytes and its zero point 1; a compensation
-    that was not fitted takes none; everything else takes the size of its dtype.
+    A weight whose quantizer is active has ``num_bits`` per value and a float32 scale per
+    output channel; an activation scale has 4 bytes and its zero point 1; an unfitted
+    compensation has none; everything else has the size of its dtype.
     """
     quantizers = {id(t) for q in _quantizers(model) for t in q.state_dict(keep_vars=True).values()}
     quantizers |= {id(t) for t in _unfitted_branches(model)}
@@ -55,12 +55,11 @@ class MacCount:
 def count_macs(model: nn.Module, run: Callable[[], Any]) -> MacCount:
     """Count the multiply-accumulates of one forward pass.
 
-    The number of proposals in a detector's heads depends on its scores, so use one count for all
-    stages instead of counting each stage.
+    The number of proposals of a detector depends on its scores: use one count for all stages.
 
     Args:
         model: Converted model, activation quantizers on.
-        run: Runs the model once (say, on one image).
+        run: Runs the model once (for example on one image).
     """
     layers: dict[str, int] = {}
     handles = [

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Linear probe on features that were extracted once: a backbone's worth for another data set."""
+"""Linear probe on extracted features: measures how well a backbone fits another data set."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ class ProbeSettings:
     Attributes:
         epochs: Passes over the training features.
         lr: Learning rate of AdamW at the start; it falls to zero along a cosine.
-        batch_size: Features a step.
+        batch_size: Features per step.
     """
 
     epochs: int = 100
@@ -38,13 +38,13 @@ def train_linear_probe(
         labels: Classes as integers, ``(N,)``.
         num_classes: Number of classes.
         settings: Epochs, learning rate, batch size.
-        seed: Decides the initial weights and the order of the features.
+        seed: Seed of the initial weights and the order of the features.
 
     Returns:
         The classifier, on the device of the features.
 
     Raises:
-        ValueError: If there are no features, or a label is no class.
+        ValueError: If there are no features, or a label is not a class.
     """
     if len(features) == 0 or len(features) != len(labels):
         raise ValueError(f'a probe needs features and as many labels; got {len(features)}')

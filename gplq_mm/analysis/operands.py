@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Operands: the quantized tensors of a model one by one, and trying other bits on them."""
+"""Operands of a model, and their quantization with other bits."""
 
 import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,16 +23,16 @@ KINDS = ('weight', 'activation')
 
 @dataclass(frozen=True)
 class ModelOperand:
-    """An operand by its place in a model: a layer's weight or input, or one side of a matmul.
+    """An operand in a model: a layer's weight or input, or one side of a matmul.
 
     Attributes:
-        name: As rules see it: the layer's name, or ``<matmul>.lhs``, ``<matmul>.rhs``.
+        name: Name that rules match: the layer's name, or ``<matmul>.lhs``, ``<matmul>.rhs``.
         kind: ``weight`` or ``activation``.
-        module: Dotted name of the layer or matmul that it enters.
+        module: Dotted name of its layer or matmul.
         path: Dotted name of its quantizer.
-        role: What it is, one of ``recipe.ROLES``.
-        num_bits: Its present bits.
-        pinned: Whether a rule of the recipe, not its general setting, gave the bits.
+        role: Role, one of ``recipe.ROLES``.
+        num_bits: Current bits.
+        pinned: Whether a rule of the recipe, not its general setting, sets the bits.
         weights: Number of weights; 0 for an activation.
     """
 
@@ -53,11 +53,11 @@ class ModelOperand:
 
 @dataclass(frozen=True)
 class Precision:
-    """An operand at some width: what a quantizer (and a layer) must hold.
+    """State of a quantizer (and weight of its layer) for given bits.
 
     Attributes:
         spec: Spec with these bits.
-        scale: As stored by the quantizer.
+        scale: Scale, shape as stored by the quantizer.
         zero_point: Same shape.
         weight: Values on the grid, shape of the layer's weight; None for an activation.
         levels: Table of a logarithmic code, if it has one.
@@ -77,11 +77,11 @@ def find_operands(
 
     Args:
         model: Converted model.
-        rules: Rules of its recipe; they tell which operands are pinned.
+        rules: Rules of its recipe, which determine the pinned operands.
         kinds: ``weight``, ``activation`` or both.
 
     Raises:
-        ValueError: If a kind is unknown, there is none, or the model has no such operand.
+        ValueError: If a kind is unknown or missing, or the model has no such operand.
     """
     unknown = sorted(set(kinds) - set(KINDS))
     if unknown or not kinds:
@@ -92,14 +92,14 @@ def find_operands(
             if own.kind in kinds and id(own.quantizer) not in known:
                 operand = _in_model(path, own, rules)
                 found[operand.key] = operand
-            known.add(id(own.quantizer))  # another operation may share it
+            known.add(id(own.quantizer))  # operations can share a quantizer
     if not found:
         raise ValueError(f'the model has no quantized {" or ".join(kinds)}; convert it first')
     return found
 
 
 def check_bits(bits: Sequence[int]) -> list[int]:
-    """Candidate bits, ascending and each once.
+    """Candidate bits, sorted and without duplicates.
 
     Raises:
         ValueError: If there is none, or one is not from 2 to 8.
@@ -119,11 +119,11 @@ def check_bits(bits: Sequence[int]) -> list[int]:
 def weight_precisions(
     model: nn.Module, operand: ModelOperand, bits: Sequence[int], algorithms: Sequence[WeightPTQ]
 ) -> dict[int, Precision]:
-    """A layer's weight at each of some widths; the layer is left as it was.
+    """A layer's weight quantized to each candidate; the layer is restored.
 
     Args:
         model: Converted model, weights float.
-        operand: A weight.
+        operand: Operand of kind ``weight``.
         bits: Candidate bits.
         algorithms: Weight PTQ algorithms that need no data, in order.
     """
@@ -140,10 +140,10 @@ def weight_precisions(
 
 
 def activation_precisions(observer: Observer, bits: Sequence[int]) -> dict[int, Precision]:
-    """An activation at each of some widths, all from one observation.
+    """Precisions of an activation for each candidate, all from one observer.
 
     Args:
-        observer: As ``observe_activations`` returned it.
+        observer: Result of ``observe_activations`` for the operand.
         bits: Candidate bits.
     """
     own, found = observer.spec, {}
@@ -159,7 +159,7 @@ def activation_precisions(observer: Observer, bits: Sequence[int]) -> dict[int, 
 
 @contextmanager
 def quantized_as(model: nn.Module, chosen: Mapping[str, Precision]) -> Iterator[None]:
-    """While open, some operands are quantized at given widths; exactly restored at the end.
+    """Context manager: some operands are quantized with given bits; restored exactly at the end.
 
     Args:
         model: Converted model.
@@ -184,7 +184,7 @@ def quantized_as(model: nn.Module, chosen: Mapping[str, Precision]) -> Iterator[
 
 @contextmanager
 def baseline(model: nn.Module, quantize_activations: bool) -> Iterator[None]:
-    """While open, weights are float, and activations too unless they are to be quantized."""
+    """Context manager: weights are float; activations are quantized only if requested."""
     found = [m for m in model.modules() if isinstance(m, FakeQuantizer)]
     enabled = [q.enabled for q in found]
     try:
@@ -205,7 +205,7 @@ def count_elements(
 
     Args:
         model: Converted model, quantizers on.
-        operands: Those to count; weights are left out.
+        operands: Operands to count; weights are ignored.
         run: Runs the model once.
     """
     keys = {o.path: key for key, o in operands.items() if o.kind == 'activation'}
@@ -235,14 +235,14 @@ def count_elements(
 def bit_rules(
     operands: Mapping[str, ModelOperand], bits: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Recipe rules that give operands their bits; none for those that have them already.
+    """Recipe rules that set the bits of operands; none for operands that already have them.
 
     Args:
-        operands: By key, as ``find_operands`` returned them.
+        operands: Result of ``find_operands``.
         bits: Bits by key.
 
     Returns:
-        Rules to append to the recipe's own.
+        Rules to append to the recipe's rules.
 
     Examples:
         >>> fc = ModelOperand('fc', 'weight', 'fc', 'fc.weight_quantizer', 'input', 4, False)
@@ -265,7 +265,7 @@ def _rule(name: str, kinds: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _in_model(path: str, operand: Operand, rules: Sequence[Rule]) -> ModelOperand:
-    """The operand of an operation, named after the operation's place."""
+    """Operand of an operation with its names in the model."""
     quantizer, name = operand.quantizer, path + operand.suffix
     return ModelOperand(
         name,
@@ -309,7 +309,7 @@ def _restoring(quantizer: FakeQuantizer, layer: QuantizedLayer | None) -> Iterat
         if not was_calibrated:
             quantizer.reset()
         with torch.no_grad():
-            quantizer.scale.copy_(before.scale)  # as it was, also where stage 1 made it negative
+            quantizer.scale.copy_(before.scale)  # unchecked: stage 1 may have made it negative
         quantizer.enabled = was_enabled
         if layer is not None and before.weight is not None:
             _write(layer, before.weight)

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""How far a model's outputs, or its loss, are from those of a reference."""
+"""Metrics of the difference between a model's outputs, or loss, and those of a reference."""
 
 import math
 from abc import ABC, abstractmethod
@@ -15,16 +15,16 @@ METRICS: dict[str, type['Metric']] = {}
 
 
 class Metric(ABC):
-    """How far outputs are from the reference's.
+    """Base class: error increase of outputs relative to a reference.
 
-    ``terms`` of single batches are summed, over ranks too, and ``damage`` turns the
-    sums into one number: 0 without a difference, larger is worse, and additive
-    (for a first guess) over operands.
+    ``terms`` of single batches are summed, also over ranks; ``damage`` computes the error
+    increase from the sums: 0 without a difference, larger is worse, approximately additive
+    over operands.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
-    """What ``score`` is, for people."""
+    """Unit of ``score``."""
 
     def __init_subclass__(cls) -> None:
         METRICS[cls.name] = cls
@@ -35,13 +35,13 @@ class Metric(ABC):
 
     @abstractmethod
     def damage(self, sums: Tensor) -> float:
-        """Damage from the sums, ``(K,)``, over all batches."""
+        """Error increase from the sums over all batches, ``(K,)``."""
 
     def errors(self, reference: Outputs, outputs: Outputs) -> Outputs:
-        """Error of each output; none where damage is no square of an error.
+        """Error of each output; empty if the error increase is not a square of errors.
 
-        The damage is, to second order, the sum of their squares, each times its square
-        ``error_weights``: so the errors of several operands tell their joint damage.
+        To second order the error increase is the sum of the squared errors, each weighted by its
+        squared ``error_weights``; so the errors of several operands give their joint increase.
         """
         return ()
 
@@ -50,12 +50,12 @@ class Metric(ABC):
         return sums.new_zeros(0)
 
     def score(self, damage: float) -> float | None:
-        """Damage in the unit that people read; None where there is no damage to state."""
+        """Error increase in ``unit``; None without an error increase."""
         return damage
 
 
 class SQNR(Metric):
-    """Noise power over signal power, the mean over the output tensors.
+    """Noise power over signal power, mean over the output tensors.
 
     Its score is the signal to quantization noise ratio in dB.
     """
@@ -80,7 +80,7 @@ class SQNR(Metric):
         return [o.double() - r.double() for r, o in zip(reference, outputs, strict=True)]
 
     def error_weights(self, sums: Tensor) -> Tensor:
-        """Each output relative to its own signal."""
+        """Weights that make each output's error relative to its signal."""
         signal = sums[1::2]
         known = signal > 0
         return torch.where(known, (signal.clamp_min(1e-300) * known.sum()).rsqrt(), 0.0)
@@ -99,8 +99,8 @@ class KL(Metric):
     """Mean Kullback-Leibler divergence of the class probabilities from the reference's.
 
     Args:
-        sigmoid: Each score is a probability of its own (dense detectors) instead of a
-            softmax over dimension 1.
+        sigmoid: Each score is a separate probability (dense detectors) instead of a softmax
+            over dimension 1.
     """
 
     name = 'kl'
@@ -118,7 +118,7 @@ class KL(Metric):
         return torch.stack([total, total.new_tensor(sum(sizes))])
 
     def damage(self, sums: Tensor) -> float:
-        """Mean divergence; rounding may not make it negative."""
+        """Mean divergence, at least 0."""
         return max(float(sums[0] / sums[1]), 0.0)
 
     def errors(self, reference: Outputs, outputs: Outputs) -> Outputs:
@@ -135,7 +135,7 @@ class KL(Metric):
         return errors
 
     def error_weights(self, sums: Tensor) -> Tensor:
-        """Half of the mean square, for every output."""
+        """Weights for half of the mean square, equal for all outputs."""
         return (2 * sums[1:]).rsqrt()
 
     @staticmethod
@@ -153,7 +153,7 @@ class KL(Metric):
 
 
 class Loss(Metric):
-    """Rise of the task loss; outputs are the loss alone, a scalar a batch."""
+    """Increase of the task loss; the outputs are the loss, a scalar per batch."""
 
     name = 'loss'
     unit = 'rise of the task loss'
@@ -164,15 +164,15 @@ class Loss(Metric):
         return torch.stack([difference, torch.ones_like(difference)])
 
     def damage(self, sums: Tensor) -> float:
-        """Mean rise; negative where the loss fell."""
+        """Mean increase; negative if the loss falls."""
         return float(sums[0] / sums[1])
 
 
 def build_metric(name: str, **options: Any) -> Metric:
-    """The metric of a name.
+    """Metric by its name.
 
     Raises:
-        ValueError: If there is none of that name.
+        ValueError: If the name is unknown.
 
     Examples:
         >>> build_metric('sqnr').unit

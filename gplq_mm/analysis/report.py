@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""The run's report: ``gplq_report.json`` and the table at the end."""
+"""Report of a run: ``gplq_report.json``, and its table."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def _trained_weights(recipe: Mapping[str, Any]) -> set[bool]:
 
 
 def _common_bits(recipe: Mapping[str, Any], kind: str) -> int | str:
-    """Bits of a kind, or ``mix`` if rules that are not a preset's own give other ones."""
+    """Bits of a kind; ``mix`` if rules other than the preset's own set other bits."""
     common = recipe[kind]['num_bits']
     rules = [r for r in recipe.get('rules', []) if 'name' in r or not r.get('optional')]
     own = [{**r, **(r.get(kind) or {})} for r in rules]
@@ -74,7 +74,7 @@ def scope_line(report: Mapping[str, Any]) -> str:
 
 
 def format_start(gate: Mapping[str, Any]) -> str:
-    """The figures of a run's gate in one line.
+    """Figures of a run's gate in one line.
 
     Args:
         gate: ``calibration.gate`` of a report.

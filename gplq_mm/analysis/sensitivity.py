@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Sensitivity: what quantizing one operand alone does to the model's outputs or loss."""
+"""Sensitivity: increase of the output error or loss when one operand alone is quantized."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -14,18 +14,18 @@ from .operands import ModelOperand, Precision, quantized_as
 from .output_metrics import Metric, Outputs
 
 SKETCH = 512
-"""Numbers that stand for the error of all outputs."""
+"""Size of the random projection of the output error."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What quantizing some operands did.
+    """Measured effect of quantizing some operands.
 
     Attributes:
-        damage: See ``Metric``.
-        sketch: Random projection of the outputs' error, ``(SKETCH,)``; its square is about
-            the damage, and products of two sketches tell how errors add up. Empty for
-            metrics without one.
+        damage: Error increase, see ``Metric``.
+        sketch: Random projection of the outputs' error, ``(SKETCH,)``. Its squared norm
+            approximates the error increase, inner products of two sketches the interaction
+            of the errors. Empty for metrics without errors.
     """
 
     damage: float
@@ -33,17 +33,17 @@ class Measured:
 
 
 class SensitivityMeter:
-    """Compares a model with some operands quantized with the same model without.
+    """Compares a model with some operands quantized with its baseline.
 
-    Memory is bounded: one batch at a time, one layer's candidate weights at a time,
-    and reference outputs are kept up to a limit and computed again beyond it.
+    Memory is bounded: one batch at a time, one layer's candidate weights at a time;
+    reference outputs are stored up to a limit and recomputed beyond it.
 
     Args:
-        model: Converted model, in the state to compare with (see ``baseline``).
-        metric: What to compare.
+        model: Converted model in its baseline state (see ``baseline``).
+        metric: Metric of the comparison.
         forward: Outputs of the model for one batch.
-        batches: This rank's batches with their number over all ranks; the same ones, in
-            the same order, every call.
+        batches: This rank's batches with their global numbers, equal and in the same order
+            in every call.
         keep_bytes: Bytes of reference outputs to keep.
     """
 
@@ -66,14 +66,14 @@ class SensitivityMeter:
     def measure(
         self, operand: ModelOperand, precisions: Mapping[int, Precision]
     ) -> dict[int, Measured]:
-        """Damage of one operand at each of some widths.
+        """Error increase of one operand for each candidate.
 
         Args:
-            operand: The only one to quantize on top of the baseline.
-            precisions: By bits.
+            operand: Operand to quantize in addition to the baseline.
+            precisions: Its precisions by bits.
 
         Returns:
-            By bits, the same on all ranks.
+            Results by bits, equal on all ranks.
 
         Raises:
             ValueError: If an output is NaN or infinite.
@@ -84,13 +84,13 @@ class SensitivityMeter:
 
     @torch.no_grad()
     def measure_together(self, chosen: Mapping[str, Precision]) -> Measured:
-        """Damage of many operands at once.
+        """Error increase of several operands together.
 
         Args:
             chosen: Precision by the path of the quantizer.
 
         Returns:
-            The same on all ranks.
+            Result, equal on all ranks.
 
         Raises:
             ValueError: If an output is NaN or infinite.
@@ -142,15 +142,15 @@ class SensitivityMeter:
 
 
 def sketch(errors: Outputs, number: int) -> Tensor:
-    """Random projection of each tensor, the same for every candidate.
+    """Random projection of each tensor, equal for all candidates.
 
-    Elements get a random sign and are summed into ``SKETCH`` places, so products of two
-    sketches equal those of the tensors on average, within about ``1 / sqrt(SKETCH)`` of
+    Elements get a random sign and are summed into ``SKETCH`` bins. The expected inner product
+    of two sketches is that of the tensors, with a deviation of about ``1 / sqrt(SKETCH)`` of
     the product of their norms (a count sketch: Charikar et al., ICALP 2002).
 
     Args:
         errors: Any shapes.
-        number: Of the batch; seeds the signs.
+        number: Number of the batch, the seed of the signs.
 
     Returns:
         ``(len(errors), SKETCH)`` float64.

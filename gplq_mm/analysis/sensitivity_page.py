@@ -41,7 +41,7 @@ def comparison_table(rows: Sequence[Mapping[str, Any]], unit: str) -> str:
     """Uniform settings compared with the assignment, as plain text.
 
     Args:
-        rows: As ``compare`` returned them.
+        rows: Result of ``compare``.
         unit: Unit of the score.
     """
     return format_table(['', *_comparison_titles(unit)], [_comparison_cells(r) for r in rows])

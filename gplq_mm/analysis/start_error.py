@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""How far a calibrated model is from the float one, and which roles cost most of it."""
+"""Feature error of a calibrated model relative to the float model, in total and by role."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,21 +15,22 @@ from ..stream.distributed import gather
 from .output_metrics import KL, SQNR
 
 WEIGHTS = 'weights'
-"""Stands in place of a role for the weights, where stage 1 quantizes them."""
+"""Takes the place of a role for weights, if stage 1 quantizes them."""
 
 State = Callable[[], AbstractContextManager[None]]
-"""Opens a state of the model, and restores the former one at the end."""
+"""Context manager that puts the model into a state and restores the previous one."""
 Terms = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class StartOutputs:
-    """What is compared for one batch.
+    """Compared outputs of one batch.
 
     Attributes:
-        features: A level each: a classifier's penultimate feature, a detector's neck outputs.
-        scores: Outputs of the RPN, a level each; empty where there is none.
-        logits: ``(B, classes)``, one a task; empty where the model is no classifier.
+        features: One tensor per level: a classifier's penultimate feature, a detector's neck
+            outputs.
+        scores: RPN scores, one tensor per level; empty without an RPN.
+        logits: ``(B, classes)``, one tensor per task; empty if the model is not a classifier.
     """
 
     features: Sequence[Tensor]
@@ -39,14 +40,14 @@ class StartOutputs:
 
 @dataclass(frozen=True)
 class StartFigures:
-    """How far the quantized model is from the float one.
+    """Differences between the quantized and the float model.
 
     Attributes:
         feature_error: ``||f_q - f||^2 / ||f||^2``, mean over levels.
         levels: The same for each level.
         rpn_error: The same of the RPN's scores; None without an RPN.
         kl: Mean divergence of the class probabilities in nats; None without logits.
-        agreement: Share of images with the same first class; None without logits.
+        agreement: Share of images with the same top-1 class; None without logits.
     """
 
     feature_error: float
@@ -56,7 +57,7 @@ class StartFigures:
     agreement: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data for a report; figures that the model does not have are left out."""
+        """Plain data for a report, without the figures that are None."""
         return {k: v for k, v in asdict(self).items() if v is not None}
 
 
@@ -66,8 +67,8 @@ class RoleError:
 
     Attributes:
         role: One of ``recipe.ROLES``, or ``WEIGHTS``.
-        operands: How many there are.
-        feature_error: What is left; the less, the more the role costs.
+        operands: Number of operands with the role.
+        feature_error: Remaining error; the smaller, the larger the role's contribution.
     """
 
     role: str
@@ -81,8 +82,8 @@ class StartMeter:
     Args:
         model: Converted model, calibrated, in evaluation mode.
         forward: Outputs for one batch.
-        batches: This rank's batches with their number over all ranks, the same every call.
-        as_float_model: State in which the model is the float one.
+        batches: This rank's batches with their global numbers, equal in every call.
+        as_float_model: State in which the model is the float model.
     """
 
     def __init__(
@@ -98,11 +99,11 @@ class StartMeter:
         self.as_float = as_float_model
 
     def figures(self) -> StartFigures:
-        """Figures of the model as it is, the same on all ranks."""
+        """Figures of the model in its current state, equal on all ranks."""
         return _figures(self._compare({'': lambda: floating(())})[''])
 
     def role_errors(self) -> list[RoleError]:
-        """Feature error with each role float in turn, those that cost most first."""
+        """Feature error with each role float in turn, the largest contribution first."""
         groups = active_roles(self.model)
         states: dict[str, State] = {r: _opener(found) for r, found in groups.items()}
         sums = self._compare(states)
@@ -126,7 +127,7 @@ class StartMeter:
 
 
 def active_roles(model: nn.Module) -> dict[str, list[FakeQuantizer]]:
-    """Quantizers that a forward pass uses, by role; weights stand under ``WEIGHTS``."""
+    """Active quantizers by role; those of weights under ``WEIGHTS``."""
     groups: dict[str, list[FakeQuantizer]] = {}
     for quantizer in quantizers(model).values():
         if quantizer.is_active:
@@ -137,11 +138,11 @@ def active_roles(model: nn.Module) -> dict[str, list[FakeQuantizer]]:
 
 @contextmanager
 def as_float_model(model: nn.Module, float_state: Mapping[str, Tensor]) -> Iterator[None]:
-    """While open, a converted model is the float one; restored at the end.
+    """Context manager: a converted model is the float model; restored at the end.
 
     Args:
         model: Converted model.
-        float_state: FP32 weights by their names in the model: its own may be others by now.
+        float_state: FP32 weights by name; the model's own weights may have changed.
     """
     own = model.state_dict()
     kept = {k: own[k].clone() for k in float_state}
@@ -170,7 +171,7 @@ def _terms(reference: StartOutputs, outputs: StartOutputs) -> Terms:
 
 
 def _agreement(reference: Sequence[Tensor], outputs: Sequence[Tensor]) -> Tensor:
-    """Number of rows with the same first class, and of all rows."""
+    """Number of rows with the same top-1 class, and of all rows."""
     same = [r.argmax(1) == o.argmax(1) for r, o in zip(reference, outputs, strict=True)]
     joined = torch.cat(same).double()
     return torch.stack([joined.sum(), joined.new_tensor(len(joined))])
