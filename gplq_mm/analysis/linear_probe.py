@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """How a linear probe is trained; the defaults are the paper's (GPLQ, section 4).
+    """Training settings of a linear probe; the defaults are those of GPLQ, section 4.
 
     Attributes:
         epochs: Passes over the training features.

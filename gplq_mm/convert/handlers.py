@@ -17,7 +17,7 @@ from ..recipe import OperandSettings, RuleBook, WeightSettings, spec_from_settin
 
 
 class Context(Protocol):
-    """What a handler can ask and report during a conversion."""
+    """Interface of a conversion for handlers: roles, quantizers and the coverage report."""
 
     def role(self, name: str, default: str = 'input') -> str:
         """Role that a parent module has set for a module, or the default."""

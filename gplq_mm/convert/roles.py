@@ -51,7 +51,7 @@ def set_ffn_roles(module: nn.Module, name: str, context: Context) -> None:
     """Set ``post_gelu`` and ``post_relu`` for the layers after an activation function.
 
     Args:
-        module: Its children run in the order in which they were registered.
+        module: Module whose children run in the order of their registration.
         name: Its dotted name.
         context: The current conversion.
     """

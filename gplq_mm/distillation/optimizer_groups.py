@@ -61,7 +61,7 @@ def parameter_groups(model: nn.Module, optim: Any, lr: float) -> list[dict[str, 
     Args:
         model: Converted model.
         optim: ``OptimSettings`` of the recipe, its ``auto`` settled.
-        lr: Of the weights.
+        lr: Learning rate of the weights.
 
     Returns:
         Groups for a torch optimizer, without empty ones.

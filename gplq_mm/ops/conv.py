@@ -119,7 +119,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """As in the base class; the output size is that of ``grad``."""
-        behind = [
+        output_pad = [
             size - ((n - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
             for size, n, stride, padding, dilation, kernel in zip(
                 grad.shape[-2:],
@@ -131,7 +131,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
                 strict=True,
             )
         ]
-        return convolution_backward(self, grad, x, weight, (of_x, of_weight), behind)
+        return convolution_backward(self, grad, x, weight, (of_x, of_weight), output_pad)
 
     @property
     def is_matrix_product(self) -> bool:

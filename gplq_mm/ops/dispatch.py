@@ -46,7 +46,7 @@ def register_backend(
     """Add a backend for some kinds of operations; it is asked before those registered earlier.
 
     Args:
-        backend: Its name.
+        backend: Name of the backend.
         phase: See ``Implementation``.
         kinds: Kinds of operations, see ``Operation.kind``.
         refusal: See ``Implementation``.

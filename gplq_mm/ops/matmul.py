@@ -49,7 +49,7 @@ class QuantMatMul(Operation, nn.Module):
 
     @property
     def quantizers(self) -> tuple[FakeQuantizer, FakeQuantizer]:
-        """Of both sides."""
+        """Quantizers of both operands."""
         return self.lhs_quantizer, self.rhs_quantizer
 
     @property

@@ -43,7 +43,7 @@ class CodeProducts:
     Args:
         layer: Layer whose input codes are multiplied.
         splits: Start and end of column ranges; products across ranges are not summed.
-        device: Where to sum.
+        device: Device of the sums.
     """
 
     def __init__(

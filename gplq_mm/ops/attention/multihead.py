@@ -17,7 +17,7 @@ PARTS = ('q', 'k', 'v')
 
 
 class InProjection(nn.Linear):
-    """One third of the input projection as a layer; its weight stays the attention's.
+    """One third of the input projection as a layer; the attention owns the weight.
 
     ``weight`` is a view of ``in_proj_weight`` (or ``q_proj_weight`` and the like), so
     that this module adds no parameter and no state-dict key. A weight assigned to it

@@ -81,7 +81,7 @@ class Attention(Operation):
         adjust: Function applied to the product before the softmax. It may use no tensor of
             the graph except its arguments.
         extras: Its further arguments (bias, mask, factor).
-        dropout: Of the attention weights: a probability, 0 outside training, or a module.
+        dropout: Dropout of the attention weights: a probability (0 outside training) or a module.
     """
 
     kind = 'attention'
@@ -124,7 +124,7 @@ class Attention(Operation):
         return {n: Codes(*o.quantizer.codes(values[n])) for n, o in self.operands().items()}
 
     def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
-        """Of both products."""
+        """Quantizers of both products."""
         q, k, _ = inputs
         return (q.numel() + output.numel()) * k[-1]
 

@@ -267,7 +267,7 @@ class _RelPosProducts(Attention):
         return self.module.logits(q, k, self.size, self.key_size).softmax(dim=-1)
 
     def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
-        """Of all products."""
+        """Quantizers of all products."""
         total = super().macs(inputs, output)
         if not self.module.use_rel_pos:
             return total

@@ -17,7 +17,7 @@ from .output_statistics import OutputMoments
 
 @register_weight_ptq('bias_correction')
 class BiasCorrection(UnitPTQ):
-    """Shift the biases of quantized layers, in the order in which they run.
+    """Shift the biases of quantized layers, in execution order.
 
     Put it after an algorithm that rounds: ``ptq=['gptq', 'bias_correction']``. A layer
     without a bias is not changed, with a note.

@@ -15,7 +15,7 @@ class NormalEquations:
 
     Args:
         width: Channels C.
-        device: Where the tokens are.
+        device: Device of the tokens.
     """
 
     def __init__(self, width: int, device: torch.device) -> None:

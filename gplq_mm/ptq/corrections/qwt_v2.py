@@ -45,7 +45,7 @@ class QwTv2(UnitPTQ):
     def quantize_unit(
         self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
     ) -> None:
-        """As in the base class: layer by layer, in the order in which they run."""
+        """As in the base class: layer by layer, in execution order."""
         for name, layer in unit.layers.items():
             found = OutputMoments(task, unit, name, inputs, reference)
             quantizer, count = layer.weight_quantizer, found.count.clamp_min(1)

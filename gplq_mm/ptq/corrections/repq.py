@@ -88,7 +88,7 @@ class RepQ(WeightPTQ):
 
 
 def find_pairs(unit: Unit, inputs: CallStore) -> list[Pair]:
-    """LayerNorms of a unit with the linear layers that run on their output, channels last.
+    """LayerNorms of a unit with the linear layers whose input is their output, channels last.
 
     The layers of a LayerNorm are those that run next with the same input; only layers with
     one input scale for all channels count. ``RepQ`` detects other consumers by comparing the

@@ -178,7 +178,7 @@ def compensation_cost(model: nn.Module) -> dict[str, int]:
 
 @contextmanager
 def compensation_off(model: nn.Module) -> Iterator[None]:
-    """While open, no block adds its branch."""
+    """Context manager: no block adds its branch."""
     branches = [b.compensation for b in compensated_blocks(model).values()]
     enabled = [branch.enabled for branch in branches]
     try:

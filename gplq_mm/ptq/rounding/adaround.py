@@ -56,7 +56,7 @@ class AdaRound(UnitPTQ):
     def quantize_unit(
         self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
     ) -> None:
-        """As in the base class: layer by layer, in the order in which they run."""
+        """As in the base class: layer by layer, in execution order."""
         products = GPTQ(max_columns=self.max_columns).products
         for name, layer in unit.layers.items():
             if not is_matrix_product(layer):

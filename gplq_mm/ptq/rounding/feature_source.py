@@ -99,7 +99,7 @@ def feature_source(model: Any, units: Sequence[Unit]) -> tuple[FeatureSource, li
 
     Args:
         model: Converted model.
-        units: Its units, see ``find_units``, in the order in which they run.
+        units: Its units, see ``find_units``, in execution order.
     """
     owners = [unit.name.split('.')[0] for unit in units]
     if 'roi_head' in owners and hasattr(model, 'rpn_head'):
@@ -123,7 +123,7 @@ def _is_head(name: str) -> bool:
 
 @contextmanager
 def _calls_of(modules: Sequence[nn.Module], leave: bool = False) -> Iterator[list[Any]]:
-    """While open, the list gets arguments and output of every call of the modules.
+    """Context manager: a list that collects arguments and output of every call of the modules.
 
     Args:
         modules: Modules to watch.

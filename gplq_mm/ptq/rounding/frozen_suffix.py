@@ -31,7 +31,7 @@ class FrozenSuffix(TargetFeatures):
 
     Args:
         task: The task.
-        units: All units, in the order in which they run.
+        units: All units, in execution order.
     """
 
     def __init__(self, task: PTQTask, units: Sequence[Unit]) -> None:

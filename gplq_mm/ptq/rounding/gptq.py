@@ -101,7 +101,7 @@ class GPTQ(UnitPTQ):
     def quantize_unit(
         self, task: PTQTask, unit: Unit, inputs: CallStore, reference: CallStore | None
     ) -> None:
-        """As in the base class: layer by layer, in the order in which they run."""
+        """As in the base class: layer by layer, in execution order."""
         for name, layer in unit.layers.items():
             if not is_matrix_product(layer):
                 task.note(f'{name}: overlapping transposed convolution, rounded to nearest')

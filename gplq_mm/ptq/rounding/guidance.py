@@ -37,7 +37,7 @@ class TokenWeights:
     Args:
         task: The task; its model has the stage-1 weights and runs once over the images, with
             gradients.
-        units: All units, in the order in which they run.
+        units: All units, in execution order.
         exponent: Power of the token's squared gradient: 1 for the Gauss-Newton matrix, 0.5
             for estimates from few images.
     """

@@ -223,8 +223,8 @@ def _around(x: Tensor, scale: Tensor) -> tuple[list[int], tuple[int, int, int, i
     if kinds.count(True) != 1:
         return order, (0, 0, 0, 0)
     at = kinds.index(True)
-    before, behind = math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
-    return (order if scale.dim() == x.dim() else []), (1, before, sizes[at], behind)
+    before, after = math.prod(sizes[:at]), math.prod(sizes[at + 1 :])
+    return (order if scale.dim() == x.dim() else []), (1, before, sizes[at], after)
 
 
 def _dense(x: Tensor) -> Tensor:

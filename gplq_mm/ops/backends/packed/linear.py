@@ -43,7 +43,7 @@ def packed_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     """``layer.reference(x, bias)``; saves the packed codes of ``x``, and the weight unpacked.
 
     Args:
-        layer: Its input quantizer is active.
+        layer: Layer with an active input quantizer.
         x: Layer input.
         bias: Added to the output, or None.
     """
