@@ -1,5 +1,5 @@
 // Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-// The passes of packed_passes.py in one sweep each, for float32 on a CPU. Compiled at run time by
+// The passes of torch_passes.py in one sweep each, for float32 on a CPU. Compiled at run time by
 // cpu_kernels.py with contraction off: every result equals torch's to the last bit.
 //
 // A tensor lies in memory as (G, A, C, I); its scale has G * C entries. G > 1 only where I is 1.
