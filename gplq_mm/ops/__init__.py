@@ -4,7 +4,7 @@
 from . import backends
 from .attention.products import Attention, quant_scaled_dot_product_attention, quantized_attention
 from .conv import QuantConv2d, QuantConvTranspose2d
-from .dispatch import explain, register_backend, unregister_backend
+from .dispatch import explain, not_quantized, register_backend, unregister_backend
 from .engine import Engine, resolve_engine, set_engine
 from .linear import (
     QuantizedLayer,
@@ -32,6 +32,7 @@ __all__ = [
     'biased_qkv',
     'explain',
     'linear_with_bias',
+    'not_quantized',
     'operations',
     'quant_scaled_dot_product_attention',
     'quantized_attention',

@@ -7,15 +7,17 @@ from .corrections.finetune import FineTuning
 from .corrections.qwt_branch import QwTBranch
 from .corrections.qwt_v2 import QwTv2
 from .corrections.repq import RepQ
+from .layer_matrix import CodeProducts
 from .ranges.minmax import MinMaxPTQ
 from .ranges.mse import MSEPTQ
 from .ranges.percentile import PercentilePTQ
 from .rounding.adaround import AdaRound
 from .rounding.brecq import BRECQ
 from .rounding.global_reconstruction import GlobalReconstruction
-from .rounding.gptq import GPTQ
+from .rounding.gptq import GPTQ, layer_codes
 from .single_layer import SingleLayerGPTQ, layerwise_rounding
-from .task import PTQTask, RangePTQ, WeightPTQ, write_codes, write_nearest
+from .task import PTQTask, RangePTQ, WeightPTQ, folded, write_codes, write_nearest
+from .unit_ptq import UnitPTQ, round_to_nearest
 
 __all__ = [
     'BRECQ',
@@ -24,6 +26,7 @@ __all__ = [
     'WEIGHT_PTQ',
     'AdaRound',
     'BiasCorrection',
+    'CodeProducts',
     'FineTuning',
     'GlobalReconstruction',
     'MinMaxPTQ',
@@ -34,10 +37,14 @@ __all__ = [
     'RangePTQ',
     'RepQ',
     'SingleLayerGPTQ',
+    'UnitPTQ',
     'WeightPTQ',
     'build_weight_ptq',
+    'folded',
+    'layer_codes',
     'layerwise_rounding',
     'register_weight_ptq',
+    'round_to_nearest',
     'write_codes',
     'write_nearest',
 ]

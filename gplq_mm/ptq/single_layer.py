@@ -14,7 +14,7 @@ from .algorithms import PTQConfig, build_weight_ptq
 from .layer_matrix import CodeProducts, is_matrix_product
 from .rounding.gptq import GPTQ
 from .task import ROUNDS, PTQTask, WeightPTQ
-from .unit_ptq import fall_back
+from .unit_ptq import round_to_nearest
 
 
 class SingleLayerGPTQ(WeightPTQ):
@@ -64,7 +64,7 @@ class SingleLayerGPTQ(WeightPTQ):
         for name, layer in task.layers.items():
             layer.weight_quantizer.reset()
             if name not in self._products:
-                fall_back(task, name)
+                round_to_nearest(task, name)
                 continue
             position, products = self._products[name]
             sums = [t.to(layer.weight.device) for t in self._kept[position].args]

@@ -99,10 +99,10 @@ class UnitPTQ(WeightPTQ):
         reached = {name for unit in units for name in unit.layers}
         for name in task.layers.keys() - reached:
             task.note(f'{name}: no calibration image reaches it; rounded to nearest, mse range')
-            fall_back(task, name)
+            round_to_nearest(task, name)
 
 
-def fall_back(task: PTQTask, name: str) -> None:
+def round_to_nearest(task: PTQTask, name: str) -> None:
     """Round a layer to nearest, with its range or one of least squared error."""
     layer = task.layers[name]
     if not layer.weight_quantizer.is_calibrated:

@@ -61,7 +61,7 @@ def record_products(model: nn.Module) -> Iterator[Recorder]:
     handles = []
     for name, module in model.named_modules():
         enter = lambda *_, name=name: recorder.trail.append(name)  # noqa: E731
-        leave = lambda *_: recorder.trail.pop() and None  # noqa: E731
+        leave = lambda *_: (recorder.trail.pop(), None)[1]  # noqa: E731
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         with _Mode(recorder):

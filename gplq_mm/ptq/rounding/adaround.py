@@ -16,7 +16,7 @@ from ..algorithms import register_weight_ptq
 from ..layer_matrix import CodeProducts, from_rows, is_matrix_product, to_rows
 from ..ranges.for_rounding import RANGES, check_range, set_range
 from ..task import PTQTask, folded, write_codes, write_nearest
-from ..unit_ptq import UnitPTQ, fall_back
+from ..unit_ptq import UnitPTQ, round_to_nearest
 from .gptq import GPTQ
 from .hessian import output_error
 from .soft_rounding import SoftRounding, annealed_beta
@@ -61,7 +61,7 @@ class AdaRound(UnitPTQ):
         for name, layer in unit.layers.items():
             if not is_matrix_product(layer):
                 task.note(f'{name}: overlapping transposed convolution, rounded to nearest')
-                fall_back(task, name)
+                round_to_nearest(task, name)
                 continue
             weight = task.float_weights[name]
             if self.range is not None or not layer.weight_quantizer.is_calibrated:

@@ -20,7 +20,7 @@ from ...stream.sampling import BatchSampler, join, mixed, of_all_ranks
 from ...stream.unit_stream import run_unit
 from ..algorithms import register_weight_ptq
 from ..task import PTQTask
-from ..unit_ptq import UnitPTQ, fall_back
+from ..unit_ptq import UnitPTQ, round_to_nearest
 from .frozen_suffix import FrozenSuffix
 from .gptq import GPTQ
 from .soft_rounding import (
@@ -129,7 +129,7 @@ class BRECQ(UnitPTQ):
             GPTQ().quantize_unit(task, unit, inputs, None)
         elif bare:
             for name in bare:
-                fall_back(task, name)
+                round_to_nearest(task, name)
 
     def _learn(self, task: PTQTask, unit: Unit, objective: '_Objective') -> None:
         generator = torch.Generator().manual_seed(_seed(task, unit))

@@ -27,7 +27,7 @@ from ..layer_matrix import (
 )
 from ..ranges.for_rounding import RANGES, check_range, set_range
 from ..task import PTQTask, folded, write_codes
-from ..unit_ptq import UnitPTQ, codes_of, fall_back
+from ..unit_ptq import UnitPTQ, codes_of, round_to_nearest
 from .guidance import TokenWeights
 from .hessian import damped, output_error, stable_cholesky
 from .stage1_target import Target, image_numbers
@@ -105,7 +105,7 @@ class GPTQ(UnitPTQ):
         for name, layer in unit.layers.items():
             if not is_matrix_product(layer):
                 task.note(f'{name}: overlapping transposed convolution, rounded to nearest')
-                fall_back(task, name)
+                round_to_nearest(task, name)
                 continue
             sums = self.products(task, unit, name, inputs, reference)
             self.quantize_layer(layer, task.float_weights[name], *sums)
