@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..convert.model_facts import facts_of
 from ..ops import QuantizedLayer
 from ..stream import CallStore, Unit, UnitStream, find_units
 from ..stream.distributed import on_all_ranks
@@ -72,7 +73,9 @@ class UnitPTQ(WeightPTQ):
             task.report(unit.name, index, len(units))
             inputs = stream.inputs(index)
             wanted = reference.inputs(index) if reference else None
-            if wanted is not None and not on_all_ranks(paired(unit, inputs, wanted)):
+            if wanted is not None and not on_all_ranks(
+                _takes_given_samples(task, unit) and paired(inputs, wanted)
+            ):
                 task.note(
                     f'{unit.name}: its inputs in the quantized and in the stage-1 model do not '
                     f"belong together; {self.name} aims at its own inputs' outputs"
@@ -108,14 +111,18 @@ def fall_back(task: PTQTask, name: str) -> None:
     write_nearest(layer, task.float_weights[name])
 
 
+def _takes_given_samples(task: PTQTask, unit: Unit) -> bool:
+    """Whether a unit gets what the model is given; False if the model chooses its samples."""
+    return not set(facts_of(task.model).unpaired).intersection(unit.name.split('.'))
+
+
 @torch.no_grad()
-def paired(unit: Unit, inputs: CallStore, reference: CallStore) -> bool:
+def paired(inputs: CallStore, reference: CallStore) -> bool:
     """Whether two stores hold the same things, call by call and element by element.
 
-    Proposals differ between two models, so RoI features cannot be compared; unequal
-    shapes, or values that have little to do with each other, tell.
+    Unequal shapes, or values that have little to do with each other, tell that they do not.
     """
-    if len(inputs) != len(reference) or 'roi_head' in unit.name.split('.'):
+    if len(inputs) != len(reference):
         return False
     return all(
         len(ours.tensors) == len(theirs.tensors)

@@ -36,11 +36,10 @@ _FIXED = 2.0**40
 class GlobalReconstruction(WeightPTQ):
     """The quantized model's features approach those of the stage-1 model.
 
-    Features are what the first head gets and gives (penultimate feature and logits of a
-    classifier, neck and RPN outputs of a detector) and, where RoI heads are quantized, RoI
-    features and outputs at the stage-1 model's proposals; or what the pass over the images
-    gives where no head is quantized. Each tensor's squared error is taken relative to its
-    power.
+    Features are those that ``feature_source`` chooses: what the first quantized head gets and
+    gives (penultimate feature and logits of a classifier), what an integration registered for
+    its models (RoI features of a detector), or what the pass over the images gives. Each
+    tensor's squared error is taken relative to its power.
     The result is kept only if this error, with hard codes, falls. Put it behind an
     algorithm that rounds: ``ptq=['gptq', 'global']``. It needs the memory of training with
     one calibration batch.
