@@ -7,6 +7,7 @@ A rule that stands in the way of a good change is changed here, in the table, wi
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,6 +32,8 @@ FLOORS = {
     'analysis': 8,
     'integrations.__init__': 9,
     'integrations.loading': 9,
+    'integrations.mm.model_structure': 9,
+    'integrations.mm.roi_features': 9,
     'api': 10,
     'compat.mmengine': 11,
     'compat.timm': 11,
@@ -44,6 +47,10 @@ FLOORS = {
 """Dotted path below `gplq_mm` -> floor; the longest one that a file's path begins with counts."""
 TORCH_ONLY_UP_TO = 10
 TORCH_ONLY = {*sys.stdlib_module_names, 'gplq_mm', 'torch'}
+PARTS = re.compile(r'\b_?(bbox|box|decode|mask|panoptic|roi|rpn)_heads?\b')
+"""Attributes of detectors and segmenters, in code, strings and docstrings."""
+HEAD_NAMES = {'head', '_head'}  # strings by which one would look for the head of an MM model
+KNOWS_THE_HEAD = {'gplq_mm.distillation.mimic_features'}  # a classifier's, whose logits it compares
 LIBRARY_FOLDERS = {
     'integrations.mm.adapters.mmcv',
     'integrations.mm.adapters.mmdet',
@@ -173,6 +180,21 @@ def knows_other_library(module: Module) -> Iterator[str]:
             yield at(module, item)
 
 
+def knows_parts_of_models(module: Module) -> Iterator[str]:
+    """Names of heads below the integrations: attributes, variables, arguments and strings."""
+    room = module.room.split('.')[0]
+    if room == 'integrations' or FLOORS.get(module.room, 99) > TORCH_ONLY_UP_TO:
+        return
+    for node in walk(ast.parse(module.text)):
+        words = [getattr(node, key, None) for key in ('attr', 'id', 'arg', 'value')]
+        names = [word for word in words if isinstance(word, str)]
+        found = [match[0] for name in names for match in PARTS.finditer(name)]
+        if module.name not in KNOWS_THE_HEAD and isinstance(node, ast.Constant):
+            found += [name for name in names if name in HEAD_NAMES]
+        for name in found:
+            yield f'{module.name}, line {node.lineno}: {name}'  # type: ignore[attr-defined]
+
+
 def imports_another_adapter(module: Module) -> Iterator[str]:
     """One library's handlers that import another library's."""
     own = is_within(module.name, LIBRARY_FOLDERS)
@@ -223,6 +245,11 @@ RULES = {
         'gplq_mm/integrations/timm/, torchvision/ or mm/adapters/.',
         knows_other_library,
     ),
+    'parts': (
+        'Rooms below integrations know no detectors and no MM models: tell them with '
+        'register_model_facts or register_feature_source, see integrations/mm/model_structure.py.',
+        knows_parts_of_models,
+    ),
     'adapters': (
         'Adapters do not import one another, or a missing library takes the others down: '
         'move what they share to gplq_mm/convert/.',
@@ -261,6 +288,12 @@ EXAMPLES = [
     ('library', 'gplq_mm.api.a', 'def f():\n    import timm', True),
     ('library', f'{MM}.run.a', 'from mmdet.models import WindowMSA', True),
     ('library', f'{MM}.adapters.mmdet.a', 'from mmdet.models import WindowMSA', False),
+    ('parts', 'gplq_mm.ptq.a', "hasattr(model, 'roi_head')", True),
+    ('parts', 'gplq_mm.ptq.a', 'features = model.rpn_head(x)', True),
+    ('parts', 'gplq_mm.convert.a', "HEADS = ('bbox_head', 'mask_head')", True),
+    ('parts', 'gplq_mm.ptq.a', "is_last = owner.endswith('head')", True),
+    ('parts', 'gplq_mm.ptq.a', 'per_head = self.head(x)', False),
+    ('parts', f'{MM}.model_structure', "BOX_HEADS = ('roi_head',)", False),
     ('adapters', f'{MM}.adapters.mmdet.a', 'from ..mmcv.layers import convert_ffn', True),
     ('adapters', f'{MM}.adapters.mmdet.a', 'from .vitdet import convert_block', False),
     ('adapters', 'gplq_mm.integrations.timm.a', 'from ..torchvision import swin', True),

@@ -57,6 +57,7 @@ TESTED_IN = {
     'integrations/mm/launch/cpu_launch': 'test_integrations/test_mm/test_distributed.py',
     'integrations/mm/necks/layer_norm_2d': 'test_integrations/test_mm/test_necks/test_simple_feature_pyramid.py',  # noqa: E501
     'integrations/mm/resumable_loop': 'test_integrations/test_mm/test_end_to_end.py',
+    'integrations/mm/roi_features': 'test_integrations/test_mm/test_adapters/test_units.py',
     'integrations/mm/run/output_probe': 'test_integrations/test_mm/test_studies/test_ptq_comparison.py',  # noqa: E501
     'integrations/mm/studies/measured_sensitivity': 'test_integrations/test_mm/test_mixed_precision.py',  # noqa: E501
     'integrations/mm/studies/mixed_recipe': 'test_integrations/test_mm/test_mixed_precision.py',
@@ -82,7 +83,7 @@ TESTED_IN = {
     'ptq/ranges/mse': 'test_ptq/test_weight_ptq.py',
     'ptq/ranges/percentile': 'test_ptq/test_weight_ptq.py',
     'ptq/rounding/adaround': 'test_ptq/test_rounding/test_brecq.py',
-    'ptq/rounding/feature_source': 'test_integrations/test_mm/test_adapters/test_units.py',
+    'ptq/rounding/feature_source': 'test_integrations/test_mm/test_model_structure.py',
     'ptq/rounding/frozen_suffix': 'test_ptq/test_rounding/test_brecq.py',
     'ptq/rounding/global_reconstruction': 'test_integrations/test_mm/test_adapters/test_units.py',
     'ptq/rounding/guidance': 'test_ptq/test_rounding/test_gptq.py',

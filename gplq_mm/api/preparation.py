@@ -3,7 +3,7 @@
 
 from torch import nn
 
-from ..convert import CoverageReport, convert_, default_scope
+from ..convert import CoverageReport, convert_, facts_of
 from ..distillation.drop_rates import set_drop_rates_
 from ..distillation.trainable import choose_trained_, freeze_stages_
 from ..ptq.stage2 import prepare_stage2
@@ -23,11 +23,10 @@ def settle_for(model: nn.Module, recipe: RecipeLike) -> tuple[Recipe, bool]:
     Raises:
         ValueError: If the recipe is not valid.
     """
-    settled, scope = as_recipe(recipe), default_scope(model)
+    settled, facts = as_recipe(recipe), facts_of(model)
     if settled.scope == 'auto':
-        settled = settled.change(scope=scope)
-    is_detector = scope == 'backbone'
-    return settle_auto(settled, is_detector, typical_width(model)), is_detector
+        settled = settled.change(scope=facts.scope)
+    return settle_auto(settled, facts.is_detector, typical_width(model)), facts.is_detector
 
 
 def prepare_(

@@ -9,6 +9,7 @@ from .attention_handlers import (
     register_attention,
 )
 from .handlers import Context, find_handler, make_matmul, register_handler, register_layer
+from .model_facts import ModelFacts, facts_of, register_model_facts
 from .roles import (
     child_name,
     register_ffn,
@@ -19,7 +20,6 @@ from .roles import (
 from .walk import (
     CoverageReport,
     convert_,
-    default_scope,
     floating,
     quantized_layers,
     quantizers,
@@ -31,11 +31,12 @@ __all__ = [
     'PRESETS',
     'Context',
     'CoverageReport',
+    'ModelFacts',
     'attach_matmuls',
     'attach_rel_pos_matmuls',
     'child_name',
     'convert_',
-    'default_scope',
+    'facts_of',
     'find_handler',
     'floating',
     'make_matmul',
@@ -46,6 +47,7 @@ __all__ = [
     'register_ffn',
     'register_handler',
     'register_layer',
+    'register_model_facts',
     'register_roles',
     'resolve_recipe',
     'set_ffn_roles',

@@ -14,6 +14,7 @@ from ..ops import QuantizedLayer
 from ..quantizers import FakeQuantizer
 from ..recipe import Recipe, RecipeLike, RuleBook, as_recipe, in_scope
 from .handlers import TURNED_OFF, build_quantizer, find_handler
+from .model_facts import facts_of
 from .roles import give_roles
 
 _ATTENTION = re.compile(r'(attention|attn|attntion|msa|xca)', re.IGNORECASE)
@@ -132,7 +133,7 @@ def convert_(model: nn.Module, recipe: RecipeLike, strict: bool = False) -> Cove
     if any(isinstance(m, FakeQuantizer) for m in model.modules()):
         raise ValueError('the model is already converted; build a new float model to convert')
     if resolved.scope == 'auto':
-        resolved = resolved.change(scope=default_scope(model))
+        resolved = resolved.change(scope=facts_of(model).scope)
     device = next((p.device for p in model.parameters()), None)
     conversion = _Conversion(resolved)
     _check_scope(model, conversion.report.scope)
@@ -148,13 +149,6 @@ def convert_(model: nn.Module, recipe: RecipeLike, strict: bool = False) -> Cove
             module.name = name
             module.to(device)
     return conversion.report
-
-
-def default_scope(model: nn.Module) -> str:
-    """``backbone`` for a detector, ``all`` for anything else (classifiers, plain modules)."""
-    heads = ('bbox_head', 'rpn_head', 'roi_head', 'mask_head', 'panoptic_head')
-    is_detector = hasattr(model, 'backbone') and any(hasattr(model, h) for h in heads)
-    return 'backbone' if is_detector else 'all'
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

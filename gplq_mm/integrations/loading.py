@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 from torch import nn
 
+from .mm import model_structure  # noqa: F401  registers facts about models, with torch alone
+
 ADAPTERS = {
     'mmcv': 'mmcv',
     'mmpretrain': 'mmpretrain',

@@ -5,18 +5,17 @@ from typing import Any
 
 from torch import nn
 
+from ..convert.model_facts import facts_of
 from ..recipe import CompensationSettings, RecipeLike, as_recipe
 from ..stream.blocks import is_block
-
-_HEADS = ('roi_head', 'bbox_head', 'rpn_head')
 
 
 def resolve_compensation(model: nn.Module, recipe: RecipeLike) -> dict[str, Any] | None:
     """Options of a recipe's compensation.
 
     Args:
-        model: Converted model; ``auto`` means ``qwt`` for a classifier with
-            transformer blocks and None for a detector, as in arXiv 2506.11784.
+        model: Converted model; ``auto`` means ``qwt`` if it has transformer blocks, and None if
+            an integration says that it is not to be compensated (``ModelFacts``).
         recipe: ``stage2.compensation`` is None, ``auto``, ``qwt``
             or ``dict(type=..., blocks=..., ridge=..., target=...)``.
 
@@ -31,11 +30,7 @@ def resolve_compensation(model: nn.Module, recipe: RecipeLike) -> dict[str, Any]
         return None
     options = CompensationSettings(type=setting) if isinstance(setting, str) else setting
     is_auto = options.type == 'auto'
-    if is_auto and (_is_detector(model) or not any(map(is_block, model.modules()))):
+    if is_auto and not (facts_of(model).compensates and any(map(is_block, model.modules()))):
         return None
     blocks = options.blocks if isinstance(options.blocks, str) else list(options.blocks)
     return {'blocks': blocks, 'ridge': options.ridge, 'target': options.target}
-
-
-def _is_detector(model: nn.Module) -> bool:
-    return any(getattr(model, head, None) is not None for head in _HEADS)

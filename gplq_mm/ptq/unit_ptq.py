@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..convert.model_facts import facts_of
 from ..ops import QuantizedLayer
 from ..stream import CallStore, Unit, UnitStream, find_units
 from ..stream.distributed import on_all_ranks
@@ -73,7 +74,7 @@ class UnitPTQ(WeightPTQ):
             inputs = stream.inputs(index)
             reference_inputs = reference.inputs(index) if reference else None
             if reference_inputs is not None and not on_all_ranks(
-                paired(unit, inputs, reference_inputs)
+                _takes_given_samples(task, unit) and paired(inputs, reference_inputs)
             ):
                 task.note(
                     f'{unit.name}: its inputs in the quantized and in the stage-1 model do not '
@@ -110,14 +111,18 @@ def round_to_nearest(task: PTQTask, name: str) -> None:
     write_nearest(layer, task.float_weights[name])
 
 
+def _takes_given_samples(task: PTQTask, unit: Unit) -> bool:
+    """Whether a unit gets what the model is given; False if the model chooses its samples."""
+    return not set(facts_of(task.model).unpaired).intersection(unit.name.split('.'))
+
+
 @torch.no_grad()
-def paired(unit: Unit, inputs: CallStore, reference: CallStore) -> bool:
+def paired(inputs: CallStore, reference: CallStore) -> bool:
     """Whether the inputs in two models correspond, call by call and element by element.
 
-    Proposals differ between two models, so RoI features do not correspond. Other unrelated
-    inputs are detected by unequal shapes or a large difference of the values.
+    Unrelated inputs are detected by unequal shapes or a large difference of the values.
     """
-    if len(inputs) != len(reference) or 'roi_head' in unit.name.split('.'):
+    if len(inputs) != len(reference):
         return False
     return all(
         len(quantized.tensors) == len(stage1.tensors)

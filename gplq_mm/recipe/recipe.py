@@ -65,7 +65,7 @@ def scope_prefixes(scope: str | Sequence[str]) -> tuple[str, ...]:
     """Name prefixes of a scope.
 
     Examples:
-        >>> scope_prefixes('backbone+neck'), scope_prefixes(['backbone', 'rpn_head'])
-        (('backbone', 'neck'), ('backbone', 'rpn_head'))
+        >>> scope_prefixes('backbone+neck'), scope_prefixes(['backbone', 'neck.convs'])
+        (('backbone', 'neck'), ('backbone', 'neck.convs'))
     """
     return SCOPES[scope] if isinstance(scope, str) else tuple(scope)

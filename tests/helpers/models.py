@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gplq_mm.integrations import loading  # noqa: F401  knows where models have heads
 from gplq_mm.ops import QuantMatMul
 
 

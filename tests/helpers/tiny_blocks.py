@@ -7,6 +7,7 @@ from torch import nn
 
 from gplq_mm.calibration.activation_ranges import calibrate_activations
 from gplq_mm.convert import convert_, resolve_recipe
+from gplq_mm.integrations import loading  # noqa: F401  knows where models have heads
 from gplq_mm.ptq.stage2 import run_stage2
 
 WIDTH = 6

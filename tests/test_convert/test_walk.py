@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gplq_mm.convert import convert_, default_scope, quantized_layers, quantizers, set_quantization
+from gplq_mm.convert import convert_, quantized_layers, quantizers, set_quantization
 from gplq_mm.quantizers import UncalibratedError
 from tests.helpers.models import Attention, Detector, image
 from tests.helpers.reference import calibrated
@@ -62,11 +62,6 @@ def test_the_scope_decides_what_is_quantized(scope, linear, conv):
     report = convert_(Detector(), dict(scope=scope))
     assert report.counts == {'linear': linear, 'conv': conv, 'matmul': 0}
     assert report.as_dict()['counts'] == report.counts
-
-
-def test_the_default_scope_is_the_backbone_of_a_detector_and_all_of_others():
-    assert default_scope(Detector()) == 'backbone'
-    assert default_scope(Detector().backbone) == 'all'
 
 
 @pytest.mark.parametrize('granularity', ['per_tensor', 'per_channel'])

@@ -36,10 +36,10 @@ _FIXED = 2.0**40
 class GlobalReconstruction(WeightPTQ):
     """Learn roundings, scales and biases so that the features are those of the stage-1 model.
 
-    Features are input and output of the first head (penultimate feature and logits of a
-    classifier, neck and RPN outputs of a detector) and, if RoI heads are quantized, RoI
-    features and outputs at the stage-1 model's proposals; without a quantized head, the
-    result of the forward pass. The squared error of each tensor is divided by its power.
+    Features are those of ``feature_source``: input and output of the first quantized head
+    (penultimate feature and logits of a classifier), what an integration registered for its
+    models (RoI features of a detector), or the result of the forward pass. The squared error
+    of each tensor is divided by its power.
     The result is kept only if it reduces this error, measured with hard codes. Put it
     after an algorithm that rounds: ``ptq=['gptq', 'global']``. It needs the memory of
     training with one calibration batch.

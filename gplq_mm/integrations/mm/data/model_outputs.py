@@ -11,7 +11,7 @@ from ....analysis.output_metrics import Metric, Outputs, build_metric
 from ....analysis.start_error import StartOutputs
 from ....distillation.mimic_features import Recording, has_penultimate
 from ....distillation.mimic_settings import PENULTIMATE
-from ....ptq.rounding.feature_source import PROPOSALS
+from ..roi_features import PROPOSALS
 from .calibration_data import ends_before_heads
 
 IndexedBatch = tuple[int, Any]

@@ -15,7 +15,8 @@ from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
 from gplq_mm.convert import convert_, quantized_layers, resolve_recipe
-from gplq_mm.ptq.rounding.feature_source import RoIFeatures, feature_source
+from gplq_mm.integrations.mm.roi_features import RoIFeatures
+from gplq_mm.ptq.rounding.feature_source import feature_source
 from gplq_mm.ptq.stage2 import run_stage2
 from gplq_mm.stream import UnitStream, find_units
 from tests.helpers.mm_models import (

@@ -27,11 +27,16 @@ def test_tensors_of_later_steps_take_the_pages_of_earlier_ones(
 ) -> None:
     for name in USERS_CHOICE:
         monkeypatch.delenv(name, raising=False)
-    output = run_ok('-c', FAULTS, cwd=REPOSITORY)
-    before, is_kept, after = map(int, output.split('FAULTS')[1].split()[:3])
-    if not is_kept:
-        pytest.skip('not glibc, or an accelerator is there')
-    assert before > 100 * after
+    found = []
+    for _ in range(3):  # under memory pressure the kernel takes pages back from a process
+        output = run_ok('-c', FAULTS, cwd=REPOSITORY)
+        before, is_kept, after = map(int, output.split('FAULTS')[1].split()[:3])
+        if not is_kept:
+            pytest.skip('not glibc, or an accelerator is there')
+        found.append((before, after))
+        if before > 100 * after:
+            break
+    assert any(before > 100 * after for before, after in found), found
 
 
 @pytest.mark.parametrize('name', USERS_CHOICE)

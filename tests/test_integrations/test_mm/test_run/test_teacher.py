@@ -135,7 +135,7 @@ def test_few_images_for_a_basis_reach_every_rank(
 ) -> None:
     runner = make_runner(gplq_config(project, fp32, tmp_path))
     calibration = CalibrationSet(runner.cfg, num_images=4, seed=0, batch_size=1)
-    for module in ('calibration_data', 'teacher'):
+    for module in ('data.calibration_data', 'run.teacher'):
         monkeypatch.setattr(f'gplq_mm.integrations.mm.{module}.world', lambda: (0, 8))
     assert len(pca_images(calibration)(20).batches) == 10
     with pytest.raises(ValueError, match='cannot be distributed over 8 ranks'):

@@ -1,0 +1,53 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Which models are detectors, and where their heads are: the one place that decides it.
+
+It goes by the names of attributes, which all OpenMMLab libraries share, and imports none of them:
+a project's own detector is recognized as well, and so is any torch module with such attributes.
+`integrations/loading.py` imports this file, which registers its functions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from ...convert.model_facts import ModelFacts, register_model_facts
+from ...ptq.rounding.feature_source import FeatureSource, HeadFeatures, register_feature_source
+from ...stream import Unit
+from .roi_features import RoIFeatures
+
+BOX_HEADS = ('roi_head', 'bbox_head', 'rpn_head')
+DETECTOR_HEADS = (*BOX_HEADS, 'mask_head', 'panoptic_head')
+"""Attributes of mmdet's detectors; without boxes, SOLO has a ``mask_head`` and MaskFormer a
+``panoptic_head``."""
+
+
+@register_model_facts
+def describe(model: nn.Module) -> ModelFacts:
+    """Facts of a model, whether it is a detector or not.
+
+    A detector's ``auto`` scope is its backbone. Compensation is not for models with boxes, as in
+    arXiv 2506.11784. Inputs of RoI heads are taken at the model's own proposals.
+    """
+    is_detector = hasattr(model, 'backbone') and any(hasattr(model, h) for h in DETECTOR_HEADS)
+    return ModelFacts(
+        is_detector=is_detector,
+        scope='backbone' if is_detector else 'all',
+        compensates=all(getattr(model, head, None) is None for head in BOX_HEADS),
+        unpaired=('roi_head',),
+    )
+
+
+@register_feature_source
+def choose_features(model: Any, units: Sequence[Unit]) -> tuple[FeatureSource, list[Unit]] | None:
+    """RoI features where RoI heads are quantized; else what the first head gets and gives.
+
+    A head is a child of the model whose name ends with ``head``; None where none is quantized.
+    """
+    owners = [unit.name.split('.')[0] for unit in units]
+    if 'roi_head' in owners and hasattr(model, 'rpn_head'):
+        return RoIFeatures(model), list(units)
+    for index, owner in enumerate(owners):
+        if owner.endswith('head'):
+            return HeadFeatures(units[index].module), list(units[: index + 1])
+    return None
