@@ -1,6 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import gplq_mm
-from gplq_mm.ops import Attention, QuantMatMul, dispatch, explain, set_engine
+from gplq_mm.ops import Attention, QuantMatMul, dispatch, explain, set_engine, unregister_backend
 from gplq_mm.ops.attention.products import added
 from gplq_mm.ops.feed_forward import TwoLayers
 from gplq_mm.ops.float_matmul import FloatMatMul
 from gplq_mm.quantizers import FakeQuantizer, QuantSpec, build_observer
 from gplq_mm.quantizers.packing import cpu_kernels
-from tests.helpers import integer_backend
+from tests.helpers.extending import example
 from tests.helpers.layers import quantized
 
 PACKAGE = Path(gplq_mm.__file__).parent
@@ -139,30 +139,19 @@ def test_a_feed_forward_network_is_one_operation_unless(
         assert backend(network, x) == 'reference'
 
 
-@pytest.fixture
-def integers() -> Iterator[None]:
-    """The backend of another project."""
-    integer_backend.register()
-    yield
-    integer_backend.unregister()
-
-
-def test_a_backend_from_outside_takes_the_calls_it_accepts(integers: None) -> None:
+def test_a_backend_from_outside_takes_the_calls_it_accepts() -> None:
     made, x = layer()
-    expected = made.weight_quantizer.codes(made.folded_weight())[0]
-    with torch.no_grad():
-        assert explain(made, x, None).startswith('linear: integer; not packed')
-        out = made(x)
-    assert len(integer_backend.EXPORTED) == 1
-    assert torch.equal(integer_backend.EXPORTED[0]['codes'], expected.to(torch.int8))
-    assert backend(made, x, None) == 'packed'
-    folded, x = layer(per_channel_input=True)
-    with torch.no_grad():
-        assert 'not integer: one input scale a channel' in explain(folded, x, None)
-    integer_backend.unregister()
-    with torch.no_grad():
-        assert backend(made, x, None) == 'exact'
-        assert torch.equal(made(x), out)
+    with example('integer_backend') as integer_backend:
+        with torch.no_grad():
+            assert explain(made, x, None).startswith('linear: integer; not packed')
+            out = made(x)
+            with torch.autocast('cpu', dtype=torch.bfloat16):
+                assert 'not integer: autocast' in explain(made, x, None)
+        assert backend(made, x, None) == 'packed'
+        unregister_backend(integer_backend.NAME)
+        with torch.no_grad():
+            assert backend(made, x, None) == 'exact'
+            assert torch.equal(made(x), out)
 
 
 def files_crossed(call: Callable[[], Any]) -> set[str]:
