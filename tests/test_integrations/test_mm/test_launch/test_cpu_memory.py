@@ -11,8 +11,8 @@ import resource, torch
 from gplq_mm.integrations.mm.launch.cpu_memory import keep_freed_memory
 
 def faults():
-    for step in range(4):
-        if step == 2:
+    for step in range(22):  # aligned blocks fit into freed ones after several steps only
+        if step == 20:
             start = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         blocks = [torch.ones(1 << 24) for _ in range(2)]  # 64 MiB each
         del blocks
@@ -27,16 +27,11 @@ def test_tensors_of_later_steps_take_the_pages_of_earlier_ones(
 ) -> None:
     for name in USERS_CHOICE:
         monkeypatch.delenv(name, raising=False)
-    found = []
-    for _ in range(3):  # under memory pressure the kernel takes pages back from a process
-        output = run_ok('-c', FAULTS, cwd=REPOSITORY)
-        before, is_kept, after = map(int, output.split('FAULTS')[1].split()[:3])
-        if not is_kept:
-            pytest.skip('not glibc, or an accelerator is there')
-        found.append((before, after))
-        if before > 100 * after:
-            break
-    assert any(before > 100 * after for before, after in found), found
+    output = run_ok('-c', FAULTS, cwd=REPOSITORY)
+    before, is_kept, after = map(int, output.split('FAULTS')[1].split()[:3])
+    if not is_kept:
+        pytest.skip('not glibc, or an accelerator is there')
+    assert before > 100 * after
 
 
 @pytest.mark.parametrize('name', USERS_CHOICE)
