@@ -83,7 +83,7 @@ class StartMeter:
         model: Converted model, calibrated, in evaluation mode.
         forward: Outputs for one batch.
         batches: This rank's batches with their global numbers, equal in every call.
-        as_float_model: State in which the model is the float model.
+        as_float: State in which the model is the float model.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class StartMeter:
         model: nn.Module,
         forward: Callable[[Any], StartOutputs],
         batches: Callable[[], Iterable[tuple[int, Any]]],
-        as_float_model: State,
+        as_float: State,
     ) -> None:
         self.model = model
         self.forward = forward
         self.batches = batches
-        self.as_float = as_float_model
+        self.as_float = as_float
 
     def figures(self) -> StartFigures:
         """Figures of the model in its current state, equal on all ranks."""
@@ -142,10 +142,10 @@ def as_float_model(model: nn.Module, float_state: Mapping[str, Tensor]) -> Itera
 
     Args:
         model: Converted model.
-        float_state: FP32 weights by name; the model's own weights may have changed.
+        float_state: FP32 weights by name; the model's own weights may have changed. Names that
+            the model does not have are ignored.
     """
-    own = model.state_dict()
-    kept = {k: own[k].clone() for k in float_state}
+    kept = {k: v.clone() for k, v in model.state_dict().items() if k in float_state}
     model.load_state_dict(float_state, strict=False)
     try:
         with floating(quantizers(model).values()):

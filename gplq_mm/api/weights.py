@@ -2,7 +2,6 @@
 """``gplq_mm.quantize_weights``: stage 2."""
 
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -49,6 +48,10 @@ def quantize_weights(
             settings = settings.change(all_if_fewer=True)
         requested = number or settings.num_images
         run_pass, _ = passes(model, loader, forward_loop, settings, requested)
+    float_model = None
+    if teacher is not None:
+        require_teacher(model, teacher)
+        float_model = partial(as_float_model, model, teacher.state_dict())
     if loader is not None:
         more_images = partial(_more_images, model, loader, settings.batch_size)
     result = run_stage2(
@@ -57,21 +60,11 @@ def quantize_weights(
         run_pass,
         logger=LOGGER,
         seed=settings.seed,
-        float_model=None if teacher is None else _float_model(model, teacher),
+        float_model=float_model,
         more_images=more_images,
     )
     state.stage = STAGE2
     return result
-
-
-def _float_model(
-    model: nn.Module, teacher: nn.Module
-) -> Callable[[], AbstractContextManager[None]]:
-    """What opens the teacher's weights in the model."""
-    require_teacher(model, teacher)
-    own = model.state_dict()
-    state = {k: v.to(own[k].device) for k, v in teacher.state_dict().items() if k in own}
-    return partial(as_float_model, model, state)
 
 
 def _more_images(

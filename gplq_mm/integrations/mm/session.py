@@ -13,6 +13,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ...analysis import model_bytes, write_json
+from ...analysis.start_error import as_float_model
 from ...calibration.activation_ranges import (
     calibrate_activations,
     calibrate_trained_weights,
@@ -158,26 +159,20 @@ class GPLQSession:
         settings, path = self.recipe.gate, str(source.get('path', ''))
         if settings is None or not os.path.isfile(path):
             return
-        own = self.model.state_dict()
-        float_state = {k: v for k, v in read_float(source).items() if k in own}
-        gate = Gate(self.model, self.calibration, float_state, settings)
+        gate = Gate(self.model, self.calibration, read_float(source), settings)
         if gate.unavailable() is None:
             error = gate.figures().feature_error
             self.report.update('stage2', feature_error=error)
             print_log(f'feature error after both stages: {error:.3g}', logger='current')
 
     def _score_fp32(self, scored: bool, float_state: Mapping[str, torch.Tensor]) -> None:
-        calibrated = {k: v.clone() for k, v in self.model.state_dict().items() if k in float_state}
-        self.model.load_state_dict(float_state, strict=False)  # calibration fits weights
-        set_quantization(self.model, False)
-        self.report.update('fp32', model_bytes=model_bytes(self.model))
         metrics: dict[str, float] = {}
-        with StageMeter() as meter:
-            meter.sample_after(self.model.register_forward_hook)
-            if scored and self.runner.val_loop is not None:
-                metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
-        set_quantization(self.model, True)
-        self.model.load_state_dict(calibrated, strict=False)
+        with as_float_model(self.model, float_state):
+            self.report.update('fp32', model_bytes=model_bytes(self.model))
+            with StageMeter() as meter:
+                meter.sample_after(self.model.register_forward_hook)
+                if scored and self.runner.val_loop is not None:
+                    metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
         self.report.update(
             'fp32',
             metrics=metrics,

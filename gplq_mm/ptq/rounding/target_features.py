@@ -40,9 +40,9 @@ class TargetFeatures:
     ) -> None:
         self.task, self.source = task, source
         self.run_pass = run_pass or task.run_pass
-        self.state = state or task.stage1
         self.targets = CallStore(budget_bytes, task.folder)
-        self.each(self.keep)
+        with (state or task.stage1)():
+            self.each(self.keep)
         total = torch.tensor(float(len(self.targets)))
         all_reduce_sum(total)
         self.batches = int(total)
@@ -54,9 +54,8 @@ class TargetFeatures:
             self.run_pass()
 
     def keep(self, run: partial[Any]) -> None:
-        """Store the features of one batch in the target state."""
-        with self.state():
-            self.targets.append(Call(tuple(self.source.features(run, len(self.targets)))))
+        """Store the features of one batch; the model is in the target state."""
+        self.targets.append(Call(tuple(self.source.features(run, len(self.targets)))))
 
     def loss(self, run: Callable[[], Any], index: int) -> Tensor:
         """Mean squared error of a batch's features, each divided by its power.

@@ -87,8 +87,8 @@ class Gate:
         self.settings = settings
         self.images = calibration.following(settings.num_images)
         self.float_state = float_state
-        as_float_ = partial(as_float_model, model, float_state)
-        self.meter = StartMeter(model, self._outputs, self.images.numbered, as_float_)
+        as_float = partial(as_float_model, model, float_state)
+        self.meter = StartMeter(model, self._outputs, self.images.numbered, as_float)
 
     def measure(self) -> GateResult:
         """Figures of the current model; above the limit also the errors with each role float."""

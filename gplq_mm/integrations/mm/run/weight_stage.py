@@ -4,8 +4,8 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ def apply_stage2(
     folder = os.path.join(runner.work_dir, UNITS_FOLDER, short_sha256(recipe.weight.as_dict()))
     probe = OutputProbe(model, images)
     source = _source(runner)
+    is_there = os.path.isfile(str(source.get('path', '')))
     with StageMeter() as meter:
         run_pass = images.run_pass(model, 'stage 2')
         result = run_stage2(
@@ -95,7 +96,7 @@ def apply_stage2(
             seed=recipe.calibration.seed,
             folder=folder,
             data_key=short_sha256((images.paths, images.batches)),
-            float_model=_float_model(model, source),
+            float_model=partial(_as_float_checkpoint, model, source) if is_there else None,
             more_images=partial(_more_images, model, images),
         )
     report.update('stage2', **result.as_dict(), sqnr_db=probe.sqnr_db())
@@ -206,15 +207,11 @@ def _require_stage1(model: Any) -> None:
         )
 
 
-def _float_model(
-    model: Any, source: Mapping[str, Any]
-) -> Callable[[], AbstractContextManager[None]] | None:
-    """What opens the float model in a converted one; None where its checkpoint is gone."""
-    if not os.path.isfile(str(source.get('path', ''))):
-        return None
-    own = model.state_dict()
-    state = {k: v.to(own[k].device) for k, v in read_float(source).items() if k in own}
-    return partial(as_float_model, model, state)
+@contextmanager
+def _as_float_checkpoint(model: Any, source: Mapping[str, Any]) -> Iterator[None]:
+    """Context manager: a converted model has the weights of its FP32 checkpoint, read here."""
+    with as_float_model(model, read_float(source)):
+        yield
 
 
 def _more_images(model: Any, images: CalibrationSet, number: int) -> Callable[[], None]:

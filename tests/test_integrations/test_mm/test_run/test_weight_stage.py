@@ -86,6 +86,15 @@ def test_fine_tuning_without_the_float_checkpoint_says_so(
     assert 'there is no float model' in notes[0]
 
 
+def test_an_algorithm_that_needs_no_float_model_does_not_read_it(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[Any] = []
+    monkeypatch.setattr(weight_stage, 'read_float', read.append)
+    weight_stage.run(runner, ptq='mse')
+    assert not read
+
+
 def test_an_unknown_algorithm_is_refused(runner: Runner) -> None:
     with pytest.raises(ValueError, match='gptqq'):
         weight_stage.run(runner, ptq='gptqq')
