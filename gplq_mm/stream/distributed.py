@@ -22,6 +22,12 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+def global_number(seen: int) -> int:
+    """Number over all ranks of this rank's batch ``seen``: rank r has r, r + world, ..."""
+    rank, size = world()
+    return rank + size * seen
+
+
 def synchronize_observer(quantizer: FakeQuantizer) -> None:
     """Reduce the statistics of a quantizer's observer over all ranks.
 

@@ -7,7 +7,6 @@ them end to end with weights fixed on their grid is the second phase of Efficien
 """
 
 import math
-from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -17,17 +16,14 @@ from torch import nn
 from ...distillation.optimizer_groups import SCALE_KEY
 from ...distillation.scale_steps import ProportionalSteps
 from ...stream import find_units
-from ...stream.distributed import all_reduce_sum, broadcast_from_0, world
-from ...stream.passes import RunPass
+from ...stream.distributed import broadcast_from_0
 from ..algorithms import register_weight_ptq
 from ..finished_units import FinishedUnits
-from ..rounding.feature_source import FeatureSource, feature_source
+from ..rounding.feature_source import feature_source
 from ..rounding.soft_rounding import only_trainable, without_checkpointing
-from ..rounding.target_features import TargetFeatures
+from ..rounding.target_features import TrainedFeatures
 from ..task import CORRECTS, PTQTask, WeightPTQ
 
-_FIXED = 2.0**40
-"""Gradients are rounded to multiples of its inverse; their sum in float64 is exact in any order."""
 _WARM_UP = 3
 """Warm-up steps of the learning rate."""
 _HELD_OUT = 16
@@ -84,15 +80,18 @@ class FineTuning(WeightPTQ):
             only_trainable(task.model, learned.values()),
             without_checkpointing(task.model),
         ):
-            problem = _Problem(task, source, images)
+            problem = TrainedFeatures(
+                task, source, task.budget_bytes, images, task.float_model, held_out=_HELD_OUT
+            )
             if problem.trained < 1:
                 task.note(
                     'finetune: skipped, since all images are one batch and none can be held out; '
                     'give more images, or a smaller recipe.calibration.batch_size'
                 )
                 return
+            before = problem.error(problem.trained)
             after = self._learn(task, problem, learned)
-        if not after < problem.before:
+        if not after < before:
             for name, parameter in learned.items():
                 parameter.detach().copy_(start[name])
             task.note('finetune: undone, since the feature error of held-out images did not fall')
@@ -100,7 +99,9 @@ class FineTuning(WeightPTQ):
             parameter.detach().copy_(broadcast_from_0(parameter.detach()))
         finished.save(0, task.model)
 
-    def _learn(self, task: PTQTask, problem: '_Problem', learned: dict[str, nn.Parameter]) -> float:
+    def _learn(
+        self, task: PTQTask, problem: TrainedFeatures, learned: dict[str, nn.Parameter]
+    ) -> float:
         """Train; returns the error of the held-out batches."""
         steps = self.epochs * -(-problem.trained // self.batches)
         parameters = list(learned.values())
@@ -120,95 +121,8 @@ class FineTuning(WeightPTQ):
             schedule.step()
             done += 1
 
-        error = problem.before
-        for _ in range(self.epochs):
-            error = problem.go_over(parameters, self.batches, step)
-        return error
-
-
-class _Problem(TargetFeatures):
-    """Features of all images; the last batches are held out.
-
-    Attributes:
-        before: Mean error of the held-out batches at the start.
-        trained: Batches to train on, over all ranks.
-    """
-
-    def __init__(self, task: PTQTask, source: FeatureSource, images: RunPass) -> None:
-        super().__init__(task, source, task.budget_bytes, images, task.float_model)
-        self.trained = self.batches - max(1, self.batches // _HELD_OUT)
-        self._held_out: list[float] = []
-        seen = 0
-
-        def check(run: partial[Any]) -> None:
-            nonlocal seen
-            if self._number(seen) >= self.trained:
-                self._held_out.append(float(self.loss(run, seen)))
-            seen += 1
-
-        self.each(check)
-        self.before = self._mean_of_held_out()
-
-    def go_over(
-        self, parameters: Sequence[nn.Parameter], batches: int, step: Callable[[], None]
-    ) -> float:
-        """One epoch: train on the first batches, then measure the held-out ones.
-
-        Args:
-            parameters: Trained parameters; they get the same gradients on all ranks.
-            batches: Batches per step.
-            step: Called on every rank.
-
-        Returns:
-            Mean error of the held-out batches.
-        """
-        sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-        seen, stepped = 0, 0
-
-        def flush(until: int) -> None:
-            nonlocal stepped
-            while stepped < until:
-                count = min(batches, self.trained - stepped * batches)
-                for parameter, total in zip(parameters, sums, strict=True):
-                    all_reduce_sum(total)
-                    parameter.grad = (total / (_FIXED * count)).to(parameter.dtype)
-                    total.zero_()
-                step()
-                stepped += 1
-
-        steps = -(-self.trained // batches)
-
-        def handle(run: partial[Any]) -> None:
-            nonlocal seen
-            number = self._number(seen)
-            flush(min(number // batches, steps) if number < self.trained else steps)
-            if number < self.trained:
-                with torch.enable_grad():
-                    loss = self.loss(run, seen)
-                grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-                for total, grad in zip(sums, grads, strict=True):
-                    if grad is not None:
-                        total += (grad.double() * _FIXED).round_()
-            else:
-                self._held_out.append(float(self.loss(run, seen)))
-            seen += 1
-
-        self.each(handle)
-        flush(steps)
-        return self._mean_of_held_out()
-
-    def _mean_of_held_out(self) -> float:
-        """Mean error of the held-out batches of all ranks."""
-        total = torch.tensor(self._held_out, dtype=torch.float64).mul(_FIXED).round().sum()
-        self._held_out = []
-        all_reduce_sum(total)
-        return float(total) / _FIXED / (self.batches - self.trained)
-
-    @staticmethod
-    def _number(seen: int) -> int:
-        """Global number of a batch of this rank."""
-        rank, size = world()
-        return rank + seen * size
+        errors = [problem.train(parameters, self.batches, step) for _ in range(self.epochs)]
+        return errors[-1]
 
 
 def vectors_of(model: nn.Module, layers: Any) -> dict[str, nn.Parameter]:

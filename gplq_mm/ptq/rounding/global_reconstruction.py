@@ -7,14 +7,13 @@ rounding as in AdaRound (arXiv 2004.10568).
 """
 
 import copy
-from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ...stream import Unit, find_units
-from ...stream.distributed import all_reduce_sum, broadcast_from_0, world
+from ...stream.distributed import broadcast_from_0
 from ..algorithms import register_weight_ptq
 from ..finished_units import FinishedUnits
 from ..task import CORRECTS, PTQTask, WeightPTQ
@@ -26,10 +25,7 @@ from .soft_rounding import (
     soft_weights,
     without_checkpointing,
 )
-from .target_features import TargetFeatures
-
-_FIXED = 2.0**40
-"""Gradients are rounded to multiples of its inverse; their sum in float64 is exact in any order."""
+from .target_features import TrainedFeatures
 
 
 @register_weight_ptq('global')
@@ -88,7 +84,7 @@ class GlobalReconstruction(WeightPTQ):
             return
         units = find_units(task.model, task.layers, task.run_pass)
         source, units = feature_source(task.model, units)
-        problem = _Features(task, source, task.budget_bytes)
+        problem = TrainedFeatures(task, source, task.budget_bytes)
         before = problem.error()
         start = copy.deepcopy(task.model.state_dict())
         layers = {n: la for unit in units for n, la in unit.layers.items()}
@@ -115,7 +111,7 @@ class GlobalReconstruction(WeightPTQ):
     def _learn(
         self,
         task: PTQTask,
-        problem: '_Features',
+        problem: TrainedFeatures,
         roundings: list[SoftRounding],
         affine: list[Tensor],
     ) -> None:
@@ -128,31 +124,18 @@ class GlobalReconstruction(WeightPTQ):
             groups.append({'params': [p], 'lr': self.affine_lr * size})
         optimizer = torch.optim.Adam(groups)
         learned = [p for g in groups for p in g['params'] if p.requires_grad]  # type: ignore[attr-defined]
-        sums = [torch.zeros_like(p, dtype=torch.float64) for p in learned]
         done = 0
 
-        def step(count: int) -> None:
+        def step() -> None:
             nonlocal done
-            if done >= self.steps:
-                return
             if done % max(self.steps // 10, 1) == 0:
                 task.report(f'global step {done + 1}', done, self.steps)
-            for p, total in zip(learned, sums, strict=True):
-                all_reduce_sum(total)
-                p.grad = (total / (_FIXED * count)).to(p.dtype)
-                total.zero_()
             self._penalize(roundings, done)
             optimizer.step()
             done += 1
 
-        def add(loss: Tensor) -> None:
-            grads = torch.autograd.grad(loss, learned, allow_unused=True)
-            for total, grad in zip(sums, grads, strict=True):
-                if grad is not None:
-                    total += (grad.double() * _FIXED).round_()
-
         while done < self.steps:
-            problem.go_over(self.batches, add, step, lambda: done < self.steps)
+            problem.train(learned, self.batches, step, lambda: done < self.steps)
 
     def _penalize(self, roundings: list[SoftRounding], done: int) -> None:
         """Add the gradient of the regulariser."""
@@ -162,53 +145,6 @@ class GlobalReconstruction(WeightPTQ):
         with torch.enable_grad():
             penalty = torch.stack([r.regularizer(beta) for r in roundings]).mean()
             (self.regularization * penalty).backward(inputs=[r.v for r in roundings])
-
-
-class _Features(TargetFeatures):
-    """Target features, with passes over all images."""
-
-    def error(self) -> float:
-        """Mean loss over all batches, the same on all ranks."""
-        losses: list[float] = []
-        self.each(lambda run: losses.append(float(self.loss(run, len(losses)))))
-        total = torch.tensor(losses, dtype=torch.float64).mul(_FIXED).round().sum()
-        all_reduce_sum(total)
-        return float(total) / _FIXED / self.batches
-
-    def go_over(
-        self,
-        batches: int,
-        add: Callable[[Tensor], None],
-        step: Callable[[int], None],
-        more: Callable[[], bool],
-    ) -> None:
-        """One pass over the images.
-
-        Args:
-            batches: Batches per step, over all ranks.
-            add: Called with the loss of each of this rank's batches.
-            step: Called on every rank after the batches of a step, with their number.
-            more: Returns whether another loss is required.
-        """
-        rank, size = world()
-        steps, seen, stepped = -(-self.batches // batches), 0, 0
-
-        def flush(until: int) -> None:
-            nonlocal stepped
-            while stepped < until:
-                step(min(batches, self.batches - stepped * batches))
-                stepped += 1
-
-        def handle(run: Callable[[], Any]) -> None:
-            nonlocal seen
-            flush((rank + seen * size) // batches)
-            if more():
-                with torch.enable_grad():
-                    add(self.loss(run, seen))
-            seen += 1
-
-        self.each(handle)
-        flush(steps)
 
 
 def _affine_parameters(units: list[Unit]) -> list[Tensor]:

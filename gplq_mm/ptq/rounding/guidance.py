@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...ops import QuantLinear
 from ...stream import Unit
-from ...stream.distributed import all_reduce_max, world
+from ...stream.distributed import all_reduce_max, global_number
 from ...stream.interception import intercepted
 from ..task import PTQTask
 from .feature_source import feature_source
@@ -78,14 +78,13 @@ def _energies(
     assert task.run_pass is not None
     source, _ = feature_source(task.model, units)
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    rank, size = world()
     seen = 0
 
     def handle(run: Callable[[], Any]) -> None:
         nonlocal seen
         with torch.enable_grad(), _outputs(layers) as outputs:
             features = [f for f in source.features(run, seen) if f.requires_grad]
-            generator = torch.Generator().manual_seed(task.seed + rank + size * seen)
+            generator = torch.Generator().manual_seed(task.seed + global_number(seen))
             seen += 1
             named = [(name, y) for name, calls in outputs.items() for y in calls]
             if not features or not named:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ...stream import CallStore
-from ...stream.distributed import world
+from ...stream.distributed import global_number
 from .hessian import damped, stable_cholesky
 
 _DAMPINGS = (0.1, 1.0, 10.0)
@@ -62,5 +62,4 @@ def change(rows: Tensor, hessian: Tensor, cross: Tensor, damping: float) -> Tens
 
 def image_numbers(inputs: CallStore) -> list[int]:
     """Global number of the batch of images of each stored call."""
-    rank, size = world()
-    return [rank + size * i for i, calls in enumerate(inputs.batches) for _ in range(calls)]
+    return [global_number(i) for i, calls in enumerate(inputs.batches) for _ in range(calls)]

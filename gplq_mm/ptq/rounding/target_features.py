@@ -1,7 +1,10 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Target features of the quantized model: those of the stage-1 or of the float model."""
+"""Target features of the quantized model, and training on them.
 
-from collections.abc import Callable
+They are the features of the stage-1 or of the float model.
+"""
+
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -10,10 +13,13 @@ import torch
 from torch import Tensor
 
 from ...stream import Call, CallStore, intercepted
-from ...stream.distributed import all_reduce_sum
+from ...stream.distributed import all_reduce_sum, global_number
 from ...stream.passes import RunPass
 from ..task import PTQTask
 from .feature_source import FeatureSource
+
+_FIXED = 2.0**40
+"""Gradients are rounded to multiples of its inverse; their sum in float64 is exact in any order."""
 
 
 class TargetFeatures:
@@ -72,3 +78,100 @@ class TargetFeatures:
             power = target.square().mean().clamp_min(1e-12)
             parts.append((y - target).square().mean() / power)
         return torch.stack(parts).mean()
+
+
+class TrainedFeatures(TargetFeatures):
+    """Passes that train the model on its target features, with equal bits on any number of ranks.
+
+    Args:
+        *args: Those of ``TargetFeatures``.
+        held_out: One batch of this many, at the end, is not trained on; 0 to train on all.
+        **kwargs: Those of ``TargetFeatures``.
+
+    Attributes:
+        trained: Batches to train on, over all ranks.
+    """
+
+    def __init__(self, *args: Any, held_out: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.trained = self.batches
+        if held_out:
+            self.trained -= max(1, self.batches // held_out)
+
+    def error(self, first: int = 0) -> float:
+        """Mean loss of the batches from number ``first`` on, the same on all ranks."""
+        losses: list[float] = []
+        seen = 0
+
+        def measure(run: partial[Any]) -> None:
+            nonlocal seen
+            if global_number(seen) >= first:
+                losses.append(float(self.loss(run, seen)))
+            seen += 1
+
+        self.each(measure)
+        return _exact_mean(losses, self.batches - first)
+
+    def train(
+        self,
+        parameters: Sequence[Tensor],
+        batches: int,
+        step: Callable[[], None],
+        more: Callable[[], bool] = lambda: True,
+    ) -> float:
+        """One pass: train on the first batches, then measure the held-out ones.
+
+        Args:
+            parameters: Trained parameters; they get the same gradients on all ranks.
+            batches: Batches per step, over all ranks.
+            step: Called on every rank, with gradients.
+            more: Returns whether another step is required.
+
+        Returns:
+            Mean error of the held-out batches; 0 without any.
+        """
+        sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        steps, held_out = -(-self.trained // batches), list[float]()
+        seen, stepped = 0, 0
+
+        def flush(until: int) -> None:
+            nonlocal stepped
+            while stepped < until:
+                count = min(batches, self.trained - stepped * batches)
+                stepped += 1
+                if not more():
+                    continue
+                for parameter, total in zip(parameters, sums, strict=True):
+                    all_reduce_sum(total)
+                    parameter.grad = (total / (_FIXED * count)).to(parameter.dtype)
+                    total.zero_()
+                step()
+
+        def handle(run: partial[Any]) -> None:
+            nonlocal seen
+            number, index = global_number(seen), seen
+            seen += 1
+            if number >= self.trained:
+                flush(steps)
+                held_out.append(float(self.loss(run, index)))
+                return
+            flush(number // batches)
+            if not more():
+                return
+            with torch.enable_grad():
+                loss = self.loss(run, index)
+            grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for total, grad in zip(sums, grads, strict=True):
+                if grad is not None:
+                    total += (grad.double() * _FIXED).round_()
+
+        self.each(handle)
+        flush(steps)
+        return _exact_mean(held_out, self.batches - self.trained)
+
+
+def _exact_mean(losses: Sequence[float], count: int) -> float:
+    """Mean of the ``count`` losses of all ranks, of which these are the own ones."""
+    total = torch.tensor(losses, dtype=torch.float64).mul(_FIXED).round().sum()
+    all_reduce_sum(total)
+    return float(total) / _FIXED / max(count, 1)
