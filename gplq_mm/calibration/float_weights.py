@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..distillation.optimizer_groups import SCALE_KEY
+from ..distillation.optimizer_groups import biases_and_gains
 from ..ops import QuantizedLayer
 
 
@@ -26,11 +26,7 @@ def copy_biases(layers: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
 
 def copy_vectors(model: nn.Module) -> dict[nn.Parameter, Tensor]:
     """Copies of biases, normalization parameters and LayerScale, by parameter."""
-    return {
-        parameter: parameter.detach().clone()
-        for name, parameter in model.named_parameters()
-        if parameter.dim() == 1 and SCALE_KEY not in name
-    }
+    return {p: p.detach().clone() for p in biases_and_gains(model).values()}
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 """Parameter groups, learning rates and proportional steps of stage 1's optimizer."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -18,15 +19,16 @@ def scale_ids(model: nn.Module) -> set[int]:
     return {id(p) for n, p in model.named_parameters() if SCALE_KEY in n}
 
 
+def biases_and_gains(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Biases, normalization parameters and LayerScale by name: all 1-D parameters but scales."""
+    return {n: p for n, p in model.named_parameters() if p.dim() == 1 and SCALE_KEY not in n}
+
+
 def vectors(model: nn.Module, optim: Any) -> dict[str, nn.Parameter]:
     """Trained biases and gains by name; none if the recipe has no ``vector_lr``."""
     if optim.vector_lr is None:
         return {}
-    return {
-        n: p
-        for n, p in model.named_parameters()
-        if p.requires_grad and p.dim() == 1 and SCALE_KEY not in n
-    }
+    return {n: p for n, p in biases_and_gains(model).items() if p.requires_grad}
 
 
 def vector_ids(model: nn.Module, optim: Any) -> set[int]:
@@ -111,10 +113,18 @@ def make_steps_proportional(optimizer: Optimizer, model: nn.Module, optim: Any) 
             RelativeSteps(optimizer, scales)
     found = vectors(model, optim)
     if found:
-        biases = [p for n, p in found.items() if n.endswith('bias')]
-        ProportionalSteps(
-            optimizer, biases, [p for n, p in found.items() if not n.endswith('bias')]
-        )
+        step_in_proportion(optimizer, found)
+
+
+def step_in_proportion(optimizer: Optimizer, found: Mapping[str, nn.Parameter]) -> None:
+    """Let biases and gains step in proportion to themselves, see ``ProportionalSteps``.
+
+    Args:
+        optimizer: Optimizer of these parameters; gets hooks.
+        found: Biases, whose names end with ``bias``, and gains, by name.
+    """
+    biases = {n: p for n, p in found.items() if n.endswith('bias')}
+    ProportionalSteps(optimizer, biases.values(), [p for n, p in found.items() if n not in biases])
 
 
 def short_run_factor(optim: Any, steps: float) -> float:

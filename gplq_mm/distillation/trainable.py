@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from ..convert import quantizers
+from .optimizer_groups import biases_and_gains
 
 TRAIN = ('all', 'attention', 'projection', 'vectors', 'none')
 _ATTENTION = ('attn', 'attention', 'self_attn', 'cross_attn')
@@ -38,7 +39,7 @@ def choose_trained_(model: nn.Module, train: str | Sequence[str]) -> list[str]:
     scales = {id(p) for q in quantizers(model).values() for p in q.parameters()}
     weights = {n: p for n, p in model.named_parameters() if id(p) not in scales}
     if train == 'vectors':
-        chosen = {name for name, parameter in weights.items() if parameter.dim() == 1}
+        chosen = set(biases_and_gains(model))
     else:
         chosen = _chosen(list(weights), train)
     for name, parameter in weights.items():

@@ -7,14 +7,14 @@ them end to end with weights fixed on their grid is the second phase of Efficien
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from ...distillation.optimizer_groups import SCALE_KEY
-from ...distillation.scale_steps import ProportionalSteps
+from ...distillation.optimizer_groups import biases_and_gains, step_in_proportion
 from ...stream import find_units
 from ...stream.distributed import broadcast_from_0
 from ..algorithms import register_weight_ptq
@@ -106,10 +106,7 @@ class FineTuning(WeightPTQ):
         steps = self.epochs * -(-problem.trained // self.batches)
         parameters = list(learned.values())
         optimizer = torch.optim.Adam(parameters, lr=self.lr, betas=(0.9, 0.95))
-        biases = [p for n, p in learned.items() if n.endswith('bias')]
-        ProportionalSteps(
-            optimizer, biases, [p for n, p in learned.items() if not n.endswith('bias')]
-        )
+        step_in_proportion(optimizer, learned)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(learning_rate, steps=steps))
         done = 0
 
@@ -125,19 +122,16 @@ class FineTuning(WeightPTQ):
         return errors[-1]
 
 
-def vectors_of(model: nn.Module, layers: Any) -> dict[str, nn.Parameter]:
+def vectors_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Parameter]:
     """Biases and gains of the top-level modules that contain quantized layers, by name.
 
     Args:
         model: Converted model.
-        layers: Its quantized layers by name.
+        layers: Names of its quantized layers.
     """
     parts = {name.partition('.')[0] for name in layers}
-    return {
-        name: p
-        for name, p in model.named_parameters()
-        if p.dim() == 1 and SCALE_KEY not in name and name.partition('.')[0] in parts
-    }
+    found = biases_and_gains(model).items()
+    return {name: p for name, p in found if name.partition('.')[0] in parts}
 
 
 def learning_rate(step: int, steps: int) -> float:
