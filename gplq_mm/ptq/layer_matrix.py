@@ -1,9 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""A layer as a matrix product: rows of weights, columns of inputs."""
+"""Products of the input codes of a layer that is a matrix product, and its column ranges."""
 
 import copy
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,29 +11,9 @@ from ..ops import QuantizedLayer
 from ..ops.backends.exact import FLOAT32_EXACT, max_code
 
 
-def is_matrix_product(layer: QuantizedLayer) -> bool:
-    """Whether ``to_rows`` and ``columns`` apply: not to overlapping transposed convolutions."""
-    return layer.is_matrix_product
-
-
-def to_rows(layer: QuantizedLayer, weight: Tensor) -> Tensor:
-    """Weight, shape of ``layer.weight``, as ``(groups, rows, columns)``."""
-    return layer.to_matrix(weight)
-
-
-def from_rows(layer: QuantizedLayer, rows: Tensor) -> Tensor:
-    """Inverse of ``to_rows``."""
-    return layer.from_matrix(rows)
-
-
 def rows_of_qparams(layer: QuantizedLayer, values: Tensor) -> Tensor:
     """A scale or zero point that broadcasts over the weight, as ``(groups, rows, 1)``."""
-    return to_rows(layer, values.expand(layer.weight.shape))[..., :1].contiguous()
-
-
-def columns(layer: QuantizedLayer, x: Tensor) -> Iterator[Tensor]:
-    """Input of the layer as ``(groups, tokens, columns)``, in parts."""
-    return layer.input_columns(x)
+    return layer.to_matrix(values.expand(layer.weight.shape))[..., :1].contiguous()
 
 
 class CodeProducts:

@@ -11,7 +11,7 @@ from ..ops import QuantizedLayer
 from ..stream import Call, CallStore, UnitStream, find_units
 from ..stream.passes import RunPass
 from .algorithms import PTQConfig, build_weight_ptq
-from .layer_matrix import CodeProducts, is_matrix_product
+from .layer_matrix import CodeProducts
 from .rounding.gptq import GPTQ
 from .task import ROUNDS, PTQTask, WeightPTQ
 from .unit_ptq import round_to_nearest
@@ -53,7 +53,7 @@ class SingleLayerGPTQ(WeightPTQ):
         stream = UnitStream(model, units, run_pass, None, budget_bytes, folder)
         for index, unit in enumerate(units):
             inputs = stream.inputs(index)
-            for name in filter(lambda n: is_matrix_product(layers[n]), unit.layers):
+            for name in filter(lambda n: layers[n].is_matrix_product, unit.layers):
                 products, _ = gptq.products(task, unit, name, inputs, None)
                 self._products[name] = (len(self._kept), products.with_sums([]))
                 self._kept.append(Call(tuple(products.sums)))

@@ -13,7 +13,7 @@ from ...ops import QuantizedLayer
 from ...stream import CallStore, Unit
 from ...stream.distributed import broadcast_from_0
 from ..algorithms import register_weight_ptq
-from ..layer_matrix import CodeProducts, from_rows, is_matrix_product, to_rows
+from ..layer_matrix import CodeProducts
 from ..ranges.for_rounding import RANGES, check_range, set_range
 from ..task import PTQTask, folded, write_codes, write_nearest
 from ..unit_ptq import UnitPTQ, round_to_nearest
@@ -59,7 +59,7 @@ class AdaRound(UnitPTQ):
         """As in the base class: layer by layer, in execution order."""
         products = GPTQ(max_columns=self.max_columns).products
         for name, layer in unit.layers.items():
-            if not is_matrix_product(layer):
+            if not layer.is_matrix_product:
                 task.note(f'{name}: overlapping transposed convolution, rounded to nearest')
                 round_to_nearest(task, name)
                 continue
@@ -71,7 +71,7 @@ class AdaRound(UnitPTQ):
             self._round(layer, weight, own)
 
     def _round(self, layer: QuantizedLayer, weight: Tensor, own: CodeProducts) -> None:
-        target = to_rows(layer, folded(layer, weight))
+        target = layer.to_matrix(folded(layer, weight))
         nearest = layer.weight_quantizer.codes(folded(layer, weight))[0].detach()
         before = self._errors(layer, target, own)
         rounding = SoftRounding(layer, weight, learn_scale=False, commitment=0.0)
@@ -80,7 +80,7 @@ class AdaRound(UnitPTQ):
         optimizer = torch.optim.Adam([rounding.v], lr=self.lr)
         with torch.enable_grad():
             for step in range(self.steps):
-                soft = to_rows(layer, layer.folded_weight(rounding.weight()))
+                soft = layer.to_matrix(layer.folded_weight(rounding.weight()))
                 parts = [
                     output_error(target[..., a:b], soft[..., a:b], h).sum()
                     for h, (a, b) in zip(hessians, own.splits, strict=True)
@@ -95,13 +95,13 @@ class AdaRound(UnitPTQ):
         rounding.write()
         found = layer.weight_quantizer.codes(folded(layer, layer.weight))[0].detach()
         better = (self._errors(layer, target, own) < before).expand_as(target)
-        chosen = torch.where(better, to_rows(layer, found), to_rows(layer, nearest))
-        write_codes(layer, from_rows(layer, broadcast_from_0(chosen)).contiguous())
+        chosen = torch.where(better, layer.to_matrix(found), layer.to_matrix(nearest))
+        write_codes(layer, layer.from_matrix(broadcast_from_0(chosen)).contiguous())
 
     @torch.no_grad()
     def _errors(self, layer: QuantizedLayer, target: Tensor, own: CodeProducts) -> Tensor:
         """Output error of each row with the layer's current weight, ``(groups, rows, 1)``."""
-        rows = to_rows(layer, folded(layer, layer.weight)).double()
+        rows = layer.to_matrix(folded(layer, layer.weight)).double()
         parts = [
             output_error(target[..., a:b].double(), rows[..., a:b], h)
             for h, (a, b) in zip(own.sums, own.splits, strict=True)

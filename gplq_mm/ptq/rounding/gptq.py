@@ -19,11 +19,7 @@ from ..algorithms import register_weight_ptq
 from ..layer_matrix import (
     CodeProducts,
     column_splits,
-    columns,
-    from_rows,
-    is_matrix_product,
     rows_of_qparams,
-    to_rows,
 )
 from ..ranges.for_rounding import RANGES, check_range, set_range
 from ..task import PTQTask, folded, write_codes
@@ -103,7 +99,7 @@ class GPTQ(UnitPTQ):
     ) -> None:
         """As in the base class: layer by layer, in execution order."""
         for name, layer in unit.layers.items():
-            if not is_matrix_product(layer):
+            if not layer.is_matrix_product:
                 task.note(f'{name}: overlapping transposed convolution, rounded to nearest')
                 round_to_nearest(task, name)
                 continue
@@ -121,7 +117,7 @@ class GPTQ(UnitPTQ):
         """Sums of ``q q^T``, and with a reference a target for each column range."""
         layer = unit.layers[name]
         device = layer.weight.device
-        splits = column_splits(to_rows(layer, layer.weight).shape[2], self.max_columns)
+        splits = column_splits(layer.to_matrix(layer.weight).shape[2], self.max_columns)
         # a target needs separate sums for two halves of the images, to check each on the other
         own = [CodeProducts(layer, splits, device) for _ in range(2 if reference else 1)]
         cross = [CodeProducts(layer, splits, device) for _ in range(2 if reference else 0)]
@@ -136,7 +132,7 @@ class GPTQ(UnitPTQ):
             for q, p in zip(codes, target_codes, strict=True):
                 levels = self._levels(name, call, q)
                 call += 1
-                for left, right in zip(columns(layer, q), columns(layer, p), strict=True):
+                for left, right in zip(layer.input_columns(q), layer.input_columns(p), strict=True):
                     own[half].add(left, left, levels)
                     if cross:
                         cross[half].add(right - left, left, levels)
@@ -170,17 +166,17 @@ class GPTQ(UnitPTQ):
             own: Products of its input codes.
             targets: Target of each column range; empty for the float weight.
         """
-        rows = to_rows(layer, folded(layer, weight)).double()
+        rows = layer.to_matrix(folded(layer, weight)).double()
         for index, target in enumerate(targets):
             a, b = own.splits[index]
             rows[..., a:b] = target.retargeted(rows[..., a:b], self.damping)
         if targets:
             rows = broadcast_from_0(rows)
-            weight = layer.unfolded_weight(from_rows(layer, rows).to(weight.dtype)).contiguous()
+            weight = layer.unfolded_weight(layer.from_matrix(rows).to(weight.dtype)).contiguous()
         quantizer = layer.weight_quantizer
         if self.range is not None or not quantizer.is_calibrated:
             diagonal = torch.cat([h.diagonal(dim1=1, dim2=2) for h in own.sums], 1)  # (G, K)
-            importance = from_rows(layer, diagonal[:, None].expand(rows.shape).float())
+            importance = layer.from_matrix(diagonal[:, None].expand(rows.shape).float())
             set_range(layer, weight, self.range or 'mse', importance)
         scale, zero = quantizer.qparams(weight)
         scale, zero = (rows_of_qparams(layer, t).double() for t in (scale, zero))
@@ -191,7 +187,7 @@ class GPTQ(UnitPTQ):
             found = gptq_codes(part, hessian, *grid, self.act_order)
             codes[..., a:b] = not_worse(part, found, own.sums[index], *grid)
         codes = broadcast_from_0(codes)
-        write_codes(layer, from_rows(layer, codes).to(weight.dtype).contiguous())
+        write_codes(layer, layer.from_matrix(codes).to(weight.dtype).contiguous())
 
 
 def gptq_codes(
