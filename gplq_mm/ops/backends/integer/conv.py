@@ -11,7 +11,7 @@ from ....compat.torch import padding_of_input
 from ...dispatch import register_backend
 from .. import exact
 from . import kernels
-from .layer_weight import LayerWeight, layer_weight, refusal_of_call
+from .layer_weight import accepted_weight, layer_weight, refusal_of_call
 
 
 def refusal(layer: Any, x: Tensor, bias: Tensor | None) -> str:
@@ -58,8 +58,7 @@ def conv(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``(B, out, H', W')``.
     """
-    weight = layer_weight(layer, arrange)
-    assert isinstance(weight, LayerWeight)
+    weight = accepted_weight(layer, arrange)
     x, matrix, kernel = x.contiguous(), weight.matrix, layer.kernel_size
     transposed = isinstance(layer, nn.ConvTranspose2d)
     window = _window(layer, x, transposed)

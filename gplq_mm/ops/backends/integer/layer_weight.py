@@ -73,6 +73,14 @@ def layer_weight(layer: Any, arrange: Arrange) -> LayerWeight | str:
     return kept[1]
 
 
+def accepted_weight(layer: Any, arrange: Arrange) -> LayerWeight:
+    """The weight that ``layer_weight`` has just found usable."""
+    kept = _KEPT.get(layer)
+    weight = layer_weight(layer, arrange) if kept is None else kept[1]
+    assert isinstance(weight, LayerWeight)
+    return weight
+
+
 def _state(quantizer: Any) -> tuple[Tensor, Tensor]:
     return quantizer.scale, quantizer.zero_point
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...dispatch import register_backend
 from .. import exact
 from . import kernels
-from .layer_weight import LayerWeight, layer_weight, refusal_of_call
+from .layer_weight import accepted_weight, layer_weight, refusal_of_call
 
 
 def refusal(layer: Any, x: Tensor, bias: Tensor | None) -> str:
@@ -38,8 +38,7 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
-    weight = layer_weight(layer, arrange)
-    assert isinstance(weight, LayerWeight)
+    weight = accepted_weight(layer, arrange)
     matrix, depth = weight.matrix, x.shape[-1]
     rows = x.reshape(-1, depth).contiguous()
     out = torch.empty(len(rows), matrix.columns)
