@@ -61,7 +61,7 @@ def backends(monkeypatch) -> Counter[tuple[str, str]]:
     return counts
 
 
-def compare(name: str, recipe: str, backends: Counter[tuple[str, str]]) -> None:
+def check_equal(name: str, recipe: str, backends: Counter[tuple[str, str]]) -> None:
     model, is_detector = finished(name, recipe), name in DETECTORS
     x = torch.randn(8, 3, 32, 32)
     expected = run(model, x, is_detector)
@@ -77,12 +77,12 @@ def compare(name: str, recipe: str, backends: Counter[tuple[str, str]]) -> None:
 
 @pytest.mark.parametrize('name', MODELS)
 def test_four_bits(name, backends) -> None:
-    compare(name, 'w4a4', backends)
+    check_equal(name, 'w4a4', backends)
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
 @pytest.mark.parametrize('name', ['vit', 'swin', 'mask_rcnn'])
 def test_other_recipes(name, recipe, backends) -> None:
-    compare(name, recipe, backends)
+    check_equal(name, recipe, backends)
     products = {kind for kind, backend in backends if backend == 'integer'}
     assert products >= {'linear', 'conv', 'matmul'}
