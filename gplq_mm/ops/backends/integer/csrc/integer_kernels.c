@@ -110,10 +110,12 @@ QUANTIZE_RUN(quantize_signed, int8_t)
 QUANTIZE_RUN(quantize_wide, int16_t)
 
 typedef float Eight __attribute__((vector_size(32)));
+typedef float EightAnywhere __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t EightInts __attribute__((vector_size(32)));
 #define CHOOSE(mask, a, b) (Eight)(((mask) & (EightInts)(a)) | (~(mask) & (EightInts)(b)))
 
 typedef int16_t EightShorts __attribute__((vector_size(16)));
+typedef int16_t EightShortsAnywhere __attribute__((vector_size(16), aligned(2), may_alias));
 #define LEVELS 16 // most levels of the tree: 4 bits
 #define WIDTH 32  // elements whose levels are found together
 
@@ -146,7 +148,7 @@ static inline void find_levels(const Eight *ratio, const Grid *g, EightInts *lev
         const Tree *t = g->tree;
         const __m256i low = _mm256_loadu_si256((const __m256i *)t->levels);
         const __m256i high = _mm256_loadu_si256((const __m256i *)(t->levels + 8));
-        for (int i = 0; i < WIDTH / 8; i++) {
+        _Pragma("GCC unroll 4") for (int i = 0; i < WIDTH / 8; i++) {
             __m256i index = _mm256_setzero_si256();
             for (int r = 0; r < 4; r++) {
                 const __m256 limit =
@@ -169,28 +171,34 @@ static inline void find_levels(const Eight *ratio, const Grid *g, EightInts *lev
     }
 }
 
-static int quantize_levels(const float *restrict x, int64_t n, float scale, const Grid *g,
-                           int16_t *restrict out) {
+// Levels of WIDTH values; lanes of values that are not finite are set in `bad`.
+static inline void levels_of(const float *x, float scale, const Grid *g, EightInts *bad,
+                             int16_t *out) {
+    Eight ratio[WIDTH / 8];
+    EightInts level[WIDTH / 8];
+    _Pragma("GCC unroll 4") for (int i = 0; i < WIDTH / 8; i++) {
+        ratio[i] = *(const EightAnywhere *)(x + 8 * i) / scale;
+        *bad |= ~(ratio[i] - ratio[i] == 0.0f);
+        level[i] = (EightInts){0};
+    }
+    find_levels(ratio, g, level);
+    _Pragma("GCC unroll 4") for (int i = 0; i < WIDTH / 8; i++)
+        *(EightShortsAnywhere *)(out + 8 * i) = __builtin_convertvector(level[i], EightShorts);
+}
+
+static int quantize_levels(const float *x, int64_t n, float scale, const Grid *g, int16_t *out) {
     EightInts bad = {0};
-    for (int64_t from = 0; from < n; from += WIDTH) {
-        const int64_t m = least(n - from, WIDTH);
-        Eight ratio[WIDTH / 8] = {0};
-        EightInts level[WIDTH / 8] = {0};
-        if (m == WIDTH) memcpy(ratio, x + from, sizeof(ratio));
-        else memcpy(ratio, x + from, m * sizeof(float));
-        for (int i = 0; i < WIDTH / 8; i++) {
-            ratio[i] = ratio[i] / scale;
-            bad |= ~(ratio[i] - ratio[i] == 0.0f);
-        }
-        find_levels(ratio, g, level);
-        EightShorts narrow[WIDTH / 8];
-        for (int i = 0; i < WIDTH / 8; i++)
-            narrow[i] = __builtin_convertvector(level[i], EightShorts);
-        if (m == WIDTH) memcpy(out + from, narrow, sizeof(narrow));
-        else memcpy(out + from, narrow, m * sizeof(int16_t));
+    int64_t i = 0;
+    for (; i + WIDTH <= n; i += WIDTH) levels_of(x + i, scale, g, &bad, out + i);
+    if (i < n) {
+        float values[WIDTH] = {0};
+        int16_t levels[WIDTH];
+        memcpy(values, x + i, (n - i) * sizeof(float));
+        levels_of(values, scale, g, &bad, levels);
+        memcpy(out + i, levels, (n - i) * sizeof(int16_t));
     }
     int any = 0;
-    for (int i = 0; i < 8; i++) any |= bad[i];
+    for (int j = 0; j < 8; j++) any |= bad[j];
     return any != 0;
 }
 
@@ -518,8 +526,7 @@ static void range_of(const float *restrict x, int64_t n, float *low, float *high
     Eight least8 = {0}, most8 = {0};
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
-        Eight v;
-        memcpy(&v, x + i, 32);
+        const Eight v = *(const EightAnywhere *)(x + i);
         least8 = CHOOSE(v < least8, v, least8);
         most8 = CHOOSE(v > most8, v, most8);
     }
