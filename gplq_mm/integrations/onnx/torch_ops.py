@@ -1,0 +1,105 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Quantized operations as single nodes of a graph that ``torch.export`` captures.
+
+Within ``captured_operations`` the dispatcher gives each layer and matrix product that has an
+exported form to a custom torch op, which names the operation; a translation of this op finds the
+operation by its name. All others are captured as the tensor functions that compute them on exact
+codes in floating point.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...ops import Operation, operations, register_backend, unregister_backend
+from ...ops.backends import exact
+
+BACKEND = 'export'
+LONGEST = 8192
+"""Most tokens that an attention with dynamic size is exported for."""
+
+_OPERATIONS: ContextVar[Mapping[str, Any]] = ContextVar('operations being exported')
+
+
+@torch.library.custom_op('gplq_mm::layer', mutates_args=())
+def layer(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """Output of a quantized layer of the model that is being exported.
+
+    Args:
+        x: Input of the layer, real values.
+        bias: ``(channels,)``, or None.
+        name: Name of the layer in the model.
+    """
+    return exact.linear(_OPERATIONS.get()[name], x, bias)
+
+
+@layer.register_fake
+def _(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    operation = _OPERATIONS.get()[name]
+    return operation.product(x, x.new_empty(operation.weight.shape), None)
+
+
+@torch.library.custom_op('gplq_mm::product', mutates_args=())
+def product(lhs: Tensor, rhs: Tensor, name: str) -> Tensor:
+    """A quantized product of two activations of the model that is being exported.
+
+    Args:
+        lhs: ``(..., N, K)``, real values.
+        rhs: ``(..., K, M)``, real values.
+        name: Name of the product in the model.
+    """
+    return exact.matmul(_OPERATIONS.get()[name], lhs, rhs)
+
+
+@product.register_fake
+def _(lhs: Tensor, rhs: Tensor, name: str) -> Tensor:
+    return _OPERATIONS.get()[name].contract(lhs, rhs)
+
+
+def depth_of(operation: Any, x: Tensor) -> int:
+    """Number of products in a sum; ``LONGEST`` where it depends on the size of the image."""
+    if operation.kind != 'matmul':
+        return operation.product_depth()
+    return x.shape[-1] if isinstance(x.shape[-1], int) else LONGEST
+
+
+@contextmanager
+def captured_operations(
+    model: nn.Module, refusal: Callable[[str, int], str]
+) -> Iterator[dict[str, Operation]]:
+    """Within this context the model's operations call the custom ops, without gradients.
+
+    Args:
+        model: Converted model.
+        refusal: ``refusal(name, depth)`` is the reason why an operation whose sums have ``depth``
+            products has no exported form, or empty. An operation that is refused is computed as
+            without export. It must read no tensor: within the capture they have no values.
+
+    Yields:
+        All operations of the model by name.
+    """
+    known = operations(model)
+    names = {id(operation): name for name, operation in known.items()}
+
+    def refuse(operation: Operation, x: Tensor, *rest: Any) -> str:
+        if id(operation) not in names:
+            return 'the operation belongs to another model'
+        return exact.refusal(operation, x) or refusal(names[id(operation)], depth_of(operation, x))
+
+    def compute(custom_op: Callable[..., Tensor], operation: Operation, *inputs: Any) -> Tensor:
+        return custom_op(*inputs, names[id(operation)])
+
+    register_backend(BACKEND, 'inference', ['linear', 'conv'], refuse, partial(compute, layer))
+    register_backend(BACKEND, 'inference', ['matmul'], refuse, partial(compute, product))
+    token = _OPERATIONS.set(known)
+    try:
+        with torch.no_grad():
+            yield known
+    finally:
+        _OPERATIONS.reset(token)
+        unregister_backend(BACKEND)
