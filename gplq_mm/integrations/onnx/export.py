@@ -45,6 +45,7 @@ def export(
     style: str = 'integer',
     dynamic: Mapping[int, str] | None = None,
     output_names: Sequence[str] | None = None,
+    owner: nn.Module | None = None,
 ) -> list[ExportedOperation]:
     """Write a finished model as one ONNX file.
 
@@ -58,6 +59,7 @@ def export(
         dynamic: Axes of the images whose size may differ from the example's, with names; the
             batch if None.
         output_names: Names of the outputs.
+        owner: Model whose names of operations the file has, if ``model`` is a module around it.
 
     Returns:
         Every quantized operation of the model and what its file multiplies.
@@ -68,7 +70,7 @@ def export(
     """
     if style not in STYLES:
         raise ValueError(f'style={style!r}: write one of {tuple(STYLES)}')
-    proto, exported = translate(model, example, STYLES[style], dynamic, output_names)
+    proto, exported = translate(model, example, STYLES[style], dynamic, output_names, owner)
     write_atomically(path, lambda unfinished: onnx.save(proto, unfinished))
     return exported
 
@@ -79,6 +81,7 @@ def translate(
     style: Any,
     dynamic: Mapping[int, str] | None = None,
     output_names: Sequence[str] | None = None,
+    owner: nn.Module | None = None,
 ) -> tuple[onnx.ModelProto, list[ExportedOperation]]:
     """The model in ONNX, checked, not written; arguments as for ``export``.
 
@@ -88,9 +91,10 @@ def translate(
         style: Module or object with ``refusal``, ``precision``, ``layer`` and ``product``.
         dynamic: See ``export``.
         output_names: See ``export``.
+        owner: See ``export``.
     """
     check_finished(model)
-    known = operations(model)
+    known = operations(owner or model)
     active = {n: o for n, o in known.items() if not not_quantized(o.quantizers)}
     refused = {name: style.refusal(operation) for name, operation in active.items()}
 
@@ -108,7 +112,7 @@ def translate(
     was_training = model.training
     model.eval()
     try:
-        with captured_operations(model, refusal):
+        with captured_operations(known, refusal):
             program = torch.onnx.export(
                 model,
                 (example,),

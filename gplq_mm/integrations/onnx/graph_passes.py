@@ -4,6 +4,7 @@
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import DeduplicateInitializersPass
 
 from .nodes import OPERATION
 
@@ -16,6 +17,7 @@ def finish(model: Any) -> None:
     name_nodes(model.graph)
     store_small_weights(model.graph)
     drop_debug_texts(model)
+    DeduplicateInitializersPass(size_limit=1 << 20)(model)
 
 
 def name_nodes(graph: Any) -> None:

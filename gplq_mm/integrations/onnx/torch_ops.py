@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ...ops import Operation, operations, register_backend, unregister_backend
+from ...ops import Operation, register_backend, unregister_backend
 from ...ops.backends import exact
 
 BACKEND = 'export'
@@ -70,20 +70,16 @@ def depth_of(operation: Any, x: Tensor) -> int:
 
 @contextmanager
 def captured_operations(
-    model: nn.Module, refusal: Callable[[str, int], str]
-) -> Iterator[dict[str, Operation]]:
+    known: Mapping[str, Operation], refusal: Callable[[str, int], str]
+) -> Iterator[None]:
     """Within this context the model's operations call the custom ops, without gradients.
 
     Args:
-        model: Converted model.
+        known: The model's operations by name.
         refusal: ``refusal(name, depth)`` is the reason why an operation whose sums have ``depth``
             products has no exported form, or empty. An operation that is refused is computed as
             without export. It must read no tensor: within the capture they have no values.
-
-    Yields:
-        All operations of the model by name.
     """
-    known = operations(model)
     names = {id(operation): name for name, operation in known.items()}
 
     def refuse(operation: Operation, x: Tensor, *rest: Any) -> str:
@@ -99,7 +95,7 @@ def captured_operations(
     token = _OPERATIONS.set(known)
     try:
         with torch.no_grad():
-            yield known
+            yield
     finally:
         _OPERATIONS.reset(token)
         unregister_backend(BACKEND)

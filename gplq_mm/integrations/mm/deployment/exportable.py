@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model_structure import is_detector
+from ..model_structure import describe
 
 
 class ExportedClassifier(nn.Module):
@@ -53,5 +53,5 @@ def exportable(model: Any) -> nn.Module:
     Returns:
         Module that is called with a tensor of normalized images.
     """
-    part = ExportedBackbone(model) if is_detector(model) else ExportedClassifier(model)
+    part = ExportedBackbone(model) if describe(model).is_detector else ExportedClassifier(model)
     return part.eval()
