@@ -113,7 +113,7 @@ def product(nodes: Nodes, product: Any, lhs: Any, rhs: Any) -> Any:
         total = multiply(digits[0], nothing)
         nodes.named(digits[0], 'lhs.codes')
         if len(digits) == 2:
-            high = nodes('Mul', multiply(digits[1], nothing), np.asarray(128, np.int32))
+            high = nodes('Mul', multiply(digits[1], nothing), np.asarray(256, np.int32))
             nodes.named(digits[1], 'lhs.high_codes')
             total = nodes('Add', high, total)
     else:
@@ -178,7 +178,7 @@ def _largest_byte(quantizer: FakeQuantizer) -> int:
     """Largest unsigned byte of a left operand."""
     if quantizer.spec.is_log:
         largest = int(quantizer.levels.max())
-        return largest if largest <= BYTE else 128
+        return largest if largest <= BYTE else BYTE
     low, high = centred_bounds(quantizer)
     return min(high - low, BYTE)
 

@@ -8,12 +8,19 @@ of its grid before it is rounded has the same code as one that is clipped after 
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from ...quantizers import FakeQuantizer, PerChannel, PerRow, QuantSpec
 from ...quantizers.fake_quantizer import broadcast_shape
 from ...quantizers.functional import SCALE_EPS, positive_scale
 from ...quantizers.log_codes import thresholds
 from .nodes import Nodes, float_array
+
+MAX_BYTE = 255
+SPLITTER = np.float32((1 << 23) + 1)
+"""Factor of Veltkamp's splitting that leaves one of float32's 24 bits."""
+CANDIDATES = 16
+"""Neighbouring float32 numbers that ``splitting_factor`` tries."""
 
 
 class Clipped(NamedTuple):
@@ -117,30 +124,40 @@ def _row_axis(spec: QuantSpec) -> int:
     return spec.granularity.axis
 
 
-def log_table(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """Levels by rounded-up ratio, for tables of powers of two.
+def power_of_two(ratio: np.ndarray, factor: np.ndarray) -> np.ndarray:
+    """``ratio * factor`` rounded to one significant bit, in float32.
 
-    ``levels_by_count[min(ceil(ratio / unit), last)]`` is the level of a ratio. This equals the
-    simulation's search if it does at every threshold and at the next larger number, since both
-    functions ascend; where it does not, or for another base, there is no such table.
+    It is Veltkamp's splitting (T. J. Dekker, 1971) with one bit left: of ``c = (2 ** 23 + 1) * x``
+    the difference ``c - (c - x)`` is the power of two next to ``x``.
+    """
+    x = ratio * factor
+    spread = x * SPLITTER
+    return spread - (spread - x)
+
+
+def splitting_factor(levels: np.ndarray) -> np.ndarray | None:
+    """Factor with which ``power_of_two`` equals the simulation's search in a table, or None.
+
+    Both ascend with the ratio, so they are equal if they are at every threshold and at the next
+    larger number.
 
     Args:
         levels: Levels, ascending from 0.
-
-    Returns:
-        ``(unit, levels_by_count)``: float32 and int64, or None.
     """
-    steps = thresholds(_as_tensor(levels)).numpy()[1:]
-    powers = levels[1:]
-    if (powers != 1 << np.arange(len(powers))).any():
+    powers = levels[1:].astype(np.float32)
+    if (levels[1:] != 1 << np.arange(len(powers))).any():
         return None
-    unit = np.asarray(steps[0], np.float32)
-    above = np.nextafter(steps, np.float32(np.inf), dtype=np.float32)
-    exact = (steps / unit <= powers).all() and (above / unit > powers).all()
-    if not exact:
-        return None
-    count = np.arange(int(powers[-1]) + 2)
-    return unit, levels[np.searchsorted(powers, count, side='left')]
+    at = thresholds(torch.from_numpy(levels)).numpy()[1:]
+    above = np.nextafter(at, np.float32(np.inf), dtype=np.float32)
+    factor = np.float32(1.5 / np.sqrt(2))
+    for _ in range(CANDIDATES // 2):
+        factor = np.nextafter(factor, np.float32(0), dtype=np.float32)
+    for _ in range(CANDIDATES):
+        factor = np.nextafter(factor, np.float32(2), dtype=np.float32)
+        low, high = power_of_two(at, factor), power_of_two(above, factor)
+        if (low == powers / 2).all() and (high == powers).all():
+            return np.asarray(factor)
+    return None
 
 
 def log_levels_of(nodes: Nodes, quantizer: FakeQuantizer, x: Any) -> tuple[list[Any], Any]:
@@ -148,38 +165,39 @@ def log_levels_of(nodes: Nodes, quantizer: FakeQuantizer, x: Any) -> tuple[list[
 
     Args:
         nodes: Of the operation.
-        quantizer: With logarithmic codes; scale per tensor or per row.
+        quantizer: With logarithmic codes; scale per tensor, per head or per row.
         x: Value of the graph, float32, from 0 on.
 
     Returns:
         ``(digits, scale)``: uint8 values, one or two; the level is ``digits[0]``, or
-        ``128 * digits[1] + digits[0]``.
+        ``256 * digits[1] + digits[0]``.
     """
+    ratio, scale = _log_ratio(nodes, quantizer, x)
+    levels = quantizer.levels.cpu().numpy().astype(np.int64)
+    is_wide = levels.max() > MAX_BYTE
+    factor = splitting_factor(levels)
+    if factor is None:
+        steps = thresholds(quantizer.levels.cpu())[1:]
+        above = [nodes('Cast', nodes('Greater', ratio, float_array(t)), to=1) for t in steps]
+        index = nodes('Cast', nodes('Sum', *above), to=6)
+        tables = [levels % 256, levels // 256] if is_wide else [levels]
+        return [nodes('Gather', table.astype(np.uint8), index) for table in tables], scale
+    value = nodes('Mul', ratio, factor)
+    spread = nodes('Mul', value, np.asarray(SPLITTER))
+    power = nodes('Sub', spread, nodes('Sub', spread, value))
+    power = nodes('Min', power, float_array(levels.max()))
+    low = nodes('Cast', nodes('Cast', power, to=6), to=2)  # drops the higher byte
+    if not is_wide:
+        return [low], scale
+    # 128 / 256 is rounded to the even 0, so this is the higher byte
+    return [low, nodes('QuantizeLinear', power, float_array(256), np.asarray(0, np.uint8))], scale
+
+
+def _log_ratio(nodes: Nodes, quantizer: FakeQuantizer, x: Any) -> tuple[Any, Any]:
     if quantizer.follows_rows:
         scale, _ = row_steps(nodes, quantizer, x)
     else:
         scale = float_array(positive_scale(quantizer.scale))
         if isinstance(quantizer.spec.granularity, PerChannel):
             scale = scale.reshape(broadcast_shape(quantizer.spec.granularity, 4))
-    ratio = nodes('Div', x, scale)
-    levels = quantizer.levels.cpu().numpy().astype(np.int64)
-    by_count = log_table(levels)
-    if by_count is not None:
-        unit, levels = by_count
-        count = nodes('Ceil', nodes('Div', ratio, unit))
-        index = nodes('Clip', count, float_array(0.0), float_array(len(levels) - 1))
-    else:
-        above = [
-            nodes('Cast', nodes('Greater', ratio, float_array(t)), to=1)
-            for t in thresholds(quantizer.levels.cpu())[1:]
-        ]
-        index = nodes('Sum', *above)
-    index = nodes('Cast', index, to=6)
-    tables = [levels % 128, levels // 128] if levels.max() > 255 else [levels]
-    return [nodes('Gather', table.astype(np.uint8), index) for table in tables], scale
-
-
-def _as_tensor(levels: np.ndarray) -> Any:
-    import torch
-
-    return torch.from_numpy(levels)
+    return nodes('Div', x, scale), scale
