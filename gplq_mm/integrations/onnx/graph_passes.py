@@ -6,9 +6,8 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import DeduplicateInitializersPass
 
-from .nodes import OPERATION
+from .nodes import GIVES, OPERATION, READS
 
-PART = f'{OPERATION}.part'
 PRODUCTS = ('MatMulInteger', 'ConvInteger', 'DequantizeLinear')
 
 
@@ -31,8 +30,8 @@ def name_nodes(graph: Any) -> None:
         used[name] = used.get(name, 0) + 1
         node.name = name if used[name] == 1 else f'{name}_{used[name]}'
         output = node.outputs[0]
-        if PART in node.metadata_props and not output.is_graph_output():
-            output.name = f'{operation}/{node.metadata_props[PART]}'
+        if GIVES in node.metadata_props and not output.is_graph_output():
+            output.name = f'{operation}/{node.metadata_props[GIVES]}'
 
 
 def store_small_weights(graph: Any) -> None:
@@ -70,7 +69,7 @@ def drop_debug_texts(model: Any) -> None:
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     for node in model.graph:
-        kept = {k: v for k, v in node.metadata_props.items() if k == OPERATION}
+        kept = {k: v for k, v in node.metadata_props.items() if k in (OPERATION, GIVES, READS)}
         node.metadata_props.clear()
         node.metadata_props.update(kept)
         node.doc_string = None

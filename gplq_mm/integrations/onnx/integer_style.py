@@ -67,6 +67,7 @@ def layer(nodes: Nodes, layer: Any, x: Any, bias: Any) -> Any:
     """
     ndim = 4 if layer.kind == 'conv' else len(x.shape)
     weight, codes = _weight_codes(layer), layer.codes()['weight']
+    nodes.reads('input')
     left, correction = _input_bytes(nodes, layer, x, ndim, weight)
     nodes.named(left.bytes, 'input.codes')
     right, zero_point = _weight_bytes(nodes, layer, weight)
@@ -101,12 +102,14 @@ def product(nodes: Nodes, product: Any, lhs: Any, rhs: Any) -> Any:
     """Nodes of a product of two activations; arguments as for ``layer``."""
     left, right = product.quantizers
     rhs_type = _rhs_type(_largest_byte(left), right)
+    nodes.reads('rhs')
     second = _bytes(nodes, clipped(nodes, right, rhs, len(rhs.shape)), rhs_type)
     nodes.named(second.bytes, 'rhs.codes')
 
     def multiply(first: Any, zero_point: np.ndarray) -> Any:
         return nodes('MatMulInteger', first, second.bytes, zero_point, second.zero_point)
 
+    nodes.reads('lhs')
     if left.spec.is_log:
         digits, scale = log_levels_of(nodes, left, lhs)
         nothing = np.asarray(0, np.uint8)
@@ -121,10 +124,33 @@ def product(nodes: Nodes, product: Any, lhs: Any, rhs: Any) -> Any:
         nodes.named(first.bytes, 'lhs.codes')
         scale, total = first.scale, multiply(first.bytes, first.zero_point)
     if isinstance(scale, np.ndarray) and isinstance(second.scale, np.ndarray):
-        factor = np.asarray(scale * second.scale)
+        out = nodes('Mul', nodes('Cast', total, to=1), np.asarray(scale * second.scale))
     else:
-        factor = nodes('Mul', scale, second.scale)
-    return nodes.named(nodes('Mul', nodes('Cast', total, to=1), factor), 'output')
+        # onnxruntime would fuse the product with both scales and multiply them one by one, which
+        # rounds differently; the axis, which costs nothing, is not in its pattern
+        axis, factor = np.asarray([0], np.int64), nodes('Mul', scale, second.scale)
+        out = nodes('Mul', nodes('Cast', nodes('Unsqueeze', total, axis), to=1), factor)
+        out = nodes('Squeeze', out, axis)
+    return nodes.named(out, 'output')
+
+
+def centred(quantizer: FakeQuantizer, stored: np.ndarray, high: np.ndarray | None) -> np.ndarray:
+    """Centred codes, or levels, of the bytes that a file of this style computes; int64.
+
+    Args:
+        quantizer: Of the operand.
+        stored: Its bytes, ``(..., channels)`` or ``(B, channels, H, W)``.
+        high: Higher bytes of wide levels, else None.
+    """
+    codes = stored.astype(np.int64)
+    if quantizer.spec.is_log:
+        return codes if high is None else codes + 256 * high.astype(np.int64)
+    least, most = centred_bounds(quantizer)
+    if most - least > BYTE:
+        shape = broadcast_shape(quantizer.spec.granularity, stored.ndim)
+        zero = quantizer.zero_point.cpu().numpy().astype(np.int64).reshape(shape)
+        return codes + quantizer.spec.quant_range[0] - zero
+    return codes + least if stored.dtype == np.uint8 else codes
 
 
 def _bytes(nodes: Nodes, grid: Clipped, dtype: Any) -> ByteTensor:

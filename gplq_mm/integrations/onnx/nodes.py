@@ -13,6 +13,10 @@ OPSET = 21
 """First version of ONNX's operators with 4-bit integers."""
 OPERATION = 'gplq_mm.operation'
 """Key of a node's metadata: the operation that the node belongs to."""
+GIVES = f'{OPERATION}.gives'
+"""What the node's output is: ``output``, or codes of an operand (``input.codes``)."""
+READS = f'{OPERATION}.reads'
+"""What the node's first input is: the operand ``input``, ``lhs`` or ``rhs``."""
 
 
 class Nodes:
@@ -24,6 +28,7 @@ class Nodes:
 
     def __init__(self, operation: str) -> None:
         self.operation = operation
+        self._reads = ''
 
     def __call__(self, kind: str, *inputs: Any, **attributes: Any) -> Any:
         """Add a node with one output, and return the output.
@@ -34,7 +39,15 @@ class Nodes:
             **attributes: Attributes of the operator.
         """
         values = [self.constant(x) if isinstance(x, np.ndarray | Tensor) else x for x in inputs]
-        return self._marked(getattr(opset21, kind)(*values, **attributes))
+        output = self._marked(getattr(opset21, kind)(*values, **attributes))
+        if self._reads:
+            output.producer().metadata_props[READS] = self._reads
+            self._reads = ''
+        return output
+
+    def reads(self, operand: str) -> None:
+        """Record in the metadata that the first input of the next node is an operand."""
+        self._reads = operand
 
     def constant(self, array: np.ndarray | Tensor) -> Any:
         """An array as a constant of the graph."""
@@ -49,9 +62,7 @@ class Nodes:
             value: Output of one of these nodes.
             part: ``output``, or ``codes`` of an operand: ``input.codes``.
         """
-        producer = value.producer()
-        if producer is not None:
-            producer.metadata_props[f'{OPERATION}.part'] = part
+        value.producer().metadata_props[GIVES] = part
         return value
 
     def _marked(self, value: Any) -> Any:
