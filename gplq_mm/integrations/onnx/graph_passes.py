@@ -8,7 +8,7 @@ from onnx_ir.passes.common import DeduplicateInitializersPass
 
 from .nodes import GIVES, OPERATION, READS
 
-PRODUCTS = ('MatMulInteger', 'ConvInteger', 'DequantizeLinear')
+PRODUCTS = ('MatMulInteger', 'ConvInteger')
 
 
 def finish(model: Any) -> None:
@@ -43,8 +43,7 @@ def store_small_weights(graph: Any) -> None:
     for node in list(graph):
         if node.op_type not in PRODUCTS or OPERATION not in node.metadata_props:
             continue
-        index = 0 if node.op_type == 'DequantizeLinear' else 1
-        weight = node.inputs[index]
+        weight = node.inputs[1]
         if weight is None or weight.const_value is None or weight.dtype != ir.DataType.INT8:
             continue
         codes = weight.const_value.numpy()
@@ -59,7 +58,7 @@ def store_small_weights(graph: Any) -> None:
         cast = ir.node('Cast', [small], {'to': ir.DataType.INT8}, name=f'{operation}/weight_Cast')
         cast.metadata_props[OPERATION] = operation
         graph.insert_before(node, cast)
-        node.replace_input_with(index, cast.outputs[0])
+        node.replace_input_with(1, cast.outputs[0])
         if not weight.uses():
             del graph.initializers[weight.name]
 

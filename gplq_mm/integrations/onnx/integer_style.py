@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...ops import Operation, QuantConv2d, QuantMatMul
+from ...ops import Operation, QuantMatMul
 from ...quantizers import FakeQuantizer
 from ...quantizers.fake_quantizer import broadcast_shape
 from ...quantizers.functional import positive_scale
 from .nodes import Nodes, float_array
 from .operand_nodes import Clipped, centred_bounds, clipped, log_levels_of
+from .qdq_style import conv_attributes, float_layer_refusal
 
 PAIR_LIMIT = (1 << 15) - 1
 """Largest sum of two products in 16 bits."""
@@ -78,10 +79,7 @@ def layer(nodes: Nodes, layer: Any, x: Any, bias: Any) -> Any:
             right,
             left.zero_point,
             zero_point,
-            strides=list(layer.stride),
-            pads=[*layer.padding, *layer.padding],
-            dilations=list(layer.dilation),
-            group=layer.groups,
+            **conv_attributes(layer),
         )
     else:
         total = nodes('MatMulInteger', left.bytes, right, left.zero_point, zero_point)
@@ -226,14 +224,9 @@ def _layer_refusal(layer: Any) -> str:
         return 'codes of the weight do not fit into a byte'
     if layer.input_quantizer.spec.is_log:
         return 'logarithmic codes of a layer'
-    if layer.kind == 'linear':
-        return ''
-    if not isinstance(layer, QuantConv2d) or not layer.can_pack:
-        return 'a transposed convolution, or padding with other values than 0'
-    varies = high - low > BYTE
-    if varies and (layer.groups > 1 or any(layer.padding)):
+    if layer.kind == 'conv' and high - low > BYTE and (layer.groups > 1 or any(layer.padding)):
         return 'zero points differ between channels of a padded or grouped convolution'
-    return ''
+    return float_layer_refusal(layer)
 
 
 def _product_refusal(product: Any) -> str:
