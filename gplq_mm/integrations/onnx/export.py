@@ -82,6 +82,7 @@ def translate(
     dynamic: Mapping[int, str] | None = None,
     output_names: Sequence[str] | None = None,
     owner: nn.Module | None = None,
+    edit: Callable[[Any], None] | None = None,
 ) -> tuple[onnx.ModelProto, list[ExportedOperation]]:
     """The model in ONNX, checked, not written; arguments as for ``export``.
 
@@ -92,6 +93,7 @@ def translate(
         dynamic: See ``export``.
         output_names: See ``export``.
         owner: See ``export``.
+        edit: Called with the ``onnx_ir.Model``, which it changes before operations are named.
     """
     check_finished(model)
     known = operations(owner or model)
@@ -130,9 +132,11 @@ def translate(
     finally:
         model.train(was_training)
     assert program is not None
+    if edit is not None:
+        edit(program.model)
     finish(program.model)
     proto = ir.to_proto(program.model)
-    onnx.checker.check_model(proto)
+    onnx.checker.check_model(proto)  # skips nodes of other domains than ONNX's
     return proto, [_described(name, known[name], style, refused) for name in known]
 
 

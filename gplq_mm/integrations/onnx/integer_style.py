@@ -53,7 +53,7 @@ def precision(operation: Operation) -> str:
         lhs, rhs = operation.quantizers
         return f'uint8 x {_rhs_type(_largest_byte(lhs), rhs).__name__}'
     weight = _weight_codes(operation)
-    unsigned = _needs_unsigned(_largest_byte(operation.quantizers[0]), np.abs(weight).max())
+    unsigned = needs_unsigned(_largest_byte(operation.quantizers[0]), np.abs(weight).max())
     return f'uint8 x {"uint8" if unsigned else "int8"}'
 
 
@@ -191,7 +191,7 @@ def _weight_codes(layer: Any) -> np.ndarray:
 def _weight_bytes(nodes: Nodes, layer: Any, weight: np.ndarray) -> tuple[Any, np.ndarray]:
     """Constant of a weight's codes, and its zero point."""
     codes = weight if layer.kind == 'conv' else weight.T
-    if _needs_unsigned(_largest_byte(layer.input_quantizer), np.abs(weight).max()):
+    if needs_unsigned(_largest_byte(layer.input_quantizer), np.abs(weight).max()):
         zero_point = np.asarray(128, np.uint8)
         return nodes.constant((codes + 128).astype(np.uint8)), zero_point
     zero_point = np.asarray(0, np.int8)
@@ -207,14 +207,14 @@ def _largest_byte(quantizer: FakeQuantizer) -> int:
     return min(high - low, BYTE)
 
 
-def _needs_unsigned(byte: int, code: int) -> bool:
+def needs_unsigned(byte: int, code: int) -> bool:
     """Whether two products could saturate in 16 bits."""
     return 2 * int(byte) * int(code) > PAIR_LIMIT
 
 
 def _rhs_type(byte: int, rhs: FakeQuantizer) -> Any:
     low, high = centred_bounds(rhs)
-    signed = low >= -128 and high <= 127 and not _needs_unsigned(byte, max(-low, high))
+    signed = low >= -128 and high <= 127 and not needs_unsigned(byte, max(-low, high))
     return np.int8 if signed else np.uint8
 
 

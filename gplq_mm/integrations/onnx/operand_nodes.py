@@ -182,15 +182,42 @@ def log_levels_of(nodes: Nodes, quantizer: FakeQuantizer, x: Any) -> tuple[list[
         index = nodes('Cast', nodes('Sum', *above), to=6)
         tables = [levels % 256, levels // 256] if is_wide else [levels]
         return [nodes('Gather', table.astype(np.uint8), index) for table in tables], scale
-    value = nodes('Mul', ratio, factor)
-    spread = nodes('Mul', value, np.asarray(SPLITTER))
-    power = nodes('Sub', spread, nodes('Sub', spread, value))
-    power = nodes('Min', power, float_array(levels.max()))
+    power = _split(nodes, ratio, factor, levels)
     low = nodes('Cast', nodes('Cast', power, to=6), to=2)  # drops the higher byte
     if not is_wide:
         return [low], scale
     # 128 / 256 is rounded to the even 0, so this is the higher byte
     return [low, nodes('QuantizeLinear', power, float_array(256), np.asarray(0, np.uint8))], scale
+
+
+def log_power(nodes: Nodes, quantizer: FakeQuantizer, x: Any) -> tuple[Any, Any]:
+    """Nodes that give the levels of a logarithmic code as float32, before rounding.
+
+    Args:
+        nodes: Of the operation.
+        quantizer: With logarithmic codes.
+        x: Value of the graph, float32, from 0 on.
+
+    Returns:
+        ``(level, scale)``; what lies below the smallest level is at most 0.5.
+    """
+    ratio, scale = _log_ratio(nodes, quantizer, x)
+    levels = quantizer.levels.cpu().numpy().astype(np.int64)
+    factor = splitting_factor(levels)
+    if factor is not None:
+        return _split(nodes, ratio, factor, levels), scale
+    steps, rise = thresholds(quantizer.levels.cpu())[1:], np.diff(levels)
+    above = [nodes('Cast', nodes('Greater', ratio, float_array(t)), to=1) for t in steps]
+    parts = [nodes('Mul', a, float_array(r)) for a, r in zip(above, rise, strict=True)]
+    return nodes('Sum', *parts), scale
+
+
+def _split(nodes: Nodes, ratio: Any, factor: np.ndarray, levels: np.ndarray) -> Any:
+    """Nodes of ``power_of_two``, up to the largest level."""
+    value = nodes('Mul', ratio, factor)
+    spread = nodes('Mul', value, np.asarray(SPLITTER))
+    power = nodes('Sub', spread, nodes('Sub', spread, value))
+    return nodes('Min', power, float_array(levels.max()))
 
 
 def _log_ratio(nodes: Nodes, quantizer: FakeQuantizer, x: Any) -> tuple[Any, Any]:

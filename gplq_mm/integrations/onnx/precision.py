@@ -70,7 +70,7 @@ def precisions(path: str | Path) -> list[Precision]:
         if node.op_type not in PRODUCTS:
             continue
         names = (node.input[i] for i in PRODUCTS[node.op_type])
-        operation, slash, _ = node.name.rpartition('/')
+        operation, slash, _ = node.name.partition('/')
         marked = any(p.key == OPERATION for p in node.metadata_props)
         found.append(
             Precision(
