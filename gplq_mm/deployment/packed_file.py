@@ -95,9 +95,18 @@ def unpack_keys(model: nn.Module, state_dict: dict[str, Any], prefix: str = '', 
 
 
 def to_safetensors(checkpoint: Mapping[str, Any]) -> Tensor:
-    """The bytes of the ``.safetensors`` file of a packed checkpoint."""
-    tensors, metadata = decode_tensors(checkpoint['state_dict'][PACKED_KEY])
-    about = {k: v for k, v in checkpoint.items() if k != 'state_dict'}
+    """The bytes of the ``.safetensors`` file of a checkpoint, packed or not.
+
+    Args:
+        checkpoint: Entries of plain values, and tensors under ``state_dict``.
+
+    Raises:
+        ValueError: If an entry has more than plain values.
+    """
+    about = plain_values({k: v for k, v in checkpoint.items() if k != 'state_dict'})
+    tensors, metadata = checkpoint['state_dict'], {'format': 'pt'}
+    if is_packed(checkpoint):
+        tensors, metadata = decode_tensors(tensors[PACKED_KEY])
     return encode_tensors(tensors, {**metadata, _CHECKPOINT: repr(about)})
 
 
@@ -109,8 +118,8 @@ def from_safetensors(content: Tensor, path: Any = 'the file') -> dict[str, Any]:
         path: The file, for messages.
 
     Returns:
-        For a packed file all entries with the float state dict; for any other one its tensors
-        under ``state_dict``.
+        The entries of the checkpoint, with the float state dict; a file that this package did not
+        write gives its tensors under ``state_dict``.
 
     Raises:
         ValueError: If the content is truncated, was changed, is no such file, or has another
@@ -118,12 +127,12 @@ def from_safetensors(content: Tensor, path: Any = 'the file') -> dict[str, Any]:
     """
     try:
         tensors, metadata = decode_tensors(content)
-        if INDEX not in tensors:
-            return {'state_dict': tensors}
         about = ast.literal_eval(metadata.get(_CHECKPOINT, '{}'))
-        return {**about, 'state_dict': restore_state(tensors)}
+        return {**about, 'state_dict': restore_state(tensors) if INDEX in tensors else tensors}
     except (ValueError, SyntaxError) as error:
-        raise _damaged(path, error) from error
+        raise ValueError(
+            f'{path} cannot be read: {error}; write or download the file again'
+        ) from error
 
 
 def plain_values(value: Any, where: str = 'checkpoint') -> Any:
@@ -148,7 +157,8 @@ def plain_values(value: Any, where: str = 'checkpoint') -> Any:
     if isinstance(value, list | tuple):
         items = [plain_values(v, f'{where}[{i}]') for i, v in enumerate(value)]
         return items if isinstance(value, list) else tuple(items)
-    for kind in (bool, int, float, str, bytes):
+    kinds: tuple[type, ...] = (bool, int, float, str, bytes)
+    for kind in kinds:
         if isinstance(value, kind):
             return kind(value)
     if value is None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import quantizers
+from ..ops import QuantizedLayer
 from .packed_weights import WeightForm, finished_layers, pack_weight
 from .tensor_bytes import DTYPES, NAMES, decode_tensors, encode_tensors
 
@@ -53,6 +54,7 @@ class _Index:
 
     def __init__(self) -> None:
         self.weights: dict[str, Any] = {}
+        self.parts: dict[str, list[Any]] = {}
         self.aliases: dict[str, str] = {}
         self.casts: dict[str, list[str]] = {}
         self.values: list[Any] = []
@@ -74,6 +76,7 @@ class _Index:
         return {
             'version': FORMAT_VERSION,
             'weights': self.weights,
+            'parts': self.parts,
             'aliases': self.aliases,
             'casts': self.casts,
             'values': self.values,
@@ -96,17 +99,18 @@ def pack_state(model: nn.Module, fp16: bool = False) -> PackedState:
     """
     packed, index = PackedState(), _Index()
     state, index.aliases = _without_aliases(model.state_dict())
-    for name, layer in finished_layers(model).items():
-        key = f'{name}.weight'
-        if key not in state:  # an alias
+    for key, parts in _layers_by_tensor(model, state).items():
+        results = {name: pack_weight(layer) for name, layer in parts.items()}
+        done = {name: result for name, result in results.items() if result is not None}
+        packed.unpacked += [name for name in results if name not in done]
+        if len(done) < len(results) or not _covers(parts, state[key]):
             continue
-        result = pack_weight(layer)
-        if result is None:
-            packed.unpacked.append(name)
-            continue
-        del state[key]
-        form, packed.tensors[key] = result
-        index.weights[name] = form.as_dict()
+        shape = list(state.pop(key).shape)
+        if list(parts) != [key.removesuffix('.weight')]:
+            index.parts[key] = [shape, list(parts)]
+        for name, (form, codes) in done.items():
+            packed.tensors[f'{name}.weight'] = codes
+            index.weights[name] = form.as_dict()
     of_quantizers = tuple(f'{name}.' for name in quantizers(model))
     for key, value in state.items():
         tensor = value.detach().cpu()
@@ -190,8 +194,43 @@ def _restore(state: dict[str, Tensor], index: Mapping[str, Any]) -> dict[str, Te
         scale, zero = (state[f'{name}.weight_quantizer.{k}'] for k in ('scale', 'zero_point'))
         folded = state[f'{name}.input_quantizer.scale'] if form.fold_shape else None
         state[f'{name}.weight'] = form.restore(state[f'{name}.weight'], scale, zero, folded)
+    for key, (shape, names) in index['parts'].items():
+        flat = [state.pop(f'{name}.weight').reshape(-1) for name in names]
+        state[key] = torch.cat(flat).view(shape)
     state.update({alias: state[key] for alias, key in aliases})
     return state
+
+
+def _layers_by_tensor(
+    model: nn.Module, state: Mapping[str, Tensor]
+) -> dict[str, dict[str, QuantizedLayer]]:
+    """Finished layers by the tensor of the state dict that holds their weight, in its order.
+
+    A layer may own its weight or be a part of one: the projections of ``nn.MultiheadAttention``
+    are slices of ``in_proj_weight``. Of layers with the same weight the first is taken.
+    """
+    found: dict[str, dict[int, tuple[str, QuantizedLayer]]] = {}
+    for name, layer in finished_layers(model).items():
+        own, place = f'{name}.weight', layer.weight.data_ptr()
+        keys = [own] if own in state else state
+        key = next((k for k in keys if _holds(state[k], layer.weight)), None)
+        if key is not None:
+            found.setdefault(key, {}).setdefault(place, (name, layer))
+    return {key: dict(layers[place] for place in sorted(layers)) for key, layers in found.items()}
+
+
+def _holds(tensor: Tensor, part: Tensor) -> bool:
+    """Whether a tensor's memory includes that of another one, both in row-major order."""
+    start = part.data_ptr() - tensor.data_ptr()
+    end = start + part.numel() * part.element_size()
+    is_inside = start >= 0 and end <= tensor.numel() * tensor.element_size()
+    same_kind = tensor.dtype == part.dtype and tensor.device == part.device
+    return is_inside and same_kind and tensor.is_contiguous() and part.is_contiguous()
+
+
+def _covers(parts: Mapping[str, QuantizedLayer], tensor: Tensor) -> bool:
+    """Whether the weights of layers, one after another, are all of a tensor."""
+    return sum(layer.weight.numel() for layer in parts.values()) == tensor.numel()
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
