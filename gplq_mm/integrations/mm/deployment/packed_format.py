@@ -59,24 +59,24 @@ def differences(model: nn.Module, again: nn.Module, fp16: bool) -> Iterator[str]
     Args:
         model: The model that was packed.
         again: The model of the packed file.
-        fp16: Whether float tensors outside the quantizers were rounded to float16.
+        fp16: Whether float tensors outside the quantizers may be rounded to float16.
     """
     own, other = model.state_dict(), again.state_dict()
     yield from own.keys() ^ other.keys()
     kept = tuple(f'{name}.' for name in quantizers(model))
     packed = {layer.weight.data_ptr() for layer in finished_layers(model).values()}
     for key in own.keys() & other.keys():
-        value = own[key]
-        is_float = value.dtype == torch.float32 and not key.startswith(kept)
-        if fp16 and is_float and value.data_ptr() not in packed:
-            half = value.half()
-            value = half.float() if half.isfinite().all() else value
-        if not torch.equal(value, other[key]):
+        rounds = fp16 and not key.startswith(kept) and own[key].data_ptr() not in packed
+        if not (_equal(own[key], other[key]) or rounds and _equal(own[key].half(), other[key])):
             yield key
     second: Mapping[str, Any] = finished_layers(again)
     for name, layer in finished_layers(model).items():
         if not torch.equal(_codes(layer), _codes(second[name])):
             yield f'codes of {name}'
+
+
+def _equal(one: Tensor, two: Tensor) -> bool:
+    return one.shape == two.shape and torch.equal(one.to(two.dtype), two)
 
 
 def _codes(layer: Any) -> Tensor:
