@@ -1,13 +1,15 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """A finished model's state dict in few bytes, and back.
 
-Weights become packed codes. Small and constant tensors go into an index, integers in float tensors
-become bytes, a tensor with two names is stored once; ``docs/deployment.md`` describes the bytes.
+Weights become packed codes. Constant tensors and few integers go into an index, vectors are joined,
+integers in float tensors become bytes, a tensor with two names is stored once;
+``docs/deployment.md`` describes the bytes.
 """
 
 import json
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +24,12 @@ from .tensor_bytes import DTYPES, NAMES, decode_tensors, encode_tensors
 FORMAT_VERSION = 1
 INDEX = 'gplq_packed.index'
 """Name of the index among the tensors: JSON text, compressed by zlib, as uint8."""
+GATHERED = 'gplq_packed.'
+"""Begin of the names of tensors that hold many vectors, one tensor per dtype: ``...F32``."""
 _INLINE = 16
 """Most elements of an integer tensor in the index."""
+_VECTOR = 4096
+"""Most elements of a gathered tensor; larger ones keep their own name in the file."""
 
 
 @dataclass
@@ -57,6 +63,7 @@ class _Index:
         self.parts: dict[str, list[Any]] = {}
         self.aliases: dict[str, str] = {}
         self.casts: dict[str, list[str]] = {}
+        self.vectors: dict[str, list[Any]] = {}
         self.values: list[Any] = []
         self.inline: dict[str, dict[str, int]] = {}
         self._known: dict[str, int] = {}
@@ -79,6 +86,7 @@ class _Index:
             'parts': self.parts,
             'aliases': self.aliases,
             'casts': self.casts,
+            'vectors': self.vectors,
             'values': self.values,
             'inline': self.inline,
         }
@@ -127,6 +135,8 @@ def pack_state(model: nn.Module, fp16: bool = False) -> PackedState:
         packed.tensors[key] = small
         if small.dtype != tensor.dtype:
             index.casts.setdefault(NAMES[tensor.dtype], []).append(key)
+    of_codes = {f'{name}.weight' for name in index.weights}
+    index.vectors = _gather_(packed.tensors, of_codes)
     packed.index = index.as_dict()
     return packed
 
@@ -176,6 +186,10 @@ def _read_index(content: Tensor | None) -> dict[str, Any]:
 
 
 def _restore(state: dict[str, Tensor], index: Mapping[str, Any]) -> dict[str, Tensor]:
+    for dtype, entries in index['vectors'].items():
+        parts = state.pop(GATHERED + dtype).split([math.prod(shape) for _, shape in entries])
+        for (key, shape), part in zip(entries, parts, strict=True):
+            state[key] = part.view(shape).clone()
     for dtype, keys in index['casts'].items():
         state.update({key: state[key].to(DTYPES[dtype]) for key in keys})
     inline = [(o, leaf, i) for o, leaves in index['inline'].items() for leaf, i in leaves.items()]
@@ -231,6 +245,28 @@ def _holds(tensor: Tensor, part: Tensor) -> bool:
 def _covers(parts: Mapping[str, QuantizedLayer], tensor: Tensor) -> bool:
     """Whether the weights of layers, one after another, are all of a tensor."""
     return sum(layer.weight.numel() for layer in parts.values()) == tensor.numel()
+
+
+def _gather_(tensors: dict[str, Tensor], kept: Collection[str]) -> dict[str, list[Any]]:
+    """Join the small tensors of each dtype, in place: an entry of the header is as large as many.
+
+    Args:
+        tensors: By name.
+        kept: Names of tensors that are not joined.
+
+    Returns:
+        Names and shapes of the joined tensors, in order, by the dtype's name.
+    """
+    small = [k for k, t in tensors.items() if k not in kept and t.numel() <= _VECTOR]
+    found: dict[str, list[Any]] = {}
+    parts: dict[str, list[Tensor]] = {}
+    for key in small:
+        tensor = tensors.pop(key)
+        dtype = NAMES[tensor.dtype]
+        found.setdefault(dtype, []).append([key, list(tensor.shape)])
+        parts.setdefault(dtype, []).append(tensor.reshape(-1))
+    tensors.update({GATHERED + dtype: torch.cat(flat) for dtype, flat in parts.items()})
+    return found
 
 
 def _without_aliases(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

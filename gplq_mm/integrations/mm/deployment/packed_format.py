@@ -67,7 +67,7 @@ def differences(model: nn.Module, again: nn.Module, fp16: bool) -> Iterator[str]
     packed = {layer.weight.data_ptr() for layer in finished_layers(model).values()}
     for key in own.keys() & other.keys():
         rounds = fp16 and not key.startswith(kept) and own[key].data_ptr() not in packed
-        if not (_equal(own[key], other[key]) or rounds and _equal(own[key].half(), other[key])):
+        if not (_equal(own[key], other[key]) or (rounds and _equal(own[key].half(), other[key]))):
             yield key
     second: Mapping[str, Any] = finished_layers(again)
     for name, layer in finished_layers(model).items():
