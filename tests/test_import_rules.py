@@ -30,6 +30,7 @@ FLOORS = {
     'calibration': 6,
     'ptq': 7,
     'analysis': 8,
+    'deployment': 9,
     'integrations.__init__': 9,
     'integrations.loading': 9,
     'integrations.mm.model_structure': 9,
@@ -310,8 +311,7 @@ EXAMPLES = [
 
 def python_files(folder: str) -> list[Path]:
     """Python files below a folder, those in hidden folders left out."""
-    paths = (path for path in (ROOT / folder).rglob('*.py'))
-    parts = {path: path.relative_to(ROOT).parts for path in paths}
+    parts = {path: path.relative_to(ROOT).parts for path in (ROOT / folder).rglob('*.py')}
     return sorted(path for path in parts if not any(p.startswith('.') for p in parts[path]))
 
 

@@ -7,23 +7,31 @@ from pathlib import Path
 
 import torch
 
+from ..deployment.packed_file import from_safetensors, to_safetensors, unpack_checkpoint_
+
+SAFETENSORS = '.safetensors'
+"""Suffix of files in the layout of the safetensors library."""
+
 
 def load_file(path: str | Path) -> dict:
     """Load a file of tensors and plain values to the CPU with ``weights_only=True``.
 
     Args:
-        path: File that ``torch.save`` wrote.
+        path: File that ``torch.save`` wrote; or a ``.safetensors`` file.
 
     Returns:
-        The dict that the file holds.
+        The dict that the file holds; packed weights are unpacked.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is truncated, is not a dict, or would run code.
+        ValueError: If the file is truncated, is not a dict, or would run code; or if packed
+            weights are not those that were written.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f'no checkpoint at {path.absolute()}')
+    if path.suffix == SAFETENSORS:
+        return from_safetensors(_read_bytes(path), path.absolute())
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # a damaged pickle can raise anything: KeyError, EOFError, ...
@@ -35,6 +43,7 @@ def load_file(path: str | Path) -> dict:
             f'{path.absolute()} holds a {type(checkpoint).__name__}, not a checkpoint; '
             f"write it with torch.save(dict(state_dict=model.state_dict()), '{path.name}')"
         )
+    unpack_checkpoint_(checkpoint, path.absolute())
     return checkpoint
 
 
@@ -43,23 +52,35 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
 
     Args:
         checkpoint: Tensors and plain Python values, so that ``weights_only=True`` reads it.
-        path: Output file; missing folders are created, an existing file is replaced.
+        path: Output file; missing folders are created, an existing file is replaced. The suffix
+            ``.safetensors`` gives a file in the layout of the safetensors library.
 
     Raises:
         OSError: If the file cannot be written; an existing file does not change.
+        ValueError: If a ``.safetensors`` file cannot hold a value of the checkpoint.
     """
     path = Path(path)
+    content = to_safetensors(checkpoint) if path.suffix == SAFETENSORS else None
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         with unfinished.open('wb') as file:
-            torch.save(checkpoint, file)
+            if content is None:
+                torch.save(checkpoint, file)
+            else:
+                file.write(content.numpy().data)
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def _read_bytes(path: Path) -> torch.Tensor:
+    """A file's content, uint8."""
+    content = bytearray(path.read_bytes())
+    return torch.frombuffer(content, dtype=torch.uint8) if content else torch.tensor([]).byte()
 
 
 def _reason(error: Exception) -> str:

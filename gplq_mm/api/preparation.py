@@ -3,7 +3,9 @@
 
 from torch import nn
 
+from ..compat.torch import before_load_state_dict
 from ..convert import CoverageReport, convert_, facts_of
+from ..deployment.packed_file import unpack_keys
 from ..distillation.drop_rates import set_drop_rates_
 from ..distillation.trainable import choose_trained_, freeze_stages_
 from ..ptq.stage2 import prepare_stage2
@@ -34,6 +36,8 @@ def prepare_(
 ) -> tuple[CoverageReport, list[str]]:
     """Attach quantizers and what stage 2 adds, and settle what trains, in place.
 
+    The model's ``load_state_dict`` takes packed state dicts from then on.
+
     Args:
         model: Float model; it is in training mode afterwards.
         recipe: Of ``settle_for``.
@@ -49,4 +53,5 @@ def prepare_(
     prepare_stage2(model, recipe)
     choose_trained_(model, recipe.optim.train)
     set_drop_rates_(model, recipe.optim.drop_rates)
+    before_load_state_dict(model, unpack_keys)
     return coverage, freeze_stages_(model)

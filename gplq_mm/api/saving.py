@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from ..deployment.packed_file import ABOUT, packed_checkpoint
 from ..recipe import RecipeLike, recipe_difference, resolve_recipe
+from ..recipe.recorded import recorded_recipe
 from ..version import __version__
 from .checkpoint_file import load_file, write_checkpoint
 from .model_state import CALIBRATED, STAGE1, STAGE2, STAGES, require_stage
@@ -17,18 +19,30 @@ FORMAT_VERSION = 1
 KEY = 'gplq'
 
 
-def save(model: nn.Module, path: str | Path) -> None:
+def save(model: nn.Module, path: str | Path, packed: bool = False, fp16: bool = False) -> None:
     """Write a calibrated model's weights, quantizers and recipe atomically.
 
     Args:
         model: Model of ``gplq_mm.quantize``, calibrated.
-        path: Output file; an existing one is replaced when the new one is complete.
+        path: Output file; an existing one is replaced when the new one is complete. The suffix
+            ``.safetensors`` gives a file in the layout of the safetensors library.
+        packed: Store the integer weight codes (``docs/deployment.md``): the file of deployment.
+            The loaded model has the same codes and outputs; stage 2 cannot be repeated from it.
+        fp16: With ``packed``: store float tensors in float16. Outputs then differ.
 
     Raises:
-        ValueError: If the model is not quantized or not calibrated.
+        ValueError: If the model is not quantized or not calibrated; with ``packed``, if its
+            weights are not quantized.
         OSError: If the file cannot be written; an existing file does not change.
     """
+    if fp16 and not packed:
+        raise ValueError('fp16=True belongs to packed files; write packed=True, fp16=True')
     state = require_stage(model, (CALIBRATED, STAGE1, STAGE2))
+    if packed and state.stage != STAGE2:
+        raise ValueError(
+            f'packed=True stores integer weights, the model is at stage {state.stage!r}; write '
+            'gplq_mm.quantize_weights(model, loader) before this call'
+        )
     about = {
         'format_version': FORMAT_VERSION,
         'gplq_mm_version': __version__,
@@ -37,6 +51,9 @@ def save(model: nn.Module, path: str | Path) -> None:
         'recipe': state.recipe.as_dict(),
         'coverage': state.coverage.as_dict(),
     }
+    if packed:
+        write_checkpoint(packed_checkpoint(model, {KEY: about}, fp16), path)
+        return
     weights = {k: v.detach().cpu() for k, v in model.state_dict().items()}
     write_checkpoint({KEY: about, 'state_dict': weights}, path)
 
@@ -45,7 +62,8 @@ def load(path: str | Path, float_model: nn.Module, recipe: RecipeLike | None = N
     """Quantize a float model with a checkpoint's recipe and load the checkpoint's weights.
 
     Args:
-        path: File of ``gplq_mm.save``; read with ``weights_only=True``, so no code in it runs.
+        path: File of ``gplq_mm.save``, or packed file of ``tools/deploy.py``; read with
+            ``weights_only=True``, so no code in it runs.
         float_model: Model of the same architecture, with any weights; changed in place.
         recipe: Recipe that the checkpoint must have been made with; None: the checkpoint's own.
 
@@ -74,8 +92,12 @@ def load(path: str | Path, float_model: nn.Module, recipe: RecipeLike | None = N
 
 def _about(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
     about = checkpoint.get(KEY)
+    if isinstance(about, dict) and ABOUT in about and 'format_version' not in about:
+        return {**about, 'recipe': recorded_recipe(about['recipe'])}  # of tools/deploy.py
     if not isinstance(about, dict) or 'format_version' not in about:
-        raise ValueError(f'{path} was not written by gplq_mm.save; give such a file')
+        raise ValueError(
+            f'{path} was not written by gplq_mm.save or tools/deploy.py; give such a file'
+        )
     if about['format_version'] != FORMAT_VERSION or about['stage'] not in STAGES:
         raise ValueError(
             f'{path} has format {about["format_version"]} of gplq_mm {about["gplq_mm_version"]}, '

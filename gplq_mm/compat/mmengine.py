@@ -5,13 +5,16 @@ No other file uses a private name of MMEngine; ``tests/test_compat/test_mmengine
 for each function here, which fails if MMEngine changes.
 """
 
+import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
 from mmengine.runner.base_loop import BaseLoop
+from mmengine.runner.checkpoint import CheckpointLoader
 
 
 def train_loop(runner: Runner) -> BaseLoop | None:
@@ -63,3 +66,16 @@ def is_lazy_config(path: str) -> bool:
 def history_statistics() -> Mapping[str, Callable]:
     """Functions that a pickled ``HistoryBuffer`` refers to, by name."""
     return HistoryBuffer()._statistics_methods
+
+
+def load_files_with_suffix(suffix: str, loader: Callable[..., dict[str, Any]]) -> None:
+    """Have MMEngine load local checkpoint files of a suffix with a function.
+
+    It is called ``loader(path, map_location)`` wherever MMEngine takes a checkpoint. MMEngine
+    registers loaders by prefix, but matches prefixes as regular expressions.
+
+    Args:
+        suffix: Such as ``.safetensors``.
+        loader: A function named ``load_from_...``: MMEngine logs the part after ``load_from_``.
+    """
+    CheckpointLoader.register_scheme(rf'.*{re.escape(suffix)}$', loader, force=True)

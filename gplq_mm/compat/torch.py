@@ -5,7 +5,7 @@ No other file uses a private name of torch; ``tests/test_compat/test_torch.py`` 
 each function here, which fails if torch changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd as ConvNd
 __all__ = [
     'ConvNd',
     'LoadsState',
+    'before_load_state_dict',
     'convolution_backward',
     'convolve',
     'has_forward_pre_hooks',
@@ -54,6 +55,21 @@ class LoadsState(nn.Module):
         self.before_load(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.after_load(state_dict, prefix)
+
+
+def before_load_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
+    """Call ``hook(module, state_dict, prefix, ...)`` before the module's state is loaded.
+
+    The method is public from torch 2.5 on. MMEngine's ``load_checkpoint`` calls the hook too.
+
+    Args:
+        module: Any module.
+        hook: A function; it may change the state dict, which is a copy.
+    """
+    if hasattr(module, 'register_load_state_dict_pre_hook'):
+        module.register_load_state_dict_pre_hook(hook)
+    else:
+        module._register_load_state_dict_pre_hook(hook, with_module=True)
 
 
 def version_of(tensor: Tensor) -> int:

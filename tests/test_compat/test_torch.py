@@ -21,6 +21,7 @@ INTERNALS = [
     (torch, '_softmax_backward_data'),
     (torch, '_fake_quantize_learnable_per_tensor_affine'),
     (nn.Module, '_load_from_state_dict'),
+    (nn.Module, '_register_load_state_dict_pre_hook'),
     (nn.modules.conv, '_ConvNd'),
     (nn.Conv2d, '_conv_forward'),
     (nn.Conv2d(1, 1, 1), '_reversed_padding_repeated_twice'),
@@ -38,6 +39,23 @@ def test_torch_still_has(owner: Any, name: str) -> None:
     assert hasattr(owner, name), (
         f'torch {torch.__version__} has no {name} on {owner!r}: change gplq_mm/compat/torch.py'
     )
+
+
+@pytest.mark.parametrize('public', [True, False])
+def test_hook_before_a_state_is_loaded(monkeypatch: pytest.MonkeyPatch, public: bool) -> None:
+    if not public:  # as before torch 2.5
+        monkeypatch.delattr(nn.Module, 'register_load_state_dict_pre_hook')
+    model = nn.Linear(1, 1, bias=False)
+    seen = []
+
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        seen.append(module)
+        state[prefix + 'weight'] = state.pop(prefix + 'packed')
+
+    compat.before_load_state_dict(model, rename)
+    model.load_state_dict({'packed': torch.full((1, 1), 3.0)})
+    assert seen == [model]
+    assert model.weight.item() == 3.0
 
 
 def test_version_counts_changes_in_place() -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ...analysis.added_bits import adds_bits, adopt_bits
 from ...api.preparation import prepare_, settle_for
+from ...compat.torch import before_load_state_dict
 from ...convert import CoverageReport
 from ...distillation.mimic_features import has_penultimate
 from ...distillation.mimic_settings import resolve_mimic
@@ -104,7 +105,7 @@ def build_gplq(
     state = GPLQState(resolved, coverage, cfg, is_detector, chosen)
     network.gplq = state
     if adds_bits(resolved):
-        network.register_load_state_dict_pre_hook(adopt_bits)
+        before_load_state_dict(network, adopt_bits)
     _log_coverage(network, coverage, resolved)
     if model is not None and is_detector:
         print_log(_NESTED, logger='current')

@@ -11,6 +11,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ...compat.mmengine import is_resumed, load_path, start_from, train_loop
+from ...deployment.packed_file import unpack_checkpoint_
 from ...registry import HOOKS
 from .checkpoints.former_recipe import take_former_form_
 from .checkpoints.resume import resumable_checkpoint
@@ -83,6 +84,7 @@ class GPLQHook(Hook):
                 from a file without training state, or begins with quantized weights.
         """
         model = unwrap(runner.model)
+        unpack_checkpoint_(checkpoint)
         if self.session is not None:
             _require_right_kind(checkpoint, is_resumed(runner))
         if self.session is None or is_quantized_checkpoint(checkpoint):

@@ -4,13 +4,14 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from ....api.checkpoint_file import load_file, write_checkpoint
-from ....compat.mmengine import history_statistics
+from ....api.checkpoint_file import SAFETENSORS, load_file, write_checkpoint
+from ....compat.mmengine import history_statistics, load_files_with_suffix
 
 __all__ = ['fetch', 'read_checkpoint', 'write_checkpoint']
 
@@ -47,10 +48,11 @@ def read_checkpoint(path: str | Path) -> dict:
     """Load a checkpoint to the CPU with ``weights_only=True``.
 
     Args:
-        path: File that MMEngine's runner or a tool of this project wrote; or its URL.
+        path: File that MMEngine's runner or a tool of this project wrote, or a ``.safetensors``
+            file; or its URL.
 
     Returns:
-        Content of the file, with its weights under ``state_dict``.
+        Content of the file, with its weights under ``state_dict``; packed ones are unpacked.
 
     Raises:
         FileNotFoundError: If there is no such file, or the URL cannot be reached.
@@ -61,6 +63,27 @@ def read_checkpoint(path: str | Path) -> dict:
     if 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
     return checkpoint
+
+
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict:
+    """MMEngine's loader for ``.safetensors`` files, packed or not, of any origin.
+
+    Args:
+        filename: Local file.
+        map_location: Device of the tensors; the CPU if None.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged.
+    """
+    checkpoint = read_checkpoint(Path(filename).expanduser())
+    if map_location is not None:
+        state = checkpoint['state_dict']
+        checkpoint['state_dict'] = {k: v.to(map_location) for k, v in state.items()}
+    return checkpoint
+
+
+load_files_with_suffix(SAFETENSORS, load_from_safetensors)
 
 
 def fetch(url: str) -> Path:

@@ -1,2 +1,2 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""MM models in other runtimes: the parts that are exported, and a backbone that runs such a file."""
+"""Deployment of finished MM models: formats of ``tools/deploy.py``, backbones in other runtimes."""
