@@ -83,7 +83,10 @@ if __name__ == '__main__':
             'Topic :: Scientific/Engineering :: Artificial Intelligence',
         ],
         packages=find_packages(include=['gplq_mm', 'gplq_mm.*']),
-        package_data={'gplq_mm.quantizers.packing': ['csrc/*.c']},
+        package_data={
+            'gplq_mm.quantizers.packing': ['csrc/*.c'],
+            'gplq_mm.ops.backends.integer': ['csrc/*.c'],
+        },
         python_requires='>=3.10',
         install_requires=read_requirements('runtime'),
         extras_require={

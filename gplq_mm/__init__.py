@@ -13,6 +13,7 @@ from gplq_mm.version import __version__
 if TYPE_CHECKING:
     from gplq_mm.api import (
         calibrate,
+        deploy,
         distill,
         load,
         quantize,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     '__version__',
     'calibrate',
+    'deploy',
     'distill',
     'is_installed',
     'load',

@@ -22,11 +22,12 @@ MOST_STEPS = 10
 # Names that come twice because the folder says the difference.
 SHARED_NAMES = {
     'attention': 'handlers of one library each; the packed backend of attention',
+    'conv': 'the operation; its integer backend',
     'doctor': '`python -m gplq_mm.doctor` is short for the command in `cli`',
     'feed_forward': 'the operation; its packed backend',
     'heads': 'handlers of one library each',
-    'linear': 'the operation; its packed backend',
-    'matmul': 'the operation; its packed backend',
+    'linear': 'the operation; its packed and its integer backend',
+    'matmul': 'the operation; its packed and its integer backend',
     'recipe': 'the recipe; the command that prints it',
     'window': 'handlers of one library each; the window attention that they share',
 }

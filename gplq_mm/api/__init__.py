@@ -2,6 +2,7 @@
 """Quantization of any torch module without MMEngine, exported by ``gplq_mm``."""
 
 from .calibrating import CalibrationResult, calibrate
+from .deploying import deploy
 from .distilling import Distillation, distill
 from .model_state import QuantizationState
 from .quantizing import quantize
@@ -14,6 +15,7 @@ __all__ = [
     'Distillation',
     'QuantizationState',
     'calibrate',
+    'deploy',
     'distill',
     'load',
     'quantize',

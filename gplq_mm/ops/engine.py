@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Engine: implementation of a training step; all give the same numbers."""
+"""Engine: how a training step and inference are computed; all give the same numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -11,12 +11,13 @@ from ..quantizers.packing import cpu_kernels
 
 ENGINES = ('fused', 'reference')
 FFN_MODES = ('layers', 'recompute')
+INFERENCE = ('simulated', 'integer')
 TEACHERS = ('auto', 'float32', 'bfloat16', 'float16')
 
 
 @dataclass(frozen=True)
 class Engine:
-    """How a converted model computes a training step; the result does not depend on it.
+    """How a converted model computes; the result does not depend on it.
 
     Attributes:
         type: ``fused`` saves packed codes for the backward pass, ``reference`` the float
@@ -24,6 +25,9 @@ class Engine:
         ffn: ``layers`` saves the input of the activation function between two quantized
             layers and the packed codes of its output; ``recompute`` saves neither, and the
             backward pass recomputes the first layer from its packed input.
+        inference: ``simulated`` computes products of codes in floating point, ``integer`` in
+            8-bit and 16-bit integers where a backend has a kernel for the operation and the
+            processor; both are exact.
         teacher: Type of the teacher's matrix products; ``auto`` is bfloat16 on GPUs with
             hardware support, else float32.
         teacher_cache: Folder that keeps the teacher's outputs from epoch to epoch, for
@@ -35,11 +39,17 @@ class Engine:
 
     type: Literal['fused', 'reference'] = 'fused'
     ffn: Literal['layers', 'recompute'] = 'layers'
+    inference: Literal['simulated', 'integer'] = 'simulated'
     teacher: Literal['auto', 'float32', 'bfloat16', 'float16'] = 'auto'
     teacher_cache: str | None = None
 
     def __post_init__(self) -> None:
-        choices = (('type', ENGINES), ('ffn', FFN_MODES), ('teacher', TEACHERS))
+        choices = (
+            ('type', ENGINES),
+            ('ffn', FFN_MODES),
+            ('inference', INFERENCE),
+            ('teacher', TEACHERS),
+        )
         for name, allowed in choices:
             value = getattr(self, name)
             if value not in allowed:
@@ -48,9 +58,11 @@ class Engine:
     @property
     def description(self) -> str:
         """One line that says which path is active."""
+        inference = '; inference on integers' if self.inference == 'integer' else ''
         if not self.is_fused:
-            return 'engine reference: autograd saves float tensors'
-        return f'engine fused: saves packed codes; on a CPU {cpu_kernels.load()[1]}; ffn={self.ffn}'
+            return f'engine reference: autograd saves float tensors{inference}'
+        passes = f'saves packed codes; on a CPU {cpu_kernels.load()[1]}; ffn={self.ffn}'
+        return f'engine fused: {passes}{inference}'
 
     @property
     def is_fused(self) -> bool:
@@ -62,7 +74,7 @@ REFERENCE = Engine('reference', teacher='float32')
 
 
 class EngineUser:
-    """Mixin of modules whose training step depends on the engine."""
+    """Mixin of modules whose computation depends on the engine."""
 
     engine: Engine = REFERENCE
 

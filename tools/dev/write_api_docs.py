@@ -21,6 +21,7 @@ ORDER = (
     'stage1_optimizer',
     'train_stage1',
     'quantize_weights',
+    'deploy',
     'save',
     'load',
 )

@@ -1,20 +1,13 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """The packed passes in C, compiled on a CPU if a compiler is installed.
 
-One pass over memory instead of a dozen. A C file without torch's headers compiles in about
-a second (``torch.compile`` of the same passes: minutes on two cores); the library is stored in
-the user's cache folder. If anything fails, the passes in torch are used instead.
+One pass over memory instead of a dozen. If they cannot be compiled, the passes in torch are used
+instead.
 """
 
 import ctypes
 import functools
-import hashlib
 import math
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +15,12 @@ import torch
 from torch import Tensor
 
 from ..log_codes import thresholds, upper_bound
+from .c_library import SWITCH, LibraryError, load_library, switched_off
 
 if TYPE_CHECKING:
     from ..fake_quantizer import Grid
 
-SWITCH = 'GPLQ_CPU_KERNELS'
-"""Environment variable: ``0`` turns the compiled passes off."""
 _SOURCE = Path(__file__).with_name('csrc') / 'packed_kernels.c'
-_FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math']
-_FLAGS += ['-std=gnu11', '-fPIC']
 _PARALLEL_FROM = 1 << 15
 """Number of elements from which several threads are faster than one."""
 _BLOCK, _ROWS = 4096, 64
@@ -261,63 +251,10 @@ def load() -> tuple[Kernels | None, str]:
         ``(kernels, description)``; without kernels the first is None and the description
         gives the reason.
     """
-    if os.environ.get(SWITCH) == '0':
+    if switched_off():
         return None, f'passes in torch ({SWITCH}=0)'
     try:
-        kernels = Kernels(ctypes.CDLL(str(_compiled())))
-    except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        reason = str(error).strip().splitlines()
-        return None, f'passes in torch (no compiled ones: {reason[-1] if reason else error!r})'
+        kernels = Kernels(load_library(_SOURCE))
+    except (LibraryError, AttributeError) as error:
+        return None, f'passes in torch (no compiled ones: {error})'
     return kernels, 'passes compiled from C'
-
-
-def _compiled() -> Path:
-    """Path of the shared library, compiled if it is not in the cache."""
-    compiler = os.environ.get('CC') or shutil.which('gcc') or shutil.which('cc')
-    if compiler is None:
-        raise OSError('no C compiler')
-    openmp = _openmp_library()
-    key = '\n'.join([_SOURCE.read_text(), compiler, *_FLAGS, str(openmp), _processor()])
-    folder = _cache_folder()
-    path = folder / f'packed_kernels_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(compiler, openmp, Path(scratch), path)
-    return path
-
-
-def _compile(compiler: str, openmp: Path | None, scratch: Path, path: Path) -> None:
-    """Compile in ``scratch`` and rename to ``path``, safe for several processes at once."""
-    part, built = scratch / 'part.o', scratch / 'built.so'
-    flags = [*_FLAGS, '-fopenmp' if openmp else '-fopenmp-simd']
-    link = [str(openmp), f'-Wl,-rpath,{openmp.parent}'] if openmp else []
-    for command in (
-        [compiler, *flags, '-c', str(_SOURCE), '-o', str(part)],
-        [compiler, '-shared', str(part), *link, '-lm', '-o', str(built)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        if done.returncode:
-            raise OSError(f'{compiler}: {done.stderr.strip()}')
-    os.replace(built, path)
-
-
-def _openmp_library() -> Path | None:
-    """The OpenMP runtime that torch has loaded: threads of a second one would compete with it."""
-    root = Path(torch.__file__).parent
-    found = [*root.glob('lib/libgomp*.so*'), *root.parent.glob('torch.libs/libgomp*.so*')]
-    return sorted(found)[0] if found else None
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
-    return Path(base) / 'gplq_mm'
-
-
-def _processor() -> str:
-    """Processor that ``-march=native`` compiles for: machines may share a cache folder."""
-    info = Path('/proc/cpuinfo')
-    if info.is_file():
-        lines = info.read_text().splitlines()
-        return next((line for line in lines if line.startswith('flags')), platform.machine())
-    return f'{platform.machine()} {platform.processor()} {platform.node()}'

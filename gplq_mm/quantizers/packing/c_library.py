@@ -1,0 +1,99 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""A C file of the package as a library, compiled at run time for this processor.
+
+A C file without torch's headers compiles in about a second (``torch.compile`` of the same
+passes: minutes on two cores); the library is stored in the user's cache folder.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+SWITCH = 'GPLQ_CPU_KERNELS'
+"""Environment variable: ``0`` turns everything compiled off."""
+_FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math']
+_FLAGS += ['-std=gnu11', '-fPIC']
+
+
+class LibraryError(RuntimeError):
+    """A C file could not be compiled or loaded; its text is one line."""
+
+
+def switched_off() -> bool:
+    """Whether the user turned compiled code off."""
+    return os.environ.get(SWITCH) == '0'
+
+
+def load_library(source: Path) -> ctypes.CDLL:
+    """Compile a C file, unless the cache has its library, and load it.
+
+    Args:
+        source: The file. A change of its text, the compiler or the processor compiles anew.
+
+    Raises:
+        LibraryError: If there is no compiler, or compiling or loading fails.
+    """
+    try:
+        return ctypes.CDLL(str(_compiled(source)))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = str(error).strip().splitlines()
+        raise LibraryError(reason[-1] if reason else repr(error)) from error
+
+
+def _compiled(source: Path) -> Path:
+    """Path of the shared library, compiled if it is not in the cache."""
+    compiler = os.environ.get('CC') or shutil.which('gcc') or shutil.which('cc')
+    if compiler is None:
+        raise OSError('no C compiler')
+    openmp = _openmp_library()
+    key = '\n'.join([source.read_text(), compiler, *_FLAGS, str(openmp), _processor()])
+    folder = _cache_folder()
+    path = folder / f'{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            _compile(source, compiler, openmp, Path(scratch), path)
+    return path
+
+
+def _compile(source: Path, compiler: str, openmp: Path | None, scratch: Path, path: Path) -> None:
+    """Compile in ``scratch`` and rename to ``path``, safe for several processes at once."""
+    part, built = scratch / 'part.o', scratch / 'built.so'
+    flags = [*_FLAGS, '-fopenmp' if openmp else '-fopenmp-simd']
+    link = [str(openmp), f'-Wl,-rpath,{openmp.parent}'] if openmp else []
+    for command in (
+        [compiler, *flags, '-c', str(source), '-o', str(part)],
+        [compiler, '-shared', str(part), *link, '-lm', '-o', str(built)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode:
+            raise OSError(f'{compiler}: {done.stderr.strip()}')
+    os.replace(built, path)
+
+
+def _openmp_library() -> Path | None:
+    """The OpenMP runtime that torch has loaded: threads of a second one would compete with it."""
+    root = Path(torch.__file__).parent
+    found = [*root.glob('lib/libgomp*.so*'), *root.parent.glob('torch.libs/libgomp*.so*')]
+    return sorted(found)[0] if found else None
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
+    return Path(base) / 'gplq_mm'
+
+
+def _processor() -> str:
+    """Processor that ``-march=native`` compiles for: machines may share a cache folder."""
+    info = Path('/proc/cpuinfo')
+    if info.is_file():
+        lines = info.read_text().splitlines()
+        return next((line for line in lines if line.startswith('flags')), platform.machine())
+    return f'{platform.machine()} {platform.processor()} {platform.node()}'
