@@ -77,21 +77,31 @@ def captured_operations(
     Args:
         known: The model's operations by name.
         refusal: ``refusal(name, depth)`` is the reason why an operation whose sums have ``depth``
-            products has no exported form, or empty. An operation that is refused is computed as
-            without export. It must read no tensor: within the capture they have no values.
+            products has no exported form, or empty. An operation that is refused is captured as
+            float products of its codes. It must read no tensor: within the capture they have no values.
     """
     names = {id(operation): name for name, operation in known.items()}
 
-    def refuse(operation: Operation, x: Tensor, *rest: Any) -> str:
-        if id(operation) not in names:
-            return 'the operation belongs to another model'
-        return exact.refusal(operation, x) or refusal(names[id(operation)], depth_of(operation, x))
+    def compute(
+        custom_op: Callable[..., Tensor],
+        on_codes: Callable[..., Tensor],
+        operation: Operation,
+        x: Tensor,
+        *rest: Any,
+    ) -> Tensor:
+        name = names.get(id(operation))
+        if name is None or refusal(name, depth_of(operation, x)):
+            return on_codes(operation, x, *rest)
+        return custom_op(x, *rest, name)
 
-    def compute(custom_op: Callable[..., Tensor], operation: Operation, *inputs: Any) -> Tensor:
-        return custom_op(*inputs, names[id(operation)])
-
-    register_backend(BACKEND, 'inference', ['linear', 'conv'], refuse, partial(compute, layer))
-    register_backend(BACKEND, 'inference', ['matmul'], refuse, partial(compute, product))
+    for kinds, custom_op, on_codes in (
+        (['linear', 'conv'], layer, exact.linear),
+        (['matmul'], product, exact.matmul),
+    ):
+        computed = partial(compute, custom_op, on_codes)
+        register_backend(BACKEND, 'inference', kinds, exact.refusal, computed)
+    shared = exact.shared_query
+    register_backend(BACKEND, 'inference', ['shared_query'], exact.refusal, shared)
     token = _OPERATIONS.set(known)
     try:
         with torch.no_grad():

@@ -78,8 +78,8 @@ class FakeQuantizeStyle:
         weights: Integers of the layers written so far, by name of the layer.
     """
 
-    SUM_LIMIT = 1 << 24
-    """Sums are converted to float32."""
+    SUM_LIMIT = (1 << 31) - 1
+    """Sums are int32, then float32."""
 
     def __init__(self) -> None:
         self.weights: dict[str, StoredWeight] = {}
