@@ -97,11 +97,17 @@ def _parts(proto: onnx.ModelProto) -> dict[str, dict[str, str]]:
     producers = {output: node for node in proto.graph.node for output in node.output}
     for node in reversed(proto.graph.node):
         if node.op_type in ('MatMulInteger', 'ConvInteger') and (own := _owned(node, parts)):
-            sides = ('lhs', 'rhs') if 'rhs' in own else ('input',)
+            is_product = _kind(node.input[1], producers) == 'QuantizeLinear'
+            sides = ('lhs', 'rhs') if is_product else ('input',)
             for side, codes in zip(sides, node.input, strict=False):
                 own.setdefault(f'{side}.codes', codes)
-                own.setdefault(side, _source(codes, producers))
+                if side not in own:
+                    own[side] = _source(codes, producers)
     return parts
+
+
+def _kind(value: str, producers: Mapping[str, onnx.NodeProto]) -> str:
+    return producers[value].op_type if value in producers else ''
 
 
 def _marks(node: onnx.NodeProto) -> dict[str, str]:
@@ -116,7 +122,7 @@ def _source(codes: str, producers: Mapping[str, onnx.NodeProto]) -> str:
     """Value that codes are made of, where another operation with equal scales makes them too."""
     node = producers[codes]
     while READS not in _marks(node):
-        node = producers[node.input[0]]
+        node = producers[node.input[1 if node.op_type == 'Gather' else 0]]
     return node.input[0]
 
 

@@ -1,8 +1,11 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Export of a finished model to one ONNX file."""
 
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +117,7 @@ def translate(
     was_training = model.training
     model.eval()
     try:
-        with captured_operations(known, refusal):
+        with _without_chatter(), captured_operations(known, refusal):
             program = torch.onnx.export(
                 model,
                 (example,),
@@ -138,6 +141,20 @@ def translate(
     proto = ir.to_proto(program.model)
     onnx.checker.check_model(proto)  # skips nodes of other domains than ONNX's
     return proto, [_described(name, known[name], style, refused) for name in known]
+
+
+@contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Hide what the exporter's libraries report of themselves at every export."""
+    logger = logging.getLogger('onnxscript')
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings('ignore', '.*LeafSpec.*', FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def check_finished(model: nn.Module) -> None:

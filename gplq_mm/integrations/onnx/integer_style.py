@@ -68,7 +68,7 @@ def layer(nodes: Nodes, layer: Any, x: Any, bias: Any) -> Any:
     """
     ndim = 4 if layer.kind == 'conv' else len(x.shape)
     weight, codes = _weight_codes(layer), layer.codes()['weight']
-    nodes.reads('input')
+    nodes.reads('input', x)
     left, correction = _input_bytes(nodes, layer, x, ndim, weight)
     nodes.named(left.bytes, 'input.codes')
     right, zero_point = _weight_bytes(nodes, layer, weight)
@@ -100,14 +100,14 @@ def product(nodes: Nodes, product: Any, lhs: Any, rhs: Any) -> Any:
     """Nodes of a product of two activations; arguments as for ``layer``."""
     left, right = product.quantizers
     rhs_type = _rhs_type(_largest_byte(left), right)
-    nodes.reads('rhs')
+    nodes.reads('rhs', rhs)
     second = _bytes(nodes, clipped(nodes, right, rhs, len(rhs.shape)), rhs_type)
     nodes.named(second.bytes, 'rhs.codes')
 
     def multiply(first: Any, zero_point: np.ndarray) -> Any:
         return nodes('MatMulInteger', first, second.bytes, zero_point, second.zero_point)
 
-    nodes.reads('lhs')
+    nodes.reads('lhs', lhs)
     if left.spec.is_log:
         digits, scale = log_levels_of(nodes, left, lhs)
         nothing = np.asarray(0, np.uint8)

@@ -28,7 +28,7 @@ class Nodes:
 
     def __init__(self, operation: str) -> None:
         self.operation = operation
-        self._reads = ''
+        self._operands: list[tuple[str, Any]] = []
 
     def __call__(self, kind: str, *inputs: Any, **attributes: Any) -> Any:
         """Add a node with one output, and return the output.
@@ -40,14 +40,19 @@ class Nodes:
         """
         values = [self.constant(x) if isinstance(x, np.ndarray | Tensor) else x for x in inputs]
         output = self._marked(getattr(opset21, kind)(*values, **attributes))
-        if self._reads:
-            output.producer().metadata_props[READS] = self._reads
-            self._reads = ''
+        for operand, value in self._operands:
+            if inputs and inputs[0] is value:
+                output.producer().metadata_props[READS] = operand
         return output
 
-    def reads(self, operand: str) -> None:
-        """Record in the metadata that the first input of the next node is an operand."""
-        self._reads = operand
+    def reads(self, operand: str, value: Any) -> None:
+        """Record in the metadata which nodes have an operand as their first input.
+
+        Args:
+            operand: ``input``, ``lhs`` or ``rhs``.
+            value: The operand, a value of the graph.
+        """
+        self._operands.append((operand, value))
 
     def constant(self, array: np.ndarray | Tensor) -> Any:
         """An array as a constant of the graph."""

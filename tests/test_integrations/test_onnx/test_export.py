@@ -26,7 +26,7 @@ def test_weights_of_four_bits_take_four(file) -> None:
     graph = onnx.load(file).graph
     types = {x.name: x.data_type for x in graph.initializer if x.name.endswith('/weight_int4')}
     assert set(types.values()) == {onnx.TensorProto.INT4}
-    assert 'blocks.0.mlp.0/weight_int4' in types and 'head/weight_int4' not in types
+    assert 'blocks.0.mlp.0/weight_int4' in types and 'patch_embed/weight_int4' not in types
 
 
 def test_nodes_have_names_of_operations_and_no_paths(file) -> None:

@@ -25,7 +25,10 @@ def test_every_quantizer_gives_the_bits_of_the_simulation(build, tmp_path) -> No
     run = OnnxModel(tmp_path / 'x.onnx')
     for x in (images, edges, torch.zeros_like(edges), images * 100):
         for entry, found, expected in zip(exported, run(x), model(x), strict=True):
-            assert torch.equal(found, expected), entry
+            if entry.reason:  # onnxruntime multiplies the scale into the weights of a Conv
+                torch.testing.assert_close(found, expected)
+            else:
+                assert torch.equal(found, expected), entry
     agreements = compare(model, tmp_path / 'x.onnx', images)
     assert {a.operation for a in agreements} == {e.operation for e in exported if not e.reason}
     assert all(a.num_codes and not a.flips and a.equal_output for a in agreements)

@@ -19,9 +19,10 @@ from .exportable import exportable
 DEFAULT_SIZE = 224
 DYNAMIC_EXAMPLE = (256, 320)
 """Size of the images with which a dynamic size is captured."""
-LARGEST_ERROR = 0.1
+LARGEST_ERROR = 0.5
 """Largest mean error of an output, as a fraction of its mean magnitude, that a verified file has.
-A code that flips changes the others after it; a wrong scale or layout gives errors around 1."""
+A code that flips changes those after it, by 0.14 on noise in DINOv2 at four bits in OpenVINO; a wrong
+scale or layout gives errors around 1."""
 
 Export = Callable[..., Sequence[Any]]
 
