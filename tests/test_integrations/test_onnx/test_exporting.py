@@ -10,7 +10,7 @@ onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxscript', reason='needs onnxscript')
 pytest.importorskip('onnxruntime', reason='needs onnxruntime')
 
-from gplq_mm.integrations.onnx.export import export
+from gplq_mm.integrations.onnx.exporting import export
 from gplq_mm.integrations.onnx.precision import precisions
 from gplq_mm.integrations.onnx.runtime import OnnxModel
 

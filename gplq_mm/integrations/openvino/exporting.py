@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from ..onnx.export import ExportedOperation, translate
+from ..onnx.exporting import ExportedOperation, translate
 from ..onnx.packages import require
 from .fake_quantize_style import FAKE_QUANTIZE, LEVELS, WEIGHT, FakeQuantizeStyle, StoredWeight
 
@@ -31,12 +31,12 @@ def export(
     """Write a finished model for OpenVINO.
 
     Args:
-        model: See ``integrations.onnx.export.export``.
+        model: See ``integrations.onnx.export``.
         path: Output file, ``.xml``; the weights are written beside it, ``.bin``.
         example: Images, ``(B, 3, H, W)``, B at least 2 where the batch is dynamic.
         dynamic: Axes of the images whose size may differ, with names; the batch if None.
         output_names: Names of the outputs.
-        owner: See ``integrations.onnx.export.export``.
+        owner: See ``integrations.onnx.export``.
 
     Returns:
         Every quantized operation of the model and what its file multiplies.
