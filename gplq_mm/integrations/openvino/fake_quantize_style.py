@@ -51,7 +51,7 @@ def refusal(operation: Operation) -> str:
             return 'the product shares its quantized left operand'
         if right.spec.is_log or (not left.spec.is_log and max(-low, high) > 127):
             return 'codes do not fit into int8'
-        largest = 128 if left.spec.is_log else 128 + high  # int8 is shifted to unsigned bytes
+        largest = LEVELS - 1 if left.spec.is_log else 128 + high  # int8 is shifted to unsigned bytes
     else:
         if left.spec.is_log:
             return 'logarithmic codes of a layer'
@@ -134,7 +134,7 @@ def _product(nodes: Nodes, product: Any, lhs: Any, rhs: Any) -> Any:
         if int(left.levels.max()) <= 255:
             total = nodes('MatMul', fake_quantize(nodes, level, signed=False), second)
         else:
-            high = nodes('Round', nodes('Mul', level, float_array(1 / 256)))
+            high = nodes('Floor', nodes('Mul', level, float_array(1 / 256)))
             low = nodes('Sub', level, nodes('Mul', high, float_array(256)))
             parts = [
                 nodes('MatMul', fake_quantize(nodes, part, signed=False), second)

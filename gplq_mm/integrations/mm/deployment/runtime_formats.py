@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..launch.preflight import ConfigError
 from ..model_structure import describe
 from .deployed_backbone import load_model
-from .exportable import exportable
+from .exportable import exportable, integer_batch
 
 DEFAULT_SIZE = 224
 DYNAMIC_EXAMPLE = (256, 320)
@@ -63,14 +63,15 @@ def write(model: Any, sizes: Sequence[int] | None, out: Path, export: Export) ->
     size = tuple(sizes) if sizes else (own_size(model),) * 2
     if sizes is None and describe(model).is_detector:
         size, dynamic = DYNAMIC_EXAMPLE, {0: 'batch', 2: 'height', 3: 'width'}
-    example = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         try:
-            expected = part(example)
+            expected = part(images)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise ConfigError(f'the model does not take images of {size}: {error}') from error
     try:
-        exported = export(part, out, example, dynamic=dynamic, owner=model)
+        with integer_batch(model):
+            exported = export(part, out, images[:2], dynamic=dynamic, owner=model)
     except torch.onnx.OnnxExporterError as error:
         if dynamic is None:
             raise
@@ -80,7 +81,7 @@ def write(model: Any, sizes: Sequence[int] | None, out: Path, export: Export) ->
             "images to it: dict(type='gplq_mm.DeployedBackbone', file=..., pad=True)"
         ) from error
     report(exported)
-    verify(out, example, expected)
+    verify(out, images, expected)  # another number of images than the example's
 
 
 def own_size(model: Any) -> int:

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import gplq_mm
-from gplq_mm.integrations.mm.deployment.exportable import exportable
+from gplq_mm.integrations.mm.deployment.exportable import exportable, integer_batch
+from gplq_mm.integrations.mm.launch.preflight import ConfigError
 from gplq_mm.registry import MODELS
 from tests.helpers.calibration import calibrate_activations, calibrate_weights
 from tests.helpers.mm_models import retinanet, run_detector
@@ -74,3 +75,22 @@ def test_refuses_another_file_or_runtime(tmp_path) -> None:
             MODELS.build(dict(type='gplq_mm.DeployedBackbone', **bad))
     with pytest.raises(FileNotFoundError, match='no ONNX file'):
         MODELS.build(dict(type='gplq_mm.DeployedBackbone', file=str(tmp_path / 'x.onnx')))
+
+
+def test_a_size_has_to_be_given_where_none_else_works(detector, tmp_path) -> None:
+    from gplq_mm.integrations.mm.deployment.runtime_formats import write_onnx
+
+    args = Namespace(onnx_style=None, sizes=None)
+    with pytest.raises(ConfigError, match='write --sizes H W'):
+        write_onnx(detector, None, args, tmp_path / 'x.onnx')
+    assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_windows_are_put_together_as_by_the_library(detector) -> None:
+    part, images = exportable(detector), torch.randn(3, 3, *SIZE)
+    expected = part(images)
+    with integer_batch(detector):
+        found = part(images)
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert not any('window_reverse' in vars(m) for m in detector.modules())
