@@ -114,8 +114,8 @@ def _marks(node: onnx.NodeProto) -> dict[str, str]:
     return {p.key: p.value for p in node.metadata_props}
 
 
-def _owned(node: onnx.NodeProto, parts: dict[str, dict[str, str]]) -> dict[str, str] | None:
-    return parts.get(_marks(node).get(OPERATION, ''))
+def _owned(node: onnx.NodeProto, parts: dict[str, dict[str, str]]) -> dict[str, str]:
+    return parts.get(_marks(node).get(OPERATION, ''), {})
 
 
 def _source(codes: str, producers: Mapping[str, onnx.NodeProto]) -> str:

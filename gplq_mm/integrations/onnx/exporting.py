@@ -20,7 +20,7 @@ from ...ops.backends.exact import accumulator_bound
 from . import integer_style, qdq_style
 from .graph_passes import finish
 from .nodes import OPSET, Nodes
-from .torch_ops import captured_operations, layer, product
+from .torch_ops import captured_operations
 
 STYLES: dict[str, Any] = {'integer': integer_style, 'qdq': qdq_style}
 """Style -> module that writes its nodes."""
@@ -104,7 +104,8 @@ def translate(
     refused = {name: style.refusal(operation) for name, operation in active.items()}
 
     def refusal(name: str, depth: int) -> str:
-        if accumulator_bound(*active[name].quantizers, depth) > style.SUM_LIMIT:
+        left, right = active[name].quantizers
+        if accumulator_bound(left, right, depth) > style.SUM_LIMIT:
             refused[name] = f'sums of {depth} products may exceed {style.SUM_LIMIT}'
         return refused[name]
 

@@ -240,4 +240,3 @@ def _product_refusal(product: Any) -> str:
         if not quantizer.spec.is_log and high - low > BYTE:
             return 'zero points differ between vectors of 8-bit codes'
     return ''
-

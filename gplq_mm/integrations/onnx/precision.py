@@ -28,6 +28,8 @@ PRODUCTS = {
     'MatMul': (0, 1),
 }
 """Operators that multiply matrices -> inputs that are multiplied."""
+SAME_TYPE = ('Gather', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze')
+"""Operators whose output has the type of their first input."""
 _UNKNOWN = 'float32'
 
 
@@ -95,9 +97,8 @@ def _types(graph: onnx.GraphProto) -> dict[str, str]:
         elif node.op_type == 'Cast':
             to = next(a.i for a in node.attribute if a.name == 'to')
             types[node.output[0]] = _name(to)
-        elif node.op_type in ('Gather', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze'):
-            if node.input[0] in types:
-                types[node.output[0]] = types[node.input[0]]
+        elif node.op_type in SAME_TYPE and node.input[0] in types:
+            types[node.output[0]] = types[node.input[0]]
     return types
 
 

@@ -23,7 +23,7 @@ SUM_LIMIT = 1 << 53
 _ZERO = np.asarray(0, np.int8)
 
 
-def refusal(operation: Operation) -> str:
+def refusal(operation: Any) -> str:
     """Why an operation has no form in int8; empty if it has one."""
     for quantizer in operation.quantizers:
         if quantizer.spec.is_log:

@@ -78,7 +78,7 @@ def captured_operations(
         known: The model's operations by name.
         refusal: ``refusal(name, depth)`` is the reason why an operation whose sums have ``depth``
             products has no exported form, or empty. An operation that is refused is captured as
-            float products of its codes. It must read no tensor: within the capture they have no values.
+            float products of its codes. It must read no tensor, which has no values then.
     """
     names = {id(operation): name for name, operation in known.items()}
 

@@ -39,7 +39,7 @@ class StoredWeight(NamedTuple):
     factors: np.ndarray
 
 
-def refusal(operation: Operation) -> str:
+def refusal(operation: Any) -> str:
     """Why an operation has no form in int8; empty if it has one."""
     left, right = operation.quantizers
     low, high = centred_bounds(left)
@@ -51,7 +51,9 @@ def refusal(operation: Operation) -> str:
             return 'the product shares its quantized left operand'
         if right.spec.is_log or (not left.spec.is_log and max(-low, high) > 127):
             return 'codes do not fit into int8'
-        largest = LEVELS - 1 if left.spec.is_log else 128 + high  # int8 is shifted to unsigned bytes
+        largest = (
+            LEVELS - 1 if left.spec.is_log else 128 + high
+        )  # int8 is shifted to unsigned bytes
     else:
         if left.spec.is_log:
             return 'logarithmic codes of a layer'
@@ -96,9 +98,7 @@ class FakeQuantizeStyle:
         return _product(nodes, product, lhs, rhs)
 
 
-def _layer(
-    nodes: Nodes, layer: Any, x: Any, bias: Any, weights: dict[str, 'StoredWeight']
-) -> Any:
+def _layer(nodes: Nodes, layer: Any, x: Any, bias: Any, weights: dict[str, 'StoredWeight']) -> Any:
     is_conv = layer.kind == 'conv'
     with torch.no_grad():
         weight, scale = (t.cpu() for t in layer.codes()['weight'])

@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """DeployedBackbone: backbone and neck of a detector, computed by another runtime."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +74,7 @@ class DeployedBackbone(BaseModule):
         return tuple(_cut(x, images, sizes) for x in maps)
 
 
-def load_model(file: str | Path, threads: int | None = None) -> Callable[[Tensor], Any] | Any:
+def load_model(file: str | Path, threads: int | None = None) -> Any:
     """The runtime's model of a file, called with images, with an attribute ``shape``.
 
     Args:
@@ -94,9 +93,6 @@ def load_model(file: str | Path, threads: int | None = None) -> Callable[[Tensor
 def _cut(feature_map: Tensor, images: Tensor, sizes: list[int]) -> Tensor:
     height, width = (
         -(-own * length // size)  # rounded up
-        for own, length, size in zip(
-            images.shape[-2:], feature_map.shape[-2:], sizes, strict=True
-        )
+        for own, length, size in zip(images.shape[-2:], feature_map.shape[-2:], sizes, strict=True)
     )
     return feature_map[..., :height, :width]
-

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..model_structure import describe
+from ....convert.model_facts import facts_of
 
 
 class ExportedClassifier(nn.Module):
@@ -55,7 +55,7 @@ def exportable(model: Any) -> nn.Module:
     Returns:
         Module that is called with a tensor of normalized images.
     """
-    part = ExportedBackbone(model) if describe(model).is_detector else ExportedClassifier(model)
+    part = ExportedBackbone(model) if facts_of(model).is_detector else ExportedClassifier(model)
     return part.eval()
 
 

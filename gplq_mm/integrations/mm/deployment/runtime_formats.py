@@ -11,8 +11,8 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from ....convert.model_facts import facts_of
 from ..launch.preflight import ConfigError
-from ..model_structure import describe
 from .deployed_backbone import load_model
 from .exportable import exportable, integer_batch
 
@@ -21,8 +21,8 @@ DYNAMIC_EXAMPLE = (256, 320)
 """Size of the images with which a dynamic size is captured."""
 LARGEST_ERROR = 0.5
 """Largest mean error of an output, as a fraction of its mean magnitude, that a verified file has.
-A code that flips changes those after it, by 0.14 on noise in DINOv2 at four bits in OpenVINO; a wrong
-scale or layout gives errors around 1."""
+A code that flips changes those after it, by 0.14 on noise in DINOv2 at four bits in OpenVINO; a
+wrong scale or layout gives errors around 1."""
 
 Export = Callable[..., Sequence[Any]]
 
@@ -61,7 +61,7 @@ def write(model: Any, sizes: Sequence[int] | None, out: Path, export: Export) ->
     part = exportable(model)
     dynamic: Mapping[int, str] | None = None
     size = tuple(sizes) if sizes else (own_size(model),) * 2
-    if sizes is None and describe(model).is_detector:
+    if sizes is None and facts_of(model).is_detector:
         size, dynamic = DYNAMIC_EXAMPLE, {0: 'batch', 2: 'height', 3: 'width'}
     images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
