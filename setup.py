@@ -91,7 +91,7 @@ if __name__ == '__main__':
         install_requires=read_requirements('runtime'),
         extras_require={
             'mm': read_requirements('mminstall'),
-            'export': read_requirements('optional'),
+            'deploy': read_requirements('deploy'),
             'tests': read_requirements('tests'),
             'lint': read_requirements('lint'),
         },

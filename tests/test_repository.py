@@ -65,13 +65,13 @@ TESTED_IN = {
     'integrations/mm/studies/mixed_recipe': 'test_integrations/test_mm/test_mixed_precision.py',
     'integrations/mm/studies/probe_model': 'test_integrations/test_mm/test_studies/test_transfer.py',  # noqa: E501
     'integrations/onnx/equality': 'test_integrations/test_onnx/test_integer_style.py',
-    'integrations/onnx/graph_passes': 'test_integrations/test_onnx/test_exporting.py',
-    'integrations/onnx/nodes': 'test_integrations/test_onnx/test_exporting.py',
-    'integrations/onnx/packages': 'test_integrations/test_onnx/test_runtime.py',
-    'integrations/onnx/precision': 'test_integrations/test_onnx/test_exporting.py',
-    'integrations/onnx/torch_ops': 'test_integrations/test_onnx/test_exporting.py',
-    'integrations/openvino/fake_quantize_style': 'test_integrations/test_openvino/test_exporting.py',  # noqa: E501
-    'integrations/openvino/runtime': 'test_integrations/test_openvino/test_exporting.py',
+    'integrations/onnx/graph_passes': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/onnx/nodes': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/onnx/packages': 'test_integrations/test_onnx/test_onnx_model.py',
+    'integrations/onnx/precision': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/onnx/torch_ops': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/openvino/fake_quantize_style': 'test_integrations/test_openvino/test_openvino_export.py',  # noqa: E501
+    'integrations/openvino/openvino_model': 'test_integrations/test_openvino/test_openvino_export.py',  # noqa: E501
     'integrations/timm/attention': 'test_integrations/test_timm_torchvision.py',
     'integrations/timm/heads': 'test_integrations/test_timm_torchvision.py',
     'integrations/timm/window': 'test_integrations/test_timm_torchvision.py',

@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Write a finished checkpoint in a format for deployment, and verify the file.
 
-`.pth` and `.safetensors` are packed checkpoints: integer weight codes, an eighth of the size at
-four bits, the same outputs bit for bit. Every tool that takes a float checkpoint takes them.
+`.pth` and `.safetensors` are packed checkpoints: integer weight codes, at four bits an eighth of a
+weight's size, and the same outputs bit for bit. Every tool that takes a checkpoint takes them.
 `.onnx` and `.xml` (OpenVINO) hold a whole classifier, or backbone and neck of a detector.
 
 Example:

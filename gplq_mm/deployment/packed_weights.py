@@ -101,10 +101,11 @@ def pack_weight(layer: QuantizedLayer) -> tuple[WeightForm, Tensor] | None:
     form = WeightForm.of(layer)
     centred = layer.codes()['weight'].codes
     zero_point = quantizer.zero_point.view(form.scale_shape)
-    packed = pack_codes(centred + zero_point - form.qmin, form.num_bits)
-    input_scale = layer.input_quantizer.scale if form.fold_shape else None
-    restored = form.restore(packed, quantizer.scale, quantizer.zero_point, input_scale)
-    return (form, packed.cpu()) if torch.equal(restored, layer.weight) else None
+    packed = pack_codes(centred + zero_point - form.qmin, form.num_bits).cpu()
+    input_scale = layer.input_quantizer.scale.cpu() if form.fold_shape else None
+    state = quantizer.scale.cpu(), quantizer.zero_point.cpu()  # a reader restores on the CPU
+    restored = form.restore(packed, *state, input_scale)
+    return (form, packed) if torch.equal(restored, layer.weight.cpu()) else None
 
 
 def finished_layers(model: nn.Module) -> Mapping[str, QuantizedLayer]:

@@ -83,6 +83,18 @@ def test_eight_bits_are_close_and_values_on_the_grid_stay(name: str) -> None:
             torch.testing.assert_close(product(*on_grid).double(), exact, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize('name', MODELS)
+def test_inference_on_integers_equals_the_simulation(name: str) -> None:
+    model, x = plain_model(name).eval(), images(name, 4)
+    calibration = dict(migrate=False, compensate=False)
+    gplq_mm.quantize(model, dict(base='w4a4', calibration=calibration, weight=dict(ptq='minmax')))
+    gplq_mm.calibrate(model, x.split(2))
+    gplq_mm.quantize_weights(model)
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(gplq_mm.deploy(model)(x), expected)
+
+
 @pytest.mark.parametrize('name', ['timm vit', 'timm swin', 'torchvision swin v2'])
 def test_it_trains_alike_with_both_engines(name: str) -> None:
     model, x = plain_model(name), images(name)

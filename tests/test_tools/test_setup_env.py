@@ -153,7 +153,7 @@ def test_second_run_takes_less_than_two_seconds(tmp_path: Path) -> None:
 def test_dry_run_prints_the_steps_and_touches_nothing(tmp_path: Path, capsys) -> None:
     assert setup_env.main(['--venv', str(tmp_path / 'new'), '--dry-run']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:5] for line in lines[::2]] == [f'[{n}/6]' for n in range(1, 7)]
+    assert [line[:5] for line in lines[::2]] == [f'[{n}/7]' for n in range(1, 8)]
     assert all(line.endswith(': to do') for line in lines[::2])
     assert '-v --no-build-isolation mmcv==' in lines[5]
     assert not (tmp_path / 'new').exists()

@@ -280,6 +280,11 @@ def make_steps() -> tuple[Step, ...]:
             pinned(*libraries),
             'import mmdet, mmpretrain, pycocotools.mask',
         ),
+        Step(
+            'ONNX, ONNX Runtime, OpenVINO and safetensors',
+            pinned(*requirement_lines('deploy')),
+            'import onnx, onnxscript, onnxruntime, openvino, safetensors',
+        ),
         Step('test and lint tools', tools, 'import hypothesis, matplotlib, pytest, sklearn, xdist'),
         Step(
             'gplq_mm itself, editable',

@@ -11,10 +11,10 @@ from typing import Any
 from .packages import require
 
 _FUNCTIONS = {
-    'export': ('.exporting', ('onnx', 'onnxscript')),
+    'export': ('.onnx_export', ('onnx', 'onnxscript')),
     'compare': ('.equality', ('onnx', 'onnxruntime')),
     'precisions': ('.precision', ('onnx', 'onnxruntime')),
-    'OnnxModel': ('.runtime', ('onnxruntime',)),
+    'OnnxModel': ('.onnx_model', ('onnxruntime',)),
 }
 """Name -> file and packages that it needs."""
 

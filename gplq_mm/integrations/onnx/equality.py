@@ -19,7 +19,7 @@ from ...ops import operations
 from ...ops.backends import exact
 from . import integer_style
 from .nodes import GIVES, OPERATION, READS
-from .runtime import run_with_outputs
+from .onnx_model import run_with_outputs
 
 
 class Agreement(NamedTuple):

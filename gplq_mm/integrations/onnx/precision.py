@@ -9,7 +9,7 @@ import onnx
 from onnx import TensorProto
 
 from .nodes import OPERATION
-from .runtime import OnnxModel
+from .onnx_model import OnnxModel
 
 PRODUCTS = {
     'ConvInteger': (0, 1),

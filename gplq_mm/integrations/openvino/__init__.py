@@ -10,9 +10,9 @@ from typing import Any
 from ..onnx.packages import require
 
 _FUNCTIONS = {
-    'export': ('.exporting', ('openvino', 'onnx', 'onnxscript')),
-    'precisions': ('.runtime', ('openvino',)),
-    'OpenVinoModel': ('.runtime', ('openvino',)),
+    'export': ('.openvino_export', ('openvino', 'onnx', 'onnxscript')),
+    'precisions': ('.openvino_model', ('openvino',)),
+    'OpenVinoModel': ('.openvino_model', ('openvino',)),
 }
 """Name -> file and packages that it needs."""
 

@@ -11,8 +11,8 @@ pytest.importorskip('onnxruntime', reason='needs onnxruntime')
 
 from gplq_mm.integrations.onnx import integer_style
 from gplq_mm.integrations.onnx.equality import compare, top1_agreement
-from gplq_mm.integrations.onnx.exporting import export
-from gplq_mm.integrations.onnx.runtime import OnnxModel
+from gplq_mm.integrations.onnx.onnx_export import export
+from gplq_mm.integrations.onnx.onnx_model import OnnxModel
 
 
 @pytest.mark.parametrize('build', [Layers, Products])

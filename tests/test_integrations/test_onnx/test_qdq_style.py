@@ -9,8 +9,8 @@ onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxscript', reason='needs onnxscript')
 pytest.importorskip('onnxruntime', reason='needs onnxruntime')
 
-from gplq_mm.integrations.onnx.exporting import export  # noqa: E402
-from gplq_mm.integrations.onnx.runtime import OnnxModel  # noqa: E402
+from gplq_mm.integrations.onnx.onnx_export import export  # noqa: E402
+from gplq_mm.integrations.onnx.onnx_model import OnnxModel  # noqa: E402
 
 
 @torch.no_grad()

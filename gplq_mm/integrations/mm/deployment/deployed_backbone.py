@@ -82,10 +82,10 @@ def load_model(file: str | Path, threads: int | None = None) -> Any:
         threads: Threads of the runtime; torch's number if None.
     """
     if Path(file).suffix == '.onnx':
-        from ...onnx.runtime import OnnxModel
+        from ...onnx.onnx_model import OnnxModel
 
         return OnnxModel(file, threads)
-    from ...openvino.runtime import OpenVinoModel
+    from ...openvino.openvino_model import OpenVinoModel
 
     return OpenVinoModel(file, threads)
 

@@ -29,7 +29,7 @@ Export = Callable[..., Sequence[Any]]
 
 def write_onnx(model: nn.Module, cfg: Config, args: Namespace, out: Path) -> list[Path]:
     """Write and verify an ONNX file; arguments as for ``Format.write``."""
-    from ...onnx.exporting import export
+    from ...onnx.onnx_export import export
 
     style = args.onnx_style or 'integer'
     write(model, args.sizes, out, lambda *a, **k: export(*a, style=style, **k))
@@ -38,7 +38,7 @@ def write_onnx(model: nn.Module, cfg: Config, args: Namespace, out: Path) -> lis
 
 def write_openvino(model: nn.Module, cfg: Config, args: Namespace, out: Path) -> list[Path]:
     """Write and verify an OpenVINO model; arguments as for ``Format.write``."""
-    from ...openvino.exporting import export
+    from ...openvino.openvino_export import export
 
     write(model, args.sizes, out, export)
     return [out, out.with_suffix('.bin')]

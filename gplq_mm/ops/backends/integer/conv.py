@@ -11,19 +11,19 @@ from ....compat.torch import padding_of_input
 from ...dispatch import register_backend
 from .. import exact
 from . import kernels
-from .layer_weight import LayerWeight, layer_weight, refusal_of_call
+from .layer_weight import SHAPES_DO_NOT_FIT, accepted_weight, layer_weight, refusal_of_call
 
 
 def refusal(layer: Any, x: Tensor, bias: Tensor | None) -> str:
     """Why a call is refused; empty if it is computed here."""
-    reason = refusal_of_call(layer, x, bias) or _refusal_of_shape(layer, x)
+    reason = refusal_of_call(layer, x, bias) or _refusal_of_shape(layer, x, bias)
     if reason:
         return reason
     weight = layer_weight(layer, arrange)
     return weight if isinstance(weight, str) else ''
 
 
-def _refusal_of_shape(layer: Any, x: Tensor) -> str:
+def _refusal_of_shape(layer: Any, x: Tensor, bias: Tensor | None) -> str:
     if layer.groups != 1:
         return 'groups of channels'
     if isinstance(layer, nn.ConvTranspose2d):
@@ -32,7 +32,14 @@ def _refusal_of_shape(layer: Any, x: Tensor) -> str:
             return 'kernels that overlap in the output, or padding of the output'
     elif not isinstance(layer, nn.Conv2d) or layer.padding_mode != 'zeros':
         return 'padding with other values than zeros'
-    return '' if x.dim() == 4 and x.numel() else 'an input without batch axis, or empty'
+    if x.dim() != 4 or not x.numel():
+        return 'an input without batch axis, or empty'
+    window = _window(layer, x, isinstance(layer, nn.ConvTranspose2d))
+    is_empty = min(window.out_height, window.out_width) < 1
+    of_other_size = bias is not None and bias.shape != (layer.out_channels,)
+    if x.shape[1] != layer.in_channels or is_empty or of_other_size:
+        return SHAPES_DO_NOT_FIT
+    return ''
 
 
 def arrange(layer: Any, codes: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -58,8 +65,7 @@ def conv(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``(B, out, H', W')``.
     """
-    weight = layer_weight(layer, arrange)
-    assert isinstance(weight, LayerWeight)
+    weight = accepted_weight(layer, arrange)
     x, matrix, kernel = x.contiguous(), weight.matrix, layer.kernel_size
     transposed = isinstance(layer, nn.ConvTranspose2d)
     window = _window(layer, x, transposed)

@@ -37,6 +37,7 @@ Arrange = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor, int]]
 """``arrange(layer, codes, zero)``: codes of the weight ``(columns, depth)``, the input's zero
 points ``(depth,)``, and how many columns share an output channel."""
 
+SHAPES_DO_NOT_FIT = "shapes that do not fit: torch's own error follows"
 _KEPT: 'WeakKeyDictionary[Any, tuple[Any, LayerWeight | str]]' = WeakKeyDictionary()
 
 
@@ -50,7 +51,7 @@ def refusal_of_call(operation: Any, *inputs: Tensor | None) -> str:
     if torch.compiler.is_compiling():
         return 'torch.compile does not trace C'
     for x in inputs:
-        if x is not None and (x.device.type != 'cpu' or x.dtype != torch.float32):
+        if x is not None and not (x.is_cpu and x.dtype is torch.float32):
             return f'{x.dtype} on {x.device}; the kernels take float32 on a CPU'
     if torch.is_autocast_enabled('cpu'):
         return 'autocast multiplies in half precision'
@@ -64,8 +65,12 @@ def layer_weight(layer: Any, arrange: Arrange) -> LayerWeight | str:
         layer: Layer with calibrated quantizers.
         arrange: Order of the weight's codes.
     """
-    own = (*_state(layer.input_quantizer), *_state(layer.weight_quantizer), layer.weight)
-    key = [(t.data_ptr(), version_of(t)) for t in own]
+    of_input, of_weight = layer.quantizers
+    own = (
+        *(of_input.scale, of_input.zero_point, of_weight.scale, of_weight.zero_point),
+        layer.weight,
+    )
+    key = [t.data_ptr() for t in own] + [version_of(t) for t in own]
     kept = _KEPT.get(layer)
     if kept is None or kept[0] != key:
         kept = key, _arranged(layer, arrange)
@@ -73,8 +78,12 @@ def layer_weight(layer: Any, arrange: Arrange) -> LayerWeight | str:
     return kept[1]
 
 
-def _state(quantizer: Any) -> tuple[Tensor, Tensor]:
-    return quantizer.scale, quantizer.zero_point
+def accepted_weight(layer: Any, arrange: Arrange) -> LayerWeight:
+    """The weight that ``layer_weight`` has just found usable."""
+    kept = _KEPT.get(layer)
+    weight = layer_weight(layer, arrange) if kept is None else kept[1]
+    assert isinstance(weight, LayerWeight)
+    return weight
 
 
 def _arranged(layer: Any, arrange: Arrange) -> LayerWeight | str:

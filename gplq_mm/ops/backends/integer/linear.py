@@ -10,7 +10,7 @@ from torch import Tensor
 from ...dispatch import register_backend
 from .. import exact
 from . import kernels
-from .layer_weight import LayerWeight, layer_weight, refusal_of_call
+from .layer_weight import SHAPES_DO_NOT_FIT, accepted_weight, layer_weight, refusal_of_call
 
 
 def refusal(layer: Any, x: Tensor, bias: Tensor | None) -> str:
@@ -18,6 +18,10 @@ def refusal(layer: Any, x: Tensor, bias: Tensor | None) -> str:
     reason = refusal_of_call(layer, x, bias)
     if reason:
         return reason
+    if not x.dim() or x.shape[-1] != layer.in_features:
+        return SHAPES_DO_NOT_FIT
+    if bias is not None and bias.shape != (layer.out_features,):
+        return SHAPES_DO_NOT_FIT
     weight = layer_weight(layer, arrange)
     return weight if isinstance(weight, str) else ''
 
@@ -38,25 +42,25 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         ``(..., out)``.
     """
-    weight = layer_weight(layer, arrange)
-    assert isinstance(weight, LayerWeight)
+    weight = accepted_weight(layer, arrange)
     matrix, depth = weight.matrix, x.shape[-1]
-    rows = x.reshape(-1, depth).contiguous()
-    out = torch.empty(len(rows), matrix.columns)
+    rows = x.contiguous()
+    number = rows.numel() // max(depth, 1)
+    out = torch.empty(*x.shape[:-1], matrix.columns)
     bias = None if bias is None else bias.contiguous()
     loaded = kernels.load()[0]
     assert loaded is not None
     status = loaded.linear(
         ctypes.byref(weight.grid),
-        ctypes.byref(kernels.product(matrix, len(rows), weight.factor, bias, out)),
+        ctypes.byref(kernels.product(matrix, number, weight.factor, bias, out)),
         kernels.Pointer(rows.data_ptr()),
         ctypes.c_int64(depth),
-        kernels.workspace(len(rows) * matrix.layout.groups * 4),
-        kernels.threads_for(len(rows) * depth * matrix.columns),
+        kernels.workspace(number * matrix.layout.groups * 4),
+        kernels.threads_for(number * depth * matrix.columns),
     )
     if not kernels.completed(status):
         return exact.linear(layer, x, bias)
-    return out.view(*x.shape[:-1], matrix.columns)
+    return out
 
 
 register_backend('integer', 'inference', ['linear'], refusal, linear)

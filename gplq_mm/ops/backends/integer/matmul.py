@@ -16,7 +16,7 @@ from ....quantizers.log_codes import thresholds
 from ...dispatch import register_backend
 from .. import exact
 from . import kernels
-from .layer_weight import refusal_of_call
+from .layer_weight import SHAPES_DO_NOT_FIT, refusal_of_call
 
 
 class Constants(NamedTuple):
@@ -47,6 +47,8 @@ def refusal(operation: Any, lhs: Tensor, rhs: Tensor) -> str:
         return reason
     if lhs.shape[:-2] != rhs.shape[:-2] or lhs.dim() < 2 or not (lhs.numel() and rhs.numel()):
         return 'leading axes that broadcast, or an empty operand'
+    if lhs.shape[-1] != rhs.shape[-2]:
+        return SHAPES_DO_NOT_FIT
     if operation.rhs_quantizer.spec.is_log:
         return 'logarithmic codes of the right operand'
     per_channel = any(isinstance(q.spec.granularity, PerChannel) for q in operation.quantizers)

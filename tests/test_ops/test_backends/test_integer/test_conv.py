@@ -82,3 +82,11 @@ def test_without_batch_axis_the_simulation_computes() -> None:
     layer, x = layer_of(nn.Conv2d(4, 4, 3))
     assert 'batch axis' in conv.refusal(layer, x[0], None)
     assert torch.equal(layer(x[0]), layer(x[:1])[0])
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_give_the_error_of_torch() -> None:
+    layer, x = layer_of(nn.Conv2d(4, 4, 5))
+    for mistake in (x[:, :3], x[..., :4]):
+        with pytest.raises(RuntimeError):
+            layer(mistake)

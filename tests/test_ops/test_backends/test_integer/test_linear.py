@@ -109,3 +109,13 @@ def test_weights_and_zero_points_that_no_kernel_takes() -> None:
     layer, x = layer_of()
     layer.input_quantizer.zero_point.fill_(99)
     assert 'zero point' in linear.refusal(layer, x, None)
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_give_the_error_of_torch() -> None:
+    layer, x = layer_of()
+    for mistake in (x[..., :-1], torch.tensor(1.0)):
+        with pytest.raises(RuntimeError):
+            layer(mistake)
+    with pytest.raises(RuntimeError):
+        layer(x, torch.zeros(3))

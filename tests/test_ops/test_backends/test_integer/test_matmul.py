@@ -128,3 +128,11 @@ def test_reasons_to_refuse() -> None:
     assert torch.equal(product(lhs[:1], rhs), exact.matmul(product, lhs[:1], rhs))
     product = product_of(quantizer(lhs, -1, granularity='head'), quantizer(rhs, -2))
     assert 'four axes' in matmul.refusal(product, lhs[0], rhs[0])
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_give_the_error_of_torch() -> None:
+    lhs, rhs = operands()
+    product = product_of(quantizer(lhs, -1), quantizer(rhs, -2))
+    with pytest.raises(RuntimeError):
+        product(lhs[..., :-1], rhs)

@@ -37,10 +37,10 @@ typedef struct {
     int64_t rows, columns, groups, wide, flush;
     const int8_t *right;
     const int32_t *sums;       // per column, subtracted from the sum times the row's zero point
-    const int32_t *row_zero;   // NULL: 1
-    const float *row_scale;    // NULL: 1
+    const int32_t *row_zero;   // per row, with row_scale
+    const float *row_scale;    // NULL: row_zero and row_scale are 1
     const float *factor;       // per column
-    const float *bias;         // per column, or NULL
+    const float *bias;         // per column, or NULL; only without row_scale
     float *out;
     int64_t row_step, column_step; // of `out`
 } Product;
@@ -176,7 +176,8 @@ static int quantize_levels(const float *restrict x, int64_t n, float scale, cons
         const int64_t m = least(n - from, WIDTH);
         Eight ratio[WIDTH / 8] = {0};
         EightInts level[WIDTH / 8] = {0};
-        memcpy(ratio, x + from, m * sizeof(float));
+        if (m == WIDTH) memcpy(ratio, x + from, sizeof(ratio));
+        else memcpy(ratio, x + from, m * sizeof(float));
         for (int i = 0; i < WIDTH / 8; i++) {
             ratio[i] = ratio[i] / scale;
             bad |= ~(ratio[i] - ratio[i] == 0.0f);
@@ -185,7 +186,8 @@ static int quantize_levels(const float *restrict x, int64_t n, float scale, cons
         EightShorts narrow[WIDTH / 8];
         for (int i = 0; i < WIDTH / 8; i++)
             narrow[i] = __builtin_convertvector(level[i], EightShorts);
-        memcpy(out + from, narrow, m * sizeof(int16_t));
+        if (m == WIDTH) memcpy(out + from, narrow, sizeof(narrow));
+        else memcpy(out + from, narrow, m * sizeof(int16_t));
     }
     int any = 0;
     for (int i = 0; i < 8; i++) any |= bad[i];
@@ -228,7 +230,6 @@ static inline __attribute__((always_inline)) void tile_narrow(
     const int R, const uint8_t *a, int64_t lda, const int8_t *b, int64_t groups, int64_t flush,
     __m256i *acc) {
     const __m256i ones = _mm256_set1_epi16(1);
-    _Pragma("GCC unroll 12") for (int i = 0; i < 2 * R; i++) acc[i] = _mm256_setzero_si256();
     for (int64_t from = 0; from < groups; from += flush) {
         const int64_t to = least(from + flush, groups);
         __m256i s[TILE][2];
@@ -236,9 +237,12 @@ static inline __attribute__((always_inline)) void tile_narrow(
             s[r][0] = s[r][1] = _mm256_setzero_si256();
         TILE_BODY(R, ADD_TO(s[r][0], "paddw", _mm256_maddubs_epi16(v, b0))
                          ADD_TO(s[r][1], "paddw", _mm256_maddubs_epi16(v, b1)))
-        _Pragma("GCC unroll 6") for (int r = 0; r < R; r++) {
-            acc[2 * r] = _mm256_add_epi32(acc[2 * r], _mm256_madd_epi16(s[r][0], ones));
-            acc[2 * r + 1] = _mm256_add_epi32(acc[2 * r + 1], _mm256_madd_epi16(s[r][1], ones));
+        if (from == 0) {
+            _Pragma("GCC unroll 12") for (int i = 0; i < 2 * R; i++)
+                acc[i] = _mm256_madd_epi16(s[i / 2][i % 2], ones);
+        } else {
+            _Pragma("GCC unroll 12") for (int i = 0; i < 2 * R; i++)
+                acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(s[i / 2][i % 2], ones));
         }
     }
 }
@@ -291,55 +295,73 @@ static void tile(const Product *p, int rows, const uint8_t *a, const int8_t *b, 
 #endif
 }
 
-// Rescaled sums of one row of a tile; two roundings, as torch's product and sum.
+// Rescaled sums of a tile, rows of `y` `step` apart; two roundings, as torch's product and sum.
 static inline __attribute__((always_inline)) void rescale_some(
-    const Product *p, int64_t row, int64_t first, const int64_t n, const int32_t *restrict acc,
-    float *restrict y) {
-    const int32_t zero = p->row_zero ? p->row_zero[row] : 1;
-    const float scale = p->row_scale ? p->row_scale[row] : 1.0f;
+    const Product *p, int64_t row, int rows, int64_t first, const int64_t n,
+    const int32_t *restrict acc, float *restrict y, int64_t step) {
     const int32_t *restrict sums = p->sums + first;
-    const float *restrict factor = p->factor + first;
-    for (int64_t i = 0; i < n; i++) y[i] = (float)(acc[i] - zero * sums[i]) * (scale * factor[i]);
-    if (p->bias)
-        for (int64_t i = 0; i < n; i++) y[i] += p->bias[first + i];
+    const float *restrict factor = p->factor + first, *restrict bias = p->bias + first;
+    if (p->row_scale) {
+        const float *restrict row_scale = p->row_scale + row;
+        const int32_t *restrict row_zero = p->row_zero + row;
+        for (int r = 0; r < rows; r++, acc += PANEL, y += step) {
+            const int32_t zero = row_zero[r];
+            const float scale = row_scale[r];
+            __asm__ volatile("");  // columns, not rows, are vectorized
+            for (int64_t i = 0; i < n; i++)
+                y[i] = (float)(acc[i] - zero * sums[i]) * (scale * factor[i]);
+        }
+    } else if (p->bias) {
+        for (int r = 0; r < rows; r++, acc += PANEL, y += step) {
+            __asm__ volatile("");
+            for (int64_t i = 0; i < n; i++) y[i] = (float)(acc[i] - sums[i]) * factor[i] + bias[i];
+        }
+    } else {
+        for (int r = 0; r < rows; r++, acc += PANEL, y += step) {
+            __asm__ volatile("");
+            for (int64_t i = 0; i < n; i++) y[i] = (float)(acc[i] - sums[i]) * factor[i];
+        }
+    }
 }
 
-static void rescale(const Product *p, int64_t row, int64_t first, int64_t n, const int32_t *acc,
-                    float *y) {
-    if (n == PANEL) rescale_some(p, row, first, PANEL, acc, y);
-    else rescale_some(p, row, first, n, acc, y);
+static void rescale(const Product *p, int64_t row, int rows, int64_t first, int64_t n,
+                    const int32_t *acc, float *y, int64_t step) {
+    if (n == PANEL) rescale_some(p, row, rows, first, PANEL, acc, y, step);
+    else rescale_some(p, row, rows, first, n, acc, y, step);
 }
 
 // Rows [0, rows) of `a`, which are rows [first, first + rows) of the product, times some panels.
 static void multiply(const Product *p, const uint8_t *a, int64_t first, int64_t rows,
                      int64_t from_panel, int64_t to_panel) {
     int32_t acc[TILE * PANEL] __attribute__((aligned(64)));
-    float y[PANEL];
+    float y[TILE * PANEL];
     for (int64_t panel = from_panel; panel < to_panel; panel++) {
         const int8_t *b = p->right + panel * p->groups * 64;
         const int64_t column = panel * PANEL, n = least(p->columns - column, PANEL);
         for (int64_t m = 0; m < rows; m += TILE) {
             const int count = (int)least(rows - m, TILE);
+            const int64_t row = first + m;
+            float *out = p->out + row * p->row_step + column * p->column_step;
             tile(p, count, a + m * p->groups * 4, b, acc);
-            for (int r = 0; r < count; r++) {
-                const int64_t row = first + m + r;
-                float *out = p->out + row * p->row_step + column * p->column_step;
-                if (p->column_step == 1) {
-                    rescale(p, row, column, n, acc + r * PANEL, out);
-                } else {
-                    rescale(p, row, column, n, acc + r * PANEL, y);
-                    for (int64_t i = 0; i < n; i++) out[i * p->column_step] = y[i];
-                }
+            if (p->column_step == 1) {
+                rescale(p, row, count, column, n, acc, out, p->row_step);
+                continue;
             }
+            rescale(p, row, count, column, n, acc, y, PANEL);
+            for (int64_t i = 0; i < n; i++)
+                for (int r = 0; r < count; r++)
+                    out[i * p->column_step + r * p->row_step] = y[r * PANEL + i];
         }
     }
 }
 
 static int64_t panels_of(const Product *p) { return (p->columns + PANEL - 1) / PANEL; }
 
-// Rows of the left matrix that fit into the cache together, a multiple of TILE.
+// Rows of the left matrix that stay in the cache together, a multiple of TILE: few if the right
+// matrix stays there too, so that rows of the output do.
 static int64_t rows_of_block(const Product *p) {
-    const int64_t rows = BLOCK / (p->groups * 4) / TILE * TILE;
+    const int64_t most = panels_of(p) * p->groups * 64 <= BLOCK ? 96 : BLOCK / TILE;
+    const int64_t rows = least(BLOCK / (p->groups * 4), most) / TILE * TILE;
     return rows < TILE ? TILE : rows;
 }
 

@@ -10,9 +10,9 @@ onnx = pytest.importorskip('onnx')
 pytest.importorskip('onnxscript', reason='needs onnxscript')
 pytest.importorskip('onnxruntime', reason='needs onnxruntime')
 
-from gplq_mm.integrations.onnx.exporting import export  # noqa: E402
+from gplq_mm.integrations.onnx.onnx_export import export  # noqa: E402
+from gplq_mm.integrations.onnx.onnx_model import OnnxModel  # noqa: E402
 from gplq_mm.integrations.onnx.precision import precisions  # noqa: E402
-from gplq_mm.integrations.onnx.runtime import OnnxModel  # noqa: E402
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
-from ..onnx.exporting import ExportedOperation, translate
+from ..onnx.onnx_export import ExportedOperation, translate
 from ..onnx.packages import require
 from .fake_quantize_style import FAKE_QUANTIZE, LEVELS, WEIGHT, FakeQuantizeStyle, StoredWeight
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..onnx.onnx_model import check_size
 from ..onnx.packages import require
-from ..onnx.runtime import check_size
 
 PRODUCTS = ('FullyConnected', 'MatMul', 'Convolution', 'GroupConvolution', 'Deconvolution', 'Gemm')
 """Types of layers of the executed graph that multiply matrices."""
