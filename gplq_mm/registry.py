@@ -19,6 +19,7 @@ MODELS = Registry(
     scope='gplq_mm',
     locations=[
         'gplq_mm.integrations.mm.builder',
+        'gplq_mm.integrations.mm.deployment.deployed_backbone',
         'gplq_mm.integrations.mm.necks',
         'gplq_mm.integrations.mm.studies.probe_model',
     ],

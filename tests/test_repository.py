@@ -54,6 +54,8 @@ TESTED_IN = {
     'integrations/mm/converters/vitdet_checkpoint': 'test_integrations/test_mm/test_converters/test_vitdet_converter.py',  # noqa: E501
     'integrations/mm/cpu_amp': 'test_integrations/test_mm/test_knobs.py',
     'integrations/mm/data/model_outputs': 'test_integrations/test_mm/test_mixed_precision.py',
+    'integrations/mm/deployment/exportable': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
+    'integrations/mm/deployment/runtime_formats': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/launch/cpu_launch': 'test_integrations/test_mm/test_distributed.py',
     'integrations/mm/necks/layer_norm_2d': 'test_integrations/test_mm/test_necks/test_simple_feature_pyramid.py',  # noqa: E501
     'integrations/mm/resumable_loop': 'test_integrations/test_mm/test_end_to_end.py',
@@ -62,6 +64,14 @@ TESTED_IN = {
     'integrations/mm/studies/measured_sensitivity': 'test_integrations/test_mm/test_mixed_precision.py',  # noqa: E501
     'integrations/mm/studies/mixed_recipe': 'test_integrations/test_mm/test_mixed_precision.py',
     'integrations/mm/studies/probe_model': 'test_integrations/test_mm/test_studies/test_transfer.py',  # noqa: E501
+    'integrations/onnx/equality': 'test_integrations/test_onnx/test_integer_style.py',
+    'integrations/onnx/graph_passes': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/onnx/nodes': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/onnx/packages': 'test_integrations/test_onnx/test_onnx_model.py',
+    'integrations/onnx/precision': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/onnx/torch_ops': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/openvino/fake_quantize_style': 'test_integrations/test_openvino/test_openvino_export.py',  # noqa: E501
+    'integrations/openvino/openvino_model': 'test_integrations/test_openvino/test_openvino_export.py',  # noqa: E501
     'integrations/timm/attention': 'test_integrations/test_timm_torchvision.py',
     'integrations/timm/heads': 'test_integrations/test_timm_torchvision.py',
     'integrations/timm/window': 'test_integrations/test_timm_torchvision.py',

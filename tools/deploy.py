@@ -3,6 +3,7 @@
 
 `.pth` and `.safetensors` are packed checkpoints: integer weight codes, at four bits an eighth of a
 weight's size, and the same outputs bit for bit. Every tool that takes a checkpoint takes them.
+`.onnx` and `.xml` (OpenVINO) hold a whole classifier, or backbone and neck of a detector.
 
 Example:
     python tools/deploy.py CONFIG work_dirs/x/gplq_final.pth -o work_dirs/x/detector_w4a4.pth
@@ -42,6 +43,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         action='store_true',
         help='packed files: store biases, norms and float layers in float16; outputs then differ '
         'slightly',
+    )
+    parser.add_argument(
+        '--onnx-style',
+        choices=('integer', 'qdq'),
+        help='ONNX: integer products for onnxruntime (default), or symmetric int8 between '
+        'QuantizeLinear and DequantizeLinear for TensorRT (untested there)',
+    )
+    parser.add_argument(
+        '--sizes',
+        nargs=2,
+        type=int,
+        metavar=('H', 'W'),
+        help='ONNX, OpenVINO: the one size of images that the file accepts; by default the '
+        "classifier's img_size or 224, and any size for a detector where torch can export it",
     )
     return parser.parse_args(argv)
 

@@ -1,2 +1,2 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Deployment of a finished checkpoint: the formats of ``tools/deploy.py``."""
+"""Deployment of finished MM models: formats of ``tools/deploy.py``, backbones in other runtimes."""

@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from torch import nn
@@ -42,12 +43,38 @@ def _write_packed(model: nn.Module, cfg: Config, args: Namespace, out: Path) -> 
     return write_packed(model, cfg, args, out)
 
 
+def _write_onnx(model: nn.Module, cfg: Config, args: Namespace, out: Path) -> list[Path]:
+    from .runtime_formats import write_onnx
+
+    return write_onnx(model, cfg, args, out)
+
+
+def _write_openvino(model: nn.Module, cfg: Config, args: Namespace, out: Path) -> list[Path]:
+    from .runtime_formats import write_openvino
+
+    return write_openvino(model, cfg, args, out)
+
+
 FORMATS: dict[str, Format] = {
     'pth': Format('.pth', _write_packed, frozenset({'fp16'})),
     'safetensors': Format('.safetensors', _write_packed, frozenset({'fp16'})),
+    'onnx': Format(
+        '.onnx',
+        _write_onnx,
+        frozenset({'onnx_style', 'sizes'}),
+        ('onnx', 'onnxscript', 'onnxruntime'),
+        '--engine onnxruntime',
+    ),
+    'openvino': Format(
+        '.xml',
+        _write_openvino,
+        frozenset({'sizes'}),
+        ('onnx', 'onnxscript', 'openvino'),
+        '--engine openvino',
+    ),
 }
 """Formats by their name in ``--format``."""
-FORMAT_OPTIONS = {'fp16': False}
+FORMAT_OPTIONS: dict[str, Any] = {'fp16': False, 'onnx_style': None, 'sizes': None}
 """Arguments of single formats, with the value that means "not given"."""
 
 

@@ -1,0 +1,114 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""OpenVinoModel: runs a model in OpenVINO's format on the CPU; precision of what it executes."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..onnx.onnx_model import check_size
+from ..onnx.packages import require
+
+PRODUCTS = ('FullyConnected', 'MatMul', 'Convolution', 'GroupConvolution', 'Deconvolution', 'Gemm')
+"""Types of layers of the executed graph that multiply matrices."""
+_NAMES = {'f32': 'float32', 'f16': 'float16', 'bf16': 'bfloat16', 'i8': 'int8', 'u8': 'uint8'}
+
+
+class Precision(NamedTuple):
+    """One product of the executed graph.
+
+    Attributes:
+        operation: Name of the model's operation, or of the layer where it is none of them.
+        kind: Type of the executed layer: ``FullyConnected``.
+        precision: Precision in which it runs: ``int8``.
+    """
+
+    operation: str
+    kind: str
+    precision: str
+
+
+class OpenVinoModel:
+    """A model in OpenVINO's format, called with a tensor of images.
+
+    Args:
+        path: ``.xml`` file; the ``.bin`` file lies beside it.
+        threads: Threads of the CPU plugin; torch's number if None.
+
+    Attributes:
+        shape: Shape of the images; a name where any size is accepted.
+
+    Raises:
+        ModuleNotFoundError: If openvino is missing.
+        FileNotFoundError: If one of the two files is missing.
+        ValueError: If the file cannot be read.
+    """
+
+    def __init__(self, path: str | Path, threads: int | None = None) -> None:
+        require(['openvino'], 'running an OpenVINO file')
+        import openvino
+
+        self.path = Path(path)
+        for file in (self.path, self.path.with_suffix('.bin')):
+            if not file.is_file():
+                raise FileNotFoundError(f'no OpenVINO file at {file.absolute()}')
+        options = {
+            'INFERENCE_NUM_THREADS': threads or torch.get_num_threads(),
+            'INFERENCE_PRECISION_HINT': 'f32',
+            'PERFORMANCE_HINT': 'LATENCY',
+        }
+        try:
+            self.compiled = openvino.Core().compile_model(self.path, 'CPU', options)
+        except RuntimeError as error:
+            raise ValueError(f'{path} cannot be loaded by OpenVINO: {error}') from error
+        shape = self.compiled.input(0).get_partial_shape()
+        self.shape: tuple[Any, ...] = tuple(
+            'any' if size.is_dynamic else size.get_length() for size in shape
+        )
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the file.
+
+        Args:
+            images: Normalized images, ``(B, 3, H, W)``, on any device.
+
+        Raises:
+            ValueError: If the file has another size.
+        """
+        check_size(self.path, self.shape, images.shape)
+        results = self.compiled(images.detach().cpu().float().contiguous().numpy())
+        outputs = (results[i] for i in range(len(self.compiled.outputs)))
+        return tuple(torch.from_numpy(x.copy()).to(images.device) for x in outputs)
+
+
+def precisions(path: str | Path) -> list[Precision]:
+    """Matrix products of the graph that OpenVINO's CPU plugin executes.
+
+    Args:
+        path: ``.xml`` file.
+
+    Returns:
+        Products in the order of execution.
+
+    Raises:
+        ModuleNotFoundError: If openvino is missing.
+        FileNotFoundError: If one of the two files is missing.
+        ValueError: If the file cannot be read.
+    """
+    found = []
+    for node in OpenVinoModel(path).compiled.get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        kind = str(info['layerType'].astype(str)) if 'layerType' in info else ''
+        if kind not in PRODUCTS:
+            continue
+        precision = str(info['runtimePrecision'].astype(str))
+        operation, slash, _ = node.get_friendly_name().partition('/')
+        found.append(
+            Precision(
+                operation if slash else node.get_friendly_name(),
+                kind,
+                _NAMES.get(precision.lower(), precision),
+            )
+        )
+    return found
