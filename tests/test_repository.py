@@ -19,6 +19,8 @@ ASSERTING_PREFIX = 'assert_'
 
 TESTED_IN = {
     'analysis/bit_search': 'test_analysis/test_bit_assignment.py',
+    'analysis/gate/bit_steps': 'test_integrations/test_mm/test_run/test_start_check.py',
+    'analysis/gate/gate_check': 'test_integrations/test_mm/test_run/test_gate.py',
     'analysis/output_metrics': 'test_analysis/test_sensitivity.py',
     'analysis/sensitivity_page': 'test_integrations/test_mm/test_mixed_precision.py',
     'api/calibrating': 'test_api/test_steps.py',

@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ...analysis import model_bytes, write_json
-from ...analysis.start_error import as_float_model
+from ...analysis.start_error import as_float_model, float_state_of
 from ...calibration.activation_ranges import (
     calibrate_activations,
     calibrate_trained_weights,
@@ -27,7 +27,6 @@ from .checkpoints.run_checkpoint import (
     FINAL_NAME,
     STAGE1_NAME,
     file_sha256,
-    quantization_keys,
     record,
     save_resumable,
     save_snapshot,
@@ -36,12 +35,12 @@ from .checkpoints.run_checkpoint import (
 )
 from .data.calibration_data import CalibrationSet
 from .run.evaluate import evaluate, validation_key
-from .run.gate import Gate
+from .run.gate import gate_of_run
 from .run.progress import ProgressLog
 from .run.resources import StageMeter
 from .run.run_report import RunReport
 from .run.start_check import check_start
-from .run.teacher import attach_teacher, check_mimic_images, float_state_of, pca_images, read_float
+from .run.teacher import attach_teacher, check_mimic_images, pca_images, read_float
 from .run.teacher_outputs import attach_teacher_cache, check_teacher_cache
 from .run.weight_stage import apply_stage2
 
@@ -94,7 +93,7 @@ class GPLQSession:
         fresh = not is_calibrated(self.model)
         float_state = None
         if fresh:
-            float_state = float_state_of(self.model, quantization_keys(self.model))
+            float_state = float_state_of(self.model)
             self._calibrate()  # first: it is short, and errors of the model show up here
             check_start(
                 self.runner,
@@ -159,7 +158,7 @@ class GPLQSession:
         settings, path = self.recipe.gate, str(source.get('path', ''))
         if settings is None or not os.path.isfile(path):
             return
-        gate = Gate(self.model, self.calibration, read_float(source), settings)
+        gate = gate_of_run(self.model, self.calibration, read_float(source), settings)
         if gate.unavailable() is None:
             error = gate.figures().feature_error
             self.report.update('stage2', feature_error=error)

@@ -15,10 +15,10 @@ from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.models import ImageClassifier
 
+from gplq_mm.analysis.start_error import quantization_keys
 from gplq_mm.convert import quantizers
 from gplq_mm.distillation.mimicking import Mimicking
 from gplq_mm.integrations.mm.builder import build_gplq
-from gplq_mm.integrations.mm.checkpoints.run_checkpoint import quantization_keys
 from tests.helpers.mm_models import CLASSIFIERS, calibrate_activations
 
 BACKBONE = dict(
