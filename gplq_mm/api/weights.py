@@ -56,7 +56,7 @@ def quantize_weights(
         if number is not None:  # the recipe's number, or all
             settings = settings.change(all_if_fewer=True)
         requested = number or settings.num_images
-        run_pass, _ = passes(model, loader, forward_loop, settings, requested)
+        run_pass, *_ = passes(model, loader, forward_loop, settings, requested)
     if loader is not None:
         more_images = partial(_more_images, model, loader, settings.batch_size)
     result = run_stage2(
