@@ -35,14 +35,13 @@ from .checkpoints.run_checkpoint import (
 )
 from .data.calibration_data import CalibrationSet
 from .run.evaluate import evaluate, validation_key
-from .run.gate import gate_of_run
 from .run.progress import ProgressLog
 from .run.resources import StageMeter
 from .run.run_report import RunReport
 from .run.start_check import check_start
-from .run.teacher import attach_teacher, check_mimic_images, pca_images, read_float
+from .run.teacher import attach_teacher, check_mimic_images, pca_images
 from .run.teacher_outputs import attach_teacher_cache, check_teacher_cache
-from .run.weight_stage import apply_stage2
+from .run.weight_stage import apply_stage2, measure_final
 
 SOURCE_NAME = 'gplq_source.json'
 
@@ -147,22 +146,11 @@ class GPLQSession:
             self.record_stage1(evaluate(self.runner, loop, 'stage 1'))
         self.report.count_macs(self.model, next(iter(self.calibration)))
         apply_stage2(self.runner, self.recipe, self.calibration, self.report)
-        self._measure_final(source)
+        measure_final(self.model, self.calibration, source, self.report)
         final = snapshot(self.runner, dataset, through_hooks=False)
         final['gplq'] = record(self.model, 'stage2', source)
         save_snapshot(final, os.path.join(self.runner.work_dir, FINAL_NAME))
         self.report.log_table()
-
-    def _measure_final(self, source: Mapping[str, Any]) -> None:
-        """Record the feature error after both stages, on the images of the gate."""
-        settings, path = self.recipe.gate, str(source.get('path', ''))
-        if settings is None or not os.path.isfile(path):
-            return
-        gate = gate_of_run(self.model, self.calibration, read_float(source), settings)
-        if gate.unavailable() is None:
-            error = gate.figures().feature_error
-            self.report.update('stage2', feature_error=error)
-            print_log(f'feature error after both stages: {error:.3g}', logger='current')
 
     def _score_fp32(self, scored: bool, float_state: Mapping[str, torch.Tensor]) -> None:
         metrics: dict[str, float] = {}
