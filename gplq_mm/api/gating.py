@@ -14,7 +14,7 @@ from ..analysis.gate.gate_result import GateResult
 from ..analysis.start_error import StartMeter, StartOutputs, as_float_model
 from ..distillation.mimic_features import watched
 from ..distillation.mimic_settings import PENULTIMATE
-from ..stream.calls import all_tensors
+from ..stream.calls import floating_tensors
 from ..stream.distributed import gather, global_number
 from .distilling import OutputRecording, inputs_kept, neck_or_backbone, score_layers
 from .inputs import Run
@@ -109,7 +109,7 @@ def _log(text: str, level: int) -> None:
 
 
 def _maps(value: Any) -> list[Tensor]:
-    found = [t for t in all_tensors(value) if t.is_floating_point()]
+    found = floating_tensors(value)
     if not found:
         raise ValueError(f'{type(value).__name__} holds no floating-point tensor')
     return found
