@@ -39,6 +39,7 @@ TESTED_IN = {
     'distillation/losses/soft_logits': 'test_distillation/test_losses/test_losses.py',
     'distillation/mimic_terms': 'test_distillation/test_mimicking.py',
     'distillation/optimizer_groups': 'test_integrations/test_mm/test_optim.py',
+    'distillation/score_head': 'test_distillation/test_mimic_features.py',
     'doctor': 'test_cli/test_doctor.py',
     'integrations/mm/adapters/mmpretrain/attention': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501
     'integrations/mm/adapters/mmpretrain/bias_attention': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501

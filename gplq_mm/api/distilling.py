@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import quantizers
-from ..distillation.mimic_features import HEAD, Recording, require_layers, watched
+from ..distillation.mimic_features import Recording, require_layers, watched
 from ..distillation.mimic_settings import PENULTIMATE, resolve_mimic
 from ..distillation.mimic_terms import PCA_BATCH, PCA_IMAGES, PCATerm, build_term, module_names
+from ..distillation.score_head import SCORES
 from ..distillation.teacher_precision import as_float, teacher_dtype, teacher_precision
 from .inputs import Inputs, Run, call_model, collect
 from .model_state import CALIBRATED, STAGE1, device_of, require_stage
@@ -115,7 +116,7 @@ class Distillation:
                 f'no Linear layer gives the output of {type(self.model).__name__}, so it has no '
                 "penultimate feature; write recipe=dict(mimic=dict(type='logits'))"
             )
-        self._names = list(dict.fromkeys(n for t in terms for n in t.layers if n != HEAD))
+        self._names = list(dict.fromkeys(n for t in terms for n in t.layers if n != SCORES))
         self._features = self._feature_module(terms)
         for term in terms:
             if isinstance(term, PCATerm):
@@ -142,7 +143,7 @@ class Distillation:
         layers = {n: recording.model.get_submodule(n) for n in self._score_layers}
         with watched(recording, names), inputs_kept(layers, recording.score_inputs):
             output = call_model(recording.model, inputs)
-        recording.outputs[HEAD] = output
+        recording.outputs[SCORES] = output
         if self._features is not None:
             recording.features = recording.outputs[self._features]
         return output
