@@ -51,7 +51,6 @@ TORCH_ONLY = {*sys.stdlib_module_names, 'gplq_mm', 'torch'}
 PARTS = re.compile(r'\b_?(bbox|box|decode|mask|panoptic|roi|rpn)_heads?\b')
 """Attributes of detectors and segmenters, in code, strings and docstrings."""
 HEAD_NAMES = {'head', '_head'}  # strings by which one would look for the head of an MM model
-KNOWS_THE_HEAD = {'gplq_mm.distillation.mimic_features'}  # a classifier's, whose logits it compares
 LIBRARY_FOLDERS = {
     'integrations.mm.adapters.mmcv',
     'integrations.mm.adapters.mmdet',
@@ -190,7 +189,7 @@ def knows_parts_of_models(module: Module) -> Iterator[str]:
         words = [getattr(node, key, None) for key in ('attr', 'id', 'arg', 'value')]
         names = [word for word in words if isinstance(word, str)]
         found = [match[0] for name in names for match in PARTS.finditer(name)]
-        if module.name not in KNOWS_THE_HEAD and isinstance(node, ast.Constant):
+        if isinstance(node, ast.Constant):
             found += [name for name in names if name in HEAD_NAMES]
         for name in found:
             yield f'{module.name}, line {node.lineno}: {name}'  # type: ignore[attr-defined]

@@ -19,6 +19,8 @@ ASSERTING_PREFIX = 'assert_'
 
 TESTED_IN = {
     'analysis/bit_search': 'test_analysis/test_bit_assignment.py',
+    'analysis/gate/bit_steps': 'test_integrations/test_mm/test_run/test_start_check.py',
+    'analysis/gate/gate_check': 'test_integrations/test_mm/test_run/test_gate.py',
     'analysis/output_metrics': 'test_analysis/test_sensitivity.py',
     'analysis/sensitivity_page': 'test_integrations/test_mm/test_mixed_precision.py',
     'api/calibrating': 'test_api/test_steps.py',
@@ -37,6 +39,7 @@ TESTED_IN = {
     'distillation/losses/soft_logits': 'test_distillation/test_losses/test_losses.py',
     'distillation/mimic_terms': 'test_distillation/test_mimicking.py',
     'distillation/optimizer_groups': 'test_integrations/test_mm/test_optim.py',
+    'distillation/score_head': 'test_distillation/test_mimic_features.py',
     'doctor': 'test_cli/test_doctor.py',
     'integrations/mm/adapters/mmpretrain/attention': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501
     'integrations/mm/adapters/mmpretrain/bias_attention': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501

@@ -70,6 +70,23 @@ def bit_rules_of_roles(
     return rules
 
 
+def with_added_rules(recipe: Recipe, made_with: Mapping[str, Any]) -> Recipe:
+    """A recipe with the rules that a gate added to the recipe of a checkpoint.
+
+    Args:
+        recipe: Recipe.
+        made_with: Recipe of the checkpoint as a dict.
+
+    Returns:
+        The same recipe unless both allow added bits.
+    """
+    own, rules = plain(recipe.rules), plain(made_with.get('rules', ()))
+    added_bits = (made_with.get('gate') or {}).get('action') == ADD_BITS
+    if not (adds_bits(recipe) and added_bits) or rules[: len(own)] != own:
+        return recipe
+    return recipe.change(rules=rules)
+
+
 def adopt_rules_(model: nn.Module, recipe: Recipe, made_with: Mapping[str, Any]) -> Recipe:
     """Apply the bits that a run's gate added, from the recipe in its checkpoint.
 
@@ -81,12 +98,8 @@ def adopt_rules_(model: nn.Module, recipe: Recipe, made_with: Mapping[str, Any])
     Returns:
         The recipe with the added rules; unchanged unless both recipes allow added bits.
     """
-    own, rules = plain(recipe.rules), plain(made_with.get('rules', ()))
-    added_bits = (made_with.get('gate') or {}).get('action') == ADD_BITS
-    if not (adds_bits(recipe) and added_bits) or rules[: len(own)] != own:
-        return recipe
-    adopted = recipe.change(rules=rules)
-    for rule in adopted.rules[len(own) :]:
+    adopted = with_added_rules(recipe, made_with)
+    for rule in adopted.rules[len(recipe.rules) :]:
         if rule.role is not None:
             add_bits_(model, [rule.role], rule.settings_of('activation')['num_bits'])
     return adopted

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import floating, quantizers
+from ..ptq.corrections.side_branch import CompensatedBlock
 from ..quantizers import FakeQuantizer
 from ..stream.distributed import gather
 from .output_metrics import KL, SQNR
@@ -152,6 +153,24 @@ def as_float_model(model: nn.Module, float_state: Mapping[str, Tensor]) -> Itera
             yield
     finally:
         model.load_state_dict(kept, strict=False)
+
+
+def quantization_keys(model: nn.Module) -> set[str]:
+    """State-dict keys that the conversion added to those of the float model."""
+    keys: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, FakeQuantizer):
+            keys |= {f'{name}.{k}' for k in module.state_dict()}
+        elif isinstance(module, CompensatedBlock):
+            child = module.compensation.state_dict()
+            keys |= {f'{name}.compensation.{k}' for k in child}
+    return keys
+
+
+def float_state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copy of a converted model's weights by name, without what the conversion added."""
+    added = quantization_keys(model)
+    return {k: v.detach().clone() for k, v in model.state_dict().items() if k not in added}
 
 
 def _opener(chosen: Sequence[FakeQuantizer]) -> State:

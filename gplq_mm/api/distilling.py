@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import quantizers
-from ..distillation.mimic_features import HEAD, Recording, require_layers, watched
+from ..distillation.mimic_features import Recording, require_layers, watched
 from ..distillation.mimic_settings import PENULTIMATE, resolve_mimic
 from ..distillation.mimic_terms import PCA_BATCH, PCA_IMAGES, PCATerm, build_term, module_names
+from ..distillation.score_head import SCORES
 from ..distillation.teacher_precision import as_float, teacher_dtype, teacher_precision
-from .inputs import Inputs, call_model, collect
+from .inputs import Inputs, Run, call_model, collect
 from .model_state import CALIBRATED, STAGE1, device_of, require_stage
 
 
@@ -106,14 +107,16 @@ class Distillation:
         return settings
 
     def _prepare(self, inputs: Inputs) -> list[Any]:
-        self._score_layers = score_layers(self.model, self.teacher, inputs)
+        self._score_layers = score_layers(
+            self.model, self.teacher, partial(call_model, inputs=inputs)
+        )
         terms = [build_term(t) for t in self._settings(bool(self._score_layers))['terms']]
         if not self._score_layers and any(t.settings.get('layer') == PENULTIMATE for t in terms):
             raise ValueError(
                 f'no Linear layer gives the output of {type(self.model).__name__}, so it has no '
                 "penultimate feature; write recipe=dict(mimic=dict(type='logits'))"
             )
-        self._names = list(dict.fromkeys(n for t in terms for n in t.layers if n != HEAD))
+        self._names = list(dict.fromkeys(n for t in terms for n in t.layers if n != SCORES))
         self._features = self._feature_module(terms)
         for term in terms:
             if isinstance(term, PCATerm):
@@ -124,9 +127,9 @@ class Distillation:
         """Module whose output a feature term with ``layer=None`` compares: neck or backbone."""
         if not any('layer' in t.settings and t.settings['layer'] is None for t in terms):
             return None
-        for name in ('neck', 'backbone'):
-            if isinstance(getattr(self.model, name, None), nn.Module):
-                return name
+        name = neck_or_backbone(self.model)
+        if name is not None:
+            return name
         raise ValueError(
             f'{type(self.model).__name__} has no backbone; write recipe=dict(mimic=dict('
             "type='feature', layer=NAME)) with the name of a module that returns a feature map"
@@ -138,9 +141,9 @@ class Distillation:
     def _run(self, recording: OutputRecording, inputs: Inputs) -> Any:
         names = [*self._names, *([self._features] if self._features else [])]
         layers = {n: recording.model.get_submodule(n) for n in self._score_layers}
-        with watched(recording, names), _inputs_kept(layers, recording.score_inputs):
+        with watched(recording, names), inputs_kept(layers, recording.score_inputs):
             output = call_model(recording.model, inputs)
-        recording.outputs[HEAD] = output
+        recording.outputs[SCORES] = output
         if self._features is not None:
             recording.features = recording.outputs[self._features]
         return output
@@ -207,11 +210,16 @@ def distill(
     return Distillation(model, teacher, loader, multi_label)
 
 
-def score_layers(model: nn.Module, teacher: nn.Module, inputs: Inputs) -> list[str]:
+def score_layers(model: nn.Module, teacher: nn.Module, run: Run) -> list[str]:
     """Names of the layers that compute the class scores, in both models.
 
     Layers with the role ``predictor``, which adapters set; in other models the Linear layers
     whose output is the model's output.
+
+    Args:
+        model: Quantized model.
+        teacher: Float model; it runs if no layer has the role.
+        run: Runs a model with one batch.
     """
     found = [n for n, q in quantizers(model, 'activation').items() if q.role == 'predictor']
     names = {name for name, _ in teacher.named_modules()}
@@ -226,7 +234,7 @@ def score_layers(model: nn.Module, teacher: nn.Module, inputs: Inputs) -> list[s
     ]
     try:
         with torch.no_grad():
-            result = call_model(teacher, inputs)
+            result = run(teacher)
     finally:
         for handle in handles:
             handle.remove()
@@ -234,12 +242,18 @@ def score_layers(model: nn.Module, teacher: nn.Module, inputs: Inputs) -> list[s
     return [n for n, y in outputs.items() if any(y is other for other in given)]
 
 
+def neck_or_backbone(model: nn.Module) -> str | None:
+    """Name of the module whose output is a model's feature maps; None if it has none."""
+    names = ('neck', 'backbone')
+    return next((n for n in names if isinstance(getattr(model, n, None), nn.Module)), None)
+
+
 def _keep_output(outputs: dict[str, Any], name: str, _: Any, __: Any, output: Any) -> None:
     outputs[name] = output
 
 
 @contextmanager
-def _inputs_kept(layers: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[None]:
+def inputs_kept(layers: dict[str, nn.Module], found: dict[str, Tensor]) -> Iterator[None]:
     """Context manager: the latest input of each layer goes into ``found``."""
 
     def keep(name: str) -> Callable[..., None]:

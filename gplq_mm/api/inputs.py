@@ -1,13 +1,16 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Batches that a loader yields, and calls of a model with them."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..stream.calls import all_tensors
 from ..stream.distributed import world
 from ..stream.evaluating import evaluating
 from .model_state import device_of
@@ -16,6 +19,8 @@ Inputs = Tensor | Mapping[str, Any]
 """A batch for ``model(x)``, or keyword arguments for ``model(**x)``."""
 ForwardLoop = Callable[[nn.Module], Any]
 """Runs a model over the calibration images: the same ones, in the same order, in every call."""
+Run = Callable[[nn.Module], Any]
+"""Runs a model with one batch."""
 _YIELDS = (
     'a tensor (B, ...), a tuple or list that begins with one, or a dict of tensors that are the '
     "model's keyword arguments; for anything else give forward_loop=lambda model: ..."
@@ -78,6 +83,15 @@ class CalibrationBatches:
         """The first images."""
         return CalibrationBatches(self.images[:number], self.batch_size)
 
+    def following(self, number: int, most: int) -> 'CalibrationBatches':
+        """At most so many images after the first ones; the first ones if there are no others."""
+        others = self.images[number : number + most] or self.images[:most]
+        return CalibrationBatches(others, self.batch_size)
+
+    def runs(self) -> list[Run]:
+        """This rank's batches as functions that run a model with one batch."""
+        return [partial(call_model, inputs=batch) for batch in self.batches()]
+
     def run_pass(self, model: nn.Module) -> Callable[[], None]:
         """A function that runs the model over the batches, without gradients."""
 
@@ -120,6 +134,41 @@ def loop_pass(model: nn.Module, forward_loop: ForwardLoop) -> Callable[[], None]
             forward_loop(model)
 
     return run
+
+
+@contextmanager
+def recorded_calls(model: nn.Module, num_images: int) -> Iterator[list[Run]]:
+    """Context manager: a list that gets the model's first calls, to be made again.
+
+    Args:
+        model: The model.
+        num_images: Images to record over all ranks, counted by the length of the first tensor;
+            calls are not divided.
+    """
+    calls: list[Run] = []
+    most, seen = -(-num_images // world()[1]), 0
+
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal seen
+        if seen < most:
+            calls.append(partial(_call, args=args, kwargs=kwargs))
+            seen += images_of(calls[-1])
+
+    handle = model.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def images_of(run: Any) -> int:
+    """Number of images of a recorded call: length of its first tensor with a batch axis."""
+    given = run.keywords
+    return next((len(t) for t in all_tensors((given['args'], given['kwargs'])) if t.dim()), 1)
+
+
+def _call(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return model(*args, **kwargs)
 
 
 def _single(inputs: Inputs) -> list[Inputs]:

@@ -70,5 +70,3 @@ def _log_coverage(model: nn.Module, coverage: CoverageReport, recipe: Recipe) ->
     for name, reason in coverage.kept_float:
         log = LOGGER.info if reason == TURNED_OFF else LOGGER.warning
         log('%s stays float: %s', name or type(model).__name__, reason)
-    if recipe.gate is not None and recipe.gate.action == 'add_bits':
-        LOGGER.warning('recipe.gate works in MMEngine runs only: no bits are added here')

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from ..analysis.added_bits import with_added_rules
 from ..deployment.packed_file import ABOUT, packed_checkpoint
-from ..recipe import RecipeLike, recipe_difference, resolve_recipe
+from ..recipe import RecipeLike, as_recipe, recipe_difference
 from ..recipe.recorded import recorded_recipe
 from ..version import __version__
 from .checkpoint_file import load_file, write_checkpoint
@@ -107,8 +108,8 @@ def _about(checkpoint: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
 
 
 def _require_recipe(made_with: Mapping[str, Any], recipe: RecipeLike, path: str | Path) -> None:
-    """Compare recipes; values of ``auto`` and the scope may be in one of them only."""
-    found = recipe_difference(made_with, resolve_recipe(recipe))
+    """Compare recipes; added bits, values of ``auto`` and the scope may be in one only."""
+    found = recipe_difference(made_with, with_added_rules(as_recipe(recipe), made_with).as_dict())
     differences = [d for d in found if not d.endswith("'auto'") and 'all_if_fewer' not in d]
     if differences:
         raise ValueError(

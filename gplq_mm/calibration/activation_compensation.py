@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops import QuantLinear
+from ..ops import QuantizedLayer
 from ..stream.distributed import broadcast_from_0
 
 DAMPINGS = (0.03, 0.1, 0.3, 1.0)
@@ -41,7 +41,7 @@ class Compensation:
 
 
 @torch.no_grad()
-def compensate(layer: QuantLinear, inputs: list[Tensor], floats: list[Tensor]) -> Compensation:
+def compensate(layer: QuantizedLayer, inputs: list[Tensor], floats: list[Tensor]) -> Compensation:
     """Fit a linear layer's weight and bias to its quantized inputs, in place.
 
     Args:

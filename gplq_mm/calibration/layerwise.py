@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import floating, quantized_layers, quantizers
-from ..ops import QuantizedLayer, QuantLinear
+from ..ops import QuantizedLayer
 from ..stream import CallStore, Unit, UnitStream, find_units
 from ..stream.distributed import gather, interleave, on_all_ranks, world
 from ..stream.passes import Progress, RunPass
@@ -128,7 +128,7 @@ def calibrate_layerwise(
         floats = None if reference is None else reference.inputs(index)
         of_float: dict[str, list[Tensor]] = {}
         if floats is not None:
-            linear = [n for n, layer in unit.layers.items() if isinstance(layer, QuantLinear)]
+            linear = [n for n, layer in unit.layers.items() if layer.takes_tokens]
             with as_float():
                 of_float = _samples(unit, linear, floats)
         for name, layer in unit.layers.items():
@@ -146,15 +146,15 @@ def _calibrate(
     result: LayerwiseResult,
 ) -> None:
     if migrate and layer.folds_input_scale:
-        joined = [torch.cat(samples)] if isinstance(layer, QuantLinear) else samples
+        joined = [torch.cat(samples)] if layer.takes_tokens else samples
         result.choices[name] = migrate_scale(layer, joined)
-    if floats is None or not isinstance(layer, QuantLinear) or _is_frozen(layer):
+    if floats is None or not layer.takes_tokens or _is_frozen(layer):
         return
     if _paired(samples, floats):
         result.compensations[name] = compensate(layer, samples, floats)
 
 
-def _is_frozen(layer: QuantLinear) -> bool:
+def _is_frozen(layer: QuantizedLayer) -> bool:
     """Whether recipe or project freeze a layer's weight."""
     return isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
 
@@ -195,7 +195,7 @@ def _samples(unit: Unit, names: Sequence[str], inputs: CallStore) -> dict[str, l
 
 def is_linear(unit: Unit, name: str) -> bool:
     """Whether a layer of a unit is linear, with tokens as input."""
-    return isinstance(unit.layers[name], QuantLinear)
+    return unit.layers[name].takes_tokens
 
 
 def _taken(x: Tensor, tokens: bool, calls: int) -> Tensor:

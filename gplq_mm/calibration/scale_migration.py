@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..ops import QuantizedLayer, QuantLinear
+from ..ops import QuantizedLayer
 from ..quantizers import QuantSpec, dequantize, qparams_from_range, quantize
 from ..quantizers.range_search import search_range
 
@@ -137,11 +137,11 @@ class _Errors:
         self.weight = layer.weight.detach().float()
         self.shape = (-1, *[1] * (-1 - layer.channel_axis))
         self.gram: Tensor | None = None
-        if isinstance(layer, QuantLinear):
+        if layer.takes_tokens:
             every = max(1, len(samples[0]) // MOST_SAMPLES)
             self.freedom = _freedom(samples[0])
             samples = [samples[0][::every]]
-            if layer.out_features > layer.in_features:
+            if self.weight.shape[0] > self.weight.shape[1]:
                 self.gram = self.weight.t() @ self.weight
         self.samples = samples
         centred = [x - x.mean(0) if x.dim() == 2 else x for x in samples]
@@ -168,7 +168,7 @@ class _Errors:
         column that later columns cannot compensate. Convolutions: rounding to nearest.
         """
         rows, step, zero_point = self._folded(scale)
-        if isinstance(self.layer, QuantLinear):
+        if self.layer.takes_tokens:
             left = (self.freedom / scale.double().square()).sum()
             return float(step.double().square().sum() * left / 12 / self.samples_scale)
         spec = self.weight_spec

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .mimic_settings import PENULTIMATE
+from .score_head import SCORES, ScoreHead, score_head
 from .teacher_precision import as_float, teacher_precision
-
-HEAD = 'head'
 
 
 @dataclass
@@ -56,16 +55,13 @@ class Recording:
 
     def logits(self) -> dict[str, Tensor]:
         """Logits ``(N, classes)`` by task; a head with a single task has the name ``''``."""
-        if HEAD not in self.outputs:
-            self.outputs[HEAD] = self.model.head(self.features)
-        return _by_task(self.outputs[HEAD])
+        if SCORES not in self.outputs:
+            self.outputs[SCORES] = _head_of(self.model).logits(self.features)
+        return _by_task(self.outputs[SCORES])
 
     def is_multi_label(self, task: str) -> bool:
         """Whether each logit of a task is a separate probability (sigmoid)."""
-        head = self.model.head
-        for name in filter(None, task.split('.')):
-            head = head.task_heads[name]
-        return hasattr(head, 'thr')
+        return _head_of(self.model).is_multi_label(task)
 
     def _output(self, layer: str) -> Any:
         if layer not in self.outputs:
@@ -80,19 +76,22 @@ class Recording:
 def watched(recording: Recording, layers: Sequence[str]) -> Iterator[None]:
     """Context manager: records the latest output of each named module.
 
-    Calls of a head with labels are not recorded: they do not return plain logits.
+    Calls of the score head with labels are not recorded: they do not return plain logits.
     """
+    head = score_head(recording.model)
+    of_head = {SCORES: head.name} if head is not None else {}
 
-    def keep(name: str) -> Any:
+    def keep(name: str, path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if name != HEAD or len(args) + len(kwargs) == 1:
+            if path not in of_head.values() or len(args) + len(kwargs) == 1:
                 recording.outputs[name] = output
 
         return hook
 
+    paths = {name: of_head.get(name, name) for name in layers}
     handles = [
-        recording.model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True)
-        for name in layers
+        recording.model.get_submodule(path).register_forward_hook(keep(n, path), with_kwargs=True)
+        for n, path in paths.items()
     ]
     try:
         yield
@@ -116,8 +115,9 @@ def run_teacher(
     recording = Recording(teacher)
     with watched(recording, layers), teacher_precision(dtype, inputs.device):
         recording.features = teacher.extract_feat(inputs)
-        if any(name.split('.')[0] == HEAD for name in layers):
-            recording.outputs[HEAD] = teacher.head(recording.features)
+        head = score_head(teacher)
+        if head is not None and any(n.split('.')[0] in (SCORES, head.name) for n in layers):
+            recording.outputs[SCORES] = head.logits(recording.features)
     recording.features = as_float(recording.features)
     recording.outputs = as_float(recording.outputs)
     return recording
@@ -126,27 +126,25 @@ def run_teacher(
 def penultimate(model: Any, features: Any) -> Tensor:
     """Input of a classifier's last layers, ``(N, C)``.
 
-    It is the result of the head's ``pre_logits``: the class token of a ViT (after the head's
-    hidden layer if it has one), the pooled tokens of BEiT or Swin. If several last layers
-    have different inputs (class and distillation token of a distilled head, the heads of
-    several tasks), the features are concatenated.
+    It is the class token of a ViT (after the head's hidden layer if it has one), the pooled tokens
+    of BEiT or Swin. If several last layers have different inputs (class and distillation token of
+    a distilled head, the heads of several tasks), the features are concatenated.
 
     Raises:
         TypeError: If a head has no ``pre_logits``.
     """
     require_pre_logits(model)
     parts: list[Tensor] = []
-    for head in _heads(model):
-        found = head.pre_logits(features)
-        for part in found if isinstance(found, tuple | list) else [found]:
-            if not any(part is known for known in parts):
-                parts.append(part)
+    for part in _head_of(model).penultimate(features):
+        if not any(part is known for known in parts):
+            parts.append(part)
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def has_penultimate(model: Any) -> bool:
     """Whether every head of a model has a penultimate feature (``pre_logits``)."""
-    return all(hasattr(head, 'pre_logits') for head in _heads(model))
+    head = score_head(model)
+    return head is not None and not head.lacking
 
 
 def require_pre_logits(model: Any) -> None:
@@ -155,13 +153,14 @@ def require_pre_logits(model: Any) -> None:
     Raises:
         TypeError: If it has no head, or a head without ``pre_logits``.
     """
-    for head in _heads(model):
-        if not hasattr(head, 'pre_logits'):
-            raise TypeError(
-                f'{type(head).__name__} has no pre_logits(), so it has no penultimate feature; '
-                "write recipe=dict(mimic=dict(type='logits')), or mimic=dict(layer=NAME) with a "
-                'module of the backbone'
-            )
+    head = score_head(model)
+    lacking = type(None).__name__ if head is None else head.lacking
+    if lacking:
+        raise TypeError(
+            f'{lacking} has no pre_logits(), so it has no penultimate feature; '
+            "write recipe=dict(mimic=dict(type='logits')), or mimic=dict(layer=NAME) with a "
+            'module of the backbone'
+        )
 
 
 def require_layers(model: nn.Module, layers: Sequence[str]) -> None:
@@ -212,14 +211,11 @@ def as_rows(feature: Any, layer: str) -> Tensor:
     )
 
 
-def _heads(model: Any) -> list[Any]:
-    return _tasks_of(getattr(model, HEAD, None))
-
-
-def _tasks_of(head: Any) -> list[Any]:
-    """The heads of all tasks in order; a task may have sub-tasks."""
-    tasks = getattr(head, 'task_heads', None)
-    return [head] if tasks is None else [h for task in tasks.values() for h in _tasks_of(task)]
+def _head_of(model: Any) -> ScoreHead:
+    """Score head of a model that has one."""
+    head = score_head(model)
+    assert head is not None, f'{type(model).__name__} has no head'
+    return head
 
 
 def _by_task(logits: Any, prefix: str = '') -> dict[str, Tensor]:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .losses import PCAMimicLoss, RelativeFeatureLoss, SoftLogitLoss
-from .mimic_features import HEAD, Recording, run_teacher
+from .mimic_features import Recording, run_teacher
 from .mimic_settings import PENULTIMATE
+from .score_head import SCORES
 from .streaming_pca import PCAStatistics
 
 PCA_IMAGES = 1024
@@ -38,7 +39,7 @@ class FeatureTerm:
 class LogitsTerm:
     """Divergence of softened class distributions, summed over the tasks of the head."""
 
-    layers = (HEAD,)
+    layers = (SCORES,)
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ..ops import swap_class
 from .mimic_features import (
-    HEAD,
     Recording,
     require_layers,
     require_pre_logits,
@@ -21,6 +20,7 @@ from .mimic_features import (
 )
 from .mimic_settings import PENULTIMATE
 from .mimic_terms import PCATerm, build_term, module_names
+from .score_head import score_head
 from .teacher_cache import TeacherCache
 from .teacher_precision import teacher_dtype
 
@@ -163,7 +163,7 @@ def make_mimicking(model: nn.Module, mimic: dict[str, Any]) -> None:
         require_layers(model, module_names(term))
         if term.get('layer') == PENULTIMATE:
             require_pre_logits(model)
-        if term['type'] == 'logits' and getattr(model, HEAD, None) is None:
+        if term['type'] == 'logits' and score_head(model) is None:
             raise TypeError(
                 f'{type(model).__name__} has no head whose logits can be compared; '
                 'write recipe=dict(mimic=None)'

@@ -41,6 +41,11 @@ class QuantizedLayer(Operation, _Base):
     channel_axis = -1
     """Axis of input and output that holds the channels: -1 for tokens, -3 for maps."""
 
+    @property
+    def takes_tokens(self) -> bool:
+        """Whether the input is tokens ``(..., C)`` and the weight ``(out, C)``; else maps."""
+        return self.channel_axis == -1
+
     def attach_quantizers(self, input_quantizer: FakeQuantizer, weight: FakeQuantizer) -> None:
         """Register the two quantizers (called once, by the conversion)."""
         self.input_quantizer = input_quantizer

@@ -86,6 +86,8 @@ class WeightPTQ(ABC):
 
     needs_data: ClassVar[bool] = False
     """Whether ``apply`` calls ``task.run_pass``."""
+    uses_float_model: ClassVar[bool] = False
+    """Whether ``apply`` uses ``task.float_model`` if there is one."""
     phase: ClassVar[str] = ROUNDS
     """``PREPARES`` float weights, ``ROUNDS`` them, or ``CORRECTS`` rounded weights."""
     name: ClassVar[str] = ''

@@ -68,6 +68,11 @@ def all_tensors(value: Any) -> list[Tensor]:
     return found
 
 
+def floating_tensors(value: Any) -> list[Tensor]:
+    """The non-empty floating-point tensors in nested tuples, lists and dicts, in order."""
+    return [t for t in all_tensors(value) if t.is_floating_point() and t.numel()]
+
+
 class CallStore:
     """List of calls on the CPU; tensors beyond the budget are in a temporary folder.
 

@@ -19,6 +19,7 @@ import gplq_mm
 from gplq_mm.integrations.mm import session
 from gplq_mm.integrations.mm.builder import build_gplq
 from gplq_mm.integrations.mm.optim import GPLQOptimWrapperConstructor
+from gplq_mm.integrations.mm.run.gate import gate_of_run
 from gplq_mm.registry import MODELS
 from tests.helpers.plain_vit import pixels
 
@@ -43,6 +44,11 @@ class Images:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.batches)
+
+    def following(self, number: int) -> 'Images':
+        others = Images(torch.cat(self.batches)[:number], len(self.batches[0]))
+        others.numbered, others.load = lambda: enumerate(others.batches), others.batches.__getitem__
+        return others
 
     def log(self) -> None:
         pass
@@ -80,7 +86,7 @@ def test_calibration_loss_and_optimizer_have_equal_bits(
     coverage = gplq_mm.quantize(ours)
     assert coverage.as_dict() == model.gplq.coverage.as_dict()
     assert ours.gplq.recipe == model.gplq.recipe
-    gplq_mm.calibrate(ours, X.split(5))
+    gate = gplq_mm.calibrate(ours, X.split(5)).gate
 
     monkeypatch.setattr(session, 'require_runs', lambda *_: None)
     run = session.GPLQSession.__new__(session.GPLQSession)
@@ -91,6 +97,11 @@ def test_calibration_loss_and_optimizer_have_equal_bits(
     own, other = ours.state_dict(), model.state_dict()
     assert own.keys() == other.keys()
     assert all(torch.equal(own[k], other[k]) for k in own)
+
+    monkeypatch.setattr(model.data_preprocessor, 'forward', lambda x, _: {'inputs': x})
+    measured = gate_of_run(model, run.calibration, teacher.state_dict(), run.recipe.gate).measure()
+    assert gate == measured.as_dict() and 0 < gate['feature_error'] < gate['limit']
+    monkeypatch.undo()
 
     model.attach_teacher(copy.deepcopy(teacher))
     samples = [DataSample().set_gt_label(i % 3) for i in range(4)]

@@ -177,6 +177,24 @@ def test_fine_tuning_aims_at_the_teacher_where_there_is_one() -> None:
         gplq_mm.quantize_weights(calibrated(recipe), X.split(8), teacher=other)
 
 
+def test_a_teacher_without_effect_is_refused_before_images_are_read(reference: PlainViT) -> None:
+    def unread() -> Any:
+        raise AssertionError('an image was read')
+        yield
+
+    model = copy.deepcopy(reference)
+    message = (
+        r"teacher has no effect: weight.ptq=\['gptq'\] does not use it, only \['finetune'\] does; "
+        r".*recipe=dict\(weight=dict\(ptq=\['gptq', 'finetune'\]\)\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        gplq_mm.quantize_weights(model, unread(), teacher=plain_vit())
+    assert same_state(model, reference) and model.gplq.stage == reference.gplq.stage
+    trained = calibrated({'weight': dict(qat=True, learn_scale=True, ptq=['mse', 'finetune'])})
+    with pytest.raises(ValueError, match=r'every weight was quantized in stage 1'):
+        gplq_mm.quantize_weights(trained, unread(), teacher=plain_vit())
+
+
 @pytest.mark.parametrize('weights', [False, True])
 def test_a_loaded_model_gives_equal_bits(weights: bool, reference: PlainViT, tmp_path) -> None:
     model = copy.deepcopy(reference).eval()

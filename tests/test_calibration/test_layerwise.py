@@ -1,16 +1,20 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Calibration layer by layer: order, worth, and equality of one rank and two."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
 
 from gplq_mm.calibration.activation_ranges import calibrate_activations
 from gplq_mm.calibration.layerwise import LayerwiseResult, calibrate_layerwise
 from gplq_mm.convert import convert_, quantized_layers, set_quantization
+from gplq_mm.ops import QuantizedLayer, QuantLinear
+from gplq_mm.ptq.stage2 import run_stage2
 from gplq_mm.stream.distributed import world
 from tests.helpers.tiny_blocks import BlockStack, images, run_pass
 
@@ -85,3 +89,50 @@ def test_two_ranks_find_what_one_finds(tmp_path: Path):
         state, found = torch.load(tmp_path / f'out{rank}', weights_only=True)
         assert found == result.as_dict()
         assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+class OutsideLinear(QuantizedLayer, nn.Module):
+    """A linear layer of another library: no `nn.Linear`, no `in_features`."""
+
+    kind = 'outside'
+    input_scale_on_weight = QuantLinear.input_scale_on_weight
+    product = QuantLinear.product
+    forward = QuantLinear.forward
+
+
+class OwnLinear(QuantLinear):
+    """Computed by the reference, as an operation that no backend knows."""
+
+    kind = 'outside'
+
+
+@pytest.mark.parametrize('ptq', ['repq', 'gptq'])
+def test_an_operation_from_outside_is_treated_like_a_linear_layer(ptq: str) -> None:
+    """Calibration by layer, RepQ and guided GPTQ ask the operation, not its class."""
+    torch.manual_seed(0)
+    states, x = [], torch.randn(32, 5, 8) * torch.linspace(0.2, 3, 8)
+    stage2 = ['repq', 'minmax'] if ptq == 'repq' else dict(type='gptq', guided=0.5)
+    granularity = 'per_tensor' if ptq == 'repq' else 'per_channel'
+    recipe = dict(
+        base='w4a4', scope='all', activation=dict(granularity=granularity), weight=dict(ptq=stage2)
+    )
+    model = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 4)).eval()
+    for outside in (False, True):
+        network = copy.deepcopy(model)
+        convert_(network, recipe)
+        for layer in quantized_layers(network).values():
+            layer.__class__ = OutsideLinear if outside else OwnLinear
+            if outside:
+                del layer.in_features, layer.out_features
+
+        def run(network: nn.Module = network) -> None:
+            for part in x.split(4):
+                network(part)
+
+        with torch.no_grad():
+            calibrate_activations(network, run)
+            fits = calibrate_layerwise(network, run)
+            run_stage2(network, recipe, run)
+        assert fits.compensations
+        states.append(network.state_dict())
+    assert all(torch.equal(v, states[1][k]) for k, v in states[0].items())

@@ -16,6 +16,7 @@ from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.structures import DataSample, MultiTaskDataSample
 
 from gplq_mm.distillation.mimic_features import Recording, as_rows, penultimate, run_teacher
+from gplq_mm.distillation.score_head import SCORES
 from tests.helpers.mm_models import CLASSIFIERS, calibrate_activations, classifier
 from tests.test_integrations.test_mm.test_builder import BACKBONE, CLASSIFIER, HEAD
 
@@ -193,8 +194,8 @@ def test_labels_that_are_not_exclusive_are_distilled_one_by_one() -> None:
     student = make_student(cfg, dict(type='logits'))
     (term,) = student.__dict__['_terms']
     ours, theirs = Recording(student), Recording(student.teacher)
-    theirs.outputs['head'] = torch.randn(3, 3)
-    ours.outputs['head'] = theirs.outputs['head'] + 5
+    theirs.outputs[SCORES] = torch.randn(3, 3)
+    ours.outputs[SCORES] = theirs.outputs[SCORES] + 5
     assert term(ours, theirs) > 1
     student.head = MODELS.build(HEAD)
     assert term(Recording(student, None, ours.outputs), theirs) < 1e-5

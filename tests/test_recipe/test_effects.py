@@ -11,6 +11,7 @@ from mmengine.config import ConfigDict
 from mmengine.optim import build_optim_wrapper
 from torch import nn
 
+from gplq_mm.analysis.gate.gate_result import GateResult
 from gplq_mm.analysis.report import scope_line
 from gplq_mm.analysis.start_error import StartFigures
 from gplq_mm.convert import convert_, make_matmul, quantizers, register_handler
@@ -22,7 +23,6 @@ from gplq_mm.integrations.mm import session
 from gplq_mm.integrations.mm.data.calibration_data import CalibrationSet
 from gplq_mm.integrations.mm.optim import shorten_lr_
 from gplq_mm.integrations.mm.run import start_check, weight_stage
-from gplq_mm.integrations.mm.run.gate import GateResult
 from gplq_mm.ops import swap_class
 from gplq_mm.ptq import build_weight_ptq
 from gplq_mm.ptq.stage2_recipe import resolve_compensation
@@ -209,7 +209,7 @@ def run_of(model: Any, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> list[
         ),
     }.items():
         monkeypatch.setattr(session, name, value)
-    monkeypatch.setattr(start_check, 'Gate', FailedGate)
+    monkeypatch.setattr(start_check, 'gate_of_run', FailedGate)
     images = Images.of_recipe(ConfigDict(), recipe)
     seen.append(images.asked)
     run: Any = session.GPLQSession.__new__(session.GPLQSession)

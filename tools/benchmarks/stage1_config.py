@@ -10,15 +10,16 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from stage1_models import Batch, Workload, quantizer_keys, use_torchao
+from stage1_models import Batch, Workload, use_torchao
 from torch import nn
 
+from gplq_mm.analysis.start_error import float_state_of
 from gplq_mm.calibration.activation_ranges import calibrate_activations
 from gplq_mm.integrations.mm.checkpoints.checkpoint_io import read_checkpoint
 from gplq_mm.integrations.mm.checkpoints.run_checkpoint import load_float_
 from gplq_mm.integrations.mm.data.calibration_data import CalibrationSet
 from gplq_mm.integrations.mm.launch.config import apply_cfg_options
-from gplq_mm.integrations.mm.run.teacher import attach_teacher, float_state_of, pca_images
+from gplq_mm.integrations.mm.run.teacher import attach_teacher, pca_images
 from gplq_mm.ops import set_engine
 
 
@@ -41,7 +42,7 @@ class ConfigWorkload(Workload):
             model_cfg.recipe = without_mimicking(model_cfg.get('recipe', 'w4a4'))
         model = MODELS.build(model_cfg)
         load_float_(model, read_checkpoint(self.cfg.load_from))
-        state = float_state_of(model, quantizer_keys(model))
+        state = float_state_of(model)
         if engine == 'float':
             float_model = MODELS.build(copy.deepcopy(model.gplq.float_cfg))
             float_model.load_state_dict(state)

@@ -14,9 +14,10 @@ from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
+from gplq_mm.analysis.start_error import float_state_of
 from gplq_mm.calibration.activation_ranges import calibrate_activations
 from gplq_mm.compat.torch import learnable_fake_quantize
-from gplq_mm.integrations.mm.run.teacher import attach_teacher, float_state_of
+from gplq_mm.integrations.mm.run.teacher import attach_teacher
 from gplq_mm.ops import set_engine
 from gplq_mm.quantizers import FakeQuantizer
 
@@ -64,7 +65,7 @@ class Workload:
             cfg = ConfigDict(type='gplq_mm.GPLQ', model=copy.deepcopy(self.model), recipe=recipe)
             model = MODELS.build(cfg)
             model.init_weights()
-            state = float_state_of(model, quantizer_keys(model))
+            state = float_state_of(model)
             self._calibrate(model)
             if teacher:
                 attach_teacher(model, {'path': 'random weights'}, state, lambda number: [])
@@ -85,11 +86,6 @@ class Workload:
 
         model.eval()
         calibrate_activations(model, run_pass)
-
-
-def quantizer_keys(model: nn.Module) -> set[str]:
-    """State-dict keys that the conversion added."""
-    return {key for key in model.state_dict() if '_quantizer.' in key}
 
 
 class TorchAOQuantizer(FakeQuantizer):

@@ -55,7 +55,9 @@ Other messages have level INFO; `logging.basicConfig(level=logging.INFO)` shows 
 **The last layer** of a classifier gets 8 bits if an adapter knows it (timm, torchvision,
 mmpretrain). In other models write `recipe=dict(rules=[dict(name='head', num_bits=8)])`.
 
-**The gate** and `recipe='auto'` need an MMEngine run: here `auto` is `w4a4`.
+**The gate** is the end of `calibrate`: it compares the calibrated model with the float one on the
+images of the loader that follow, and raises a ValueError before training if their features are too
+far apart. `recipe='auto'` gives the roles with the largest error more bits instead.
 """
 
 

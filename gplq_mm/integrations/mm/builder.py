@@ -22,7 +22,7 @@ from ...distillation.mimicking import make_mimicking
 from ...ops import Engine, set_engine
 from ...recipe import Recipe, RecipeLike, as_recipe, plain
 from ...registry import MODELS
-from ..loading import load_adapters
+from ..loading import load_adapters, load_adapters_of
 from .checkpoints import checkpoint_io  # noqa: F401  lets torch load MMEngine's checkpoints safely
 
 
@@ -90,6 +90,7 @@ def build_gplq(
     load_adapters()
     _require_known_type(cfg)
     network = MODELS.build(copy.deepcopy(cfg))
+    load_adapters_of(network)  # mmpretrain's TimmClassifier holds a model of timm
     resolved, is_detector = settle_for(network, resolved)
     mimic = resolve_mimic(resolved.mimic, is_detector, has_penultimate(network))
     coverage, frozen = prepare_(network, resolved, strict)

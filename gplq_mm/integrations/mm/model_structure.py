@@ -9,9 +9,10 @@ a project's own detector is recognized as well, and so is any torch module with 
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...convert.model_facts import ModelFacts, register_model_facts
+from ...distillation.score_head import ScoreHead, register_score_head
 from ...ptq.rounding.feature_source import FeatureSource, HeadFeatures, register_feature_source
 from ...stream import Unit
 from .roi_features import RoIFeatures
@@ -36,6 +37,56 @@ def describe(model: nn.Module) -> ModelFacts:
         compensates=all(getattr(model, head, None) is None for head in BOX_HEADS),
         unpaired=('roi_head',),
     )
+
+
+class ClassifierHead(ScoreHead):
+    """Head of mmpretrain's classifiers; its ``pre_logits`` gives the penultimate feature.
+
+    Args:
+        head: The head; with several tasks it has ``task_heads``, which may have such themselves.
+    """
+
+    name = 'head'
+
+    def __init__(self, head: Any) -> None:
+        self.head = head
+
+    def logits(self, features: Any) -> Any:
+        """As in the base class."""
+        return self.head(features)
+
+    def penultimate(self, features: Any) -> list[Tensor]:
+        """As in the base class."""
+        found = [head.pre_logits(features) for head in _tasks_of(self.head)]
+        return [
+            x for given in found for x in (given if isinstance(given, tuple | list) else [given])
+        ]
+
+    @property
+    def lacking(self) -> str:
+        """As in the base class."""
+        lacking = (h for h in _tasks_of(self.head) if not hasattr(h, 'pre_logits'))
+        return next((type(head).__name__ for head in lacking), '')
+
+    def is_multi_label(self, task: str) -> bool:
+        """As in the base class."""
+        head = self.head
+        for name in filter(None, task.split('.')):
+            head = head.task_heads[name]
+        return hasattr(head, 'thr')
+
+
+def _tasks_of(head: Any) -> list[Any]:
+    """The heads of all tasks in order; a task may have sub-tasks."""
+    tasks = getattr(head, 'task_heads', None)
+    return [head] if tasks is None else [h for task in tasks.values() for h in _tasks_of(task)]
+
+
+@register_score_head
+def find_score_head(model: Any) -> ScoreHead | None:
+    """The head of a classifier."""
+    head = getattr(model, ClassifierHead.name, None)
+    return None if head is None else ClassifierHead(head)
 
 
 @register_feature_source

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...ptq.rounding.feature_source import HeadFeatures, calls_of, floating
+from ...ptq.rounding.feature_source import HeadFeatures, calls_of
 from ...stream import Reached
+from ...stream.calls import floating_tensors
 from ...stream.interception import run_until_reached
 
 PROPOSALS = 100
@@ -38,11 +39,11 @@ class RoIFeatures(HeadFeatures):
         else:
             first = self._calls_up_to_proposals(run, index)
         if index not in self._proposals:
-            return floating(first)
+            return floating_tensors(first)
         ((maps, *_), _), *_ = first
         with calls_of(self.heads) as second:
             self.roi_head.forward(maps, *self._proposals[index])
-        return floating((first, second))
+        return floating_tensors((first, second))
 
     def _calls_up_to_proposals(self, run: Callable[[], Any], index: int) -> list[Any]:
         """Calls of the RPN; runs on until the proposals are handed over, and keeps those."""

@@ -13,7 +13,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 
 from ...analysis import model_bytes, write_json
-from ...analysis.start_error import as_float_model
+from ...analysis.start_error import as_float_model, float_state_of
 from ...calibration.activation_ranges import (
     calibrate_activations,
     calibrate_trained_weights,
@@ -27,7 +27,6 @@ from .checkpoints.run_checkpoint import (
     FINAL_NAME,
     STAGE1_NAME,
     file_sha256,
-    quantization_keys,
     record,
     save_resumable,
     save_snapshot,
@@ -36,14 +35,13 @@ from .checkpoints.run_checkpoint import (
 )
 from .data.calibration_data import CalibrationSet
 from .run.evaluate import evaluate, validation_key
-from .run.gate import Gate
 from .run.progress import ProgressLog
 from .run.resources import StageMeter
 from .run.run_report import RunReport
 from .run.start_check import check_start
-from .run.teacher import attach_teacher, check_mimic_images, float_state_of, pca_images, read_float
+from .run.teacher import attach_teacher, check_mimic_images, pca_images
 from .run.teacher_outputs import attach_teacher_cache, check_teacher_cache
-from .run.weight_stage import apply_stage2
+from .run.weight_stage import apply_stage2, measure_final
 
 SOURCE_NAME = 'gplq_source.json'
 
@@ -94,7 +92,7 @@ class GPLQSession:
         fresh = not is_calibrated(self.model)
         float_state = None
         if fresh:
-            float_state = float_state_of(self.model, quantization_keys(self.model))
+            float_state = float_state_of(self.model)
             self._calibrate()  # first: it is short, and errors of the model show up here
             check_start(
                 self.runner,
@@ -148,22 +146,11 @@ class GPLQSession:
             self.record_stage1(evaluate(self.runner, loop, 'stage 1'))
         self.report.count_macs(self.model, next(iter(self.calibration)))
         apply_stage2(self.runner, self.recipe, self.calibration, self.report)
-        self._measure_final(source)
+        measure_final(self.model, self.calibration, source, self.report)
         final = snapshot(self.runner, dataset, through_hooks=False)
         final['gplq'] = record(self.model, 'stage2', source)
         save_snapshot(final, os.path.join(self.runner.work_dir, FINAL_NAME))
         self.report.log_table()
-
-    def _measure_final(self, source: Mapping[str, Any]) -> None:
-        """Record the feature error after both stages, on the images of the gate."""
-        settings, path = self.recipe.gate, str(source.get('path', ''))
-        if settings is None or not os.path.isfile(path):
-            return
-        gate = Gate(self.model, self.calibration, read_float(source), settings)
-        if gate.unavailable() is None:
-            error = gate.figures().feature_error
-            self.report.update('stage2', feature_error=error)
-            print_log(f'feature error after both stages: {error:.3g}', logger='current')
 
     def _score_fp32(self, scored: bool, float_state: Mapping[str, torch.Tensor]) -> None:
         metrics: dict[str, float] = {}

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """QuantMultiheadAttention: torch's ``nn.MultiheadAttention`` with every product quantized."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ...compat.torch import has_forward_pre_hooks
 from ...quantizers import FakeQuantizer
 from ..linear import QuantLinear
-from .products import Attention
+from .products import Attention, quantized_attention
 
 PARTS = ('q', 'k', 'v')
 
@@ -72,7 +73,8 @@ class QuantOutProjection(QuantLinear, NonDynamicallyQuantizableLinear):
 class QuantMultiheadAttention(nn.MultiheadAttention):
     """``nn.MultiheadAttention`` with four quantized projections and two quantized matmuls.
 
-    While every quantizer is off it calls torch's own forward.
+    With ``need_weights=False`` training saves packed codes of q, k and v only. While every
+    quantizer is off it calls torch's own forward.
     """
 
     in_proj_q: InProjection
@@ -125,40 +127,33 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
                 key_padding_mask = key_padding_mask.unsqueeze(0)
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
-        out, weights = self._attend(query, key, value, attn_mask, key_padding_mask)
-        if average_attn_weights:
+        masks = self._masks(attn_mask, key_padding_mask)
+        out, weights = self._attend(query, key, value, masks, need_weights)
+        if weights is not None and average_attn_weights:
             weights = weights.mean(dim=1)
         if not is_batched:
-            out, weights = out.squeeze(0), weights.squeeze(0)
+            out = out.squeeze(0)
+            weights = None if weights is None else weights.squeeze(0)
         elif not self.batch_first:
             out = out.transpose(0, 1)
-        return out, weights if need_weights else None
+        return out, weights
 
     def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        key_padding_mask: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Batch first: ``(B, L, E)`` and weights ``(B, heads, L, S)``."""
-        q = self._heads(self.in_proj_q(query))
+        self, query: Tensor, key: Tensor, value: Tensor, masks: Sequence[Tensor], need_weights: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Batch first: ``(B, L, E)``, and weights ``(B, heads, L, S)`` if they are needed."""
+        q = self._heads(self.in_proj_q(query)) * self.head_dim**-0.5
         k = self._heads(self._extended(self.in_proj_k(key), self.bias_k))
         v = self._heads(self._extended(self.in_proj_v(value), self.bias_v))
-
-        def masked(logits: Tensor) -> Tensor:
-            mask = self._additive_mask(attn_mask, key_padding_mask, logits)
-            if mask is None:
-                return logits
-            return logits + F.pad(mask, (0, logits.shape[-1] - mask.shape[-1]))
-
         dropout = self.dropout if self.training else 0.0
-        attention = Attention(self.qk_matmul, self.pv_matmul, masked, dropout=dropout)
-        # product by product, not as one operation: the weights are returned
-        weights = attention.weights(q * self.head_dim**-0.5, k.transpose(-2, -1))
-        out = self.pv_matmul(weights, v).transpose(1, 2).flatten(2)  # (B, L, E)
-        return self.out_proj(out), weights
+        products, weights = (self.qk_matmul, self.pv_matmul), None
+        if need_weights:  # product by product, not as one operation: the weights are returned
+            attention = Attention(*products, masked, masks, dropout)
+            weights = attention.weights(q, k.transpose(-2, -1))
+            out = self.pv_matmul(weights, v)
+        else:
+            out = quantized_attention(*products, q, k, v, masked, masks, dropout)
+        return self.out_proj(out.transpose(1, 2).flatten(2)), weights
 
     def _heads(self, x: Tensor) -> Tensor:
         """``(B, L, E)`` -> ``(B, heads, L, D)``."""
@@ -172,18 +167,24 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
             x = F.pad(x, (0, 0, 0, 1))
         return x
 
-    def _additive_mask(
-        self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, logits: Tensor
-    ) -> Tensor | None:
-        """Both masks summed, broadcastable to ``(B, heads, L, S)``."""
+    def _masks(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None) -> list[Tensor]:
+        """The masks that are given, each broadcastable to ``(B, heads, L, S)``."""
         masks = []
         if attn_mask is not None:
-            if attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (-1, self.num_heads))
-            masks.append(_as_float(attn_mask, logits))
+            is_batched = attn_mask.dim() == 3
+            masks.append(attn_mask.unflatten(0, (-1, self.num_heads)) if is_batched else attn_mask)
         if key_padding_mask is not None:
-            masks.append(_as_float(key_padding_mask[:, None, None, :], logits))
-        return sum(masks[1:], masks[0]) if masks else None
+            masks.append(key_padding_mask[:, None, None, :])
+        return masks
+
+
+def masked(logits: Tensor, *masks: Tensor) -> Tensor:
+    """Logits plus the sum of the masks; keys that the attention adds at the end are not masked."""
+    if not masks:
+        return logits
+    first, *others = (_as_float(mask, logits) for mask in masks)
+    mask = sum(others, first)
+    return logits + F.pad(mask, (0, logits.shape[-1] - mask.shape[-1]))
 
 
 def _as_float(mask: Tensor, like: Tensor) -> Tensor:

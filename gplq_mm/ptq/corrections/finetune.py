@@ -51,6 +51,7 @@ class FineTuning(WeightPTQ):
     """
 
     needs_data: ClassVar[bool] = True
+    uses_float_model: ClassVar[bool] = True
     phase: ClassVar[str] = CORRECTS
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...ops import QuantLinear
+from ...ops import QuantizedLayer
 from ...quantizers import FakeQuantizer, PerTensor, build_observer
 from ...stream import CallStore, Unit, UnitStream, find_units
 from ...stream.calls import all_tensors
@@ -27,7 +27,7 @@ class Pair:
     """A LayerNorm and the linear layers whose input is its output."""
 
     norm: nn.LayerNorm
-    consumers: dict[str, QuantLinear]
+    consumers: dict[str, QuantizedLayer]
 
 
 @register_weight_ptq('repq')
@@ -128,10 +128,11 @@ def find_pairs(unit: Unit, inputs: CallStore) -> list[Pair]:
 
 def _fits(layer: nn.Module, norm: nn.LayerNorm) -> bool:
     return (
-        isinstance(layer, QuantLinear)
+        isinstance(layer, QuantizedLayer)
+        and layer.takes_tokens
         and isinstance(layer.input_quantizer.spec.granularity, PerTensor)
         and norm.elementwise_affine
-        and tuple(norm.normalized_shape) == (layer.in_features,)
+        and tuple(norm.normalized_shape) == (layer.weight.shape[1],)
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ...stream import Reached, Unit
-from ...stream.calls import all_tensors
+from ...stream.calls import floating_tensors
 from ...stream.interception import run_until_reached
 
 
@@ -23,7 +23,7 @@ class FeatureSource:
                 with the stage-1 model.
             index: Number of the batch on this rank.
         """
-        return floating(run())
+        return floating_tensors(run())
 
 
 class HeadFeatures(FeatureSource):
@@ -34,7 +34,7 @@ class HeadFeatures(FeatureSource):
 
     def features(self, run: Callable[[], Any], index: int) -> list[Tensor]:
         """As in the base class."""
-        return floating(self.calls_of_head(run))
+        return floating_tensors(self.calls_of_head(run))
 
     def calls_of_head(self, run: Callable[[], Any]) -> list[Any]:
         """Arguments and output of the head's call; none if the batch does not reach it."""
@@ -70,11 +70,6 @@ def feature_source(model: Any, units: Sequence[Unit]) -> Chosen:
     """
     choices = (choose(model, units) for choose in _CHOICES)
     return next((found for found in choices if found), (FeatureSource(), list(units)))
-
-
-def floating(value: Any) -> list[Tensor]:
-    """Non-empty floating-point tensors in nested tuples, lists and dicts."""
-    return [t for t in all_tensors(value) if t.is_floating_point() and t.numel()]
 
 
 @contextmanager

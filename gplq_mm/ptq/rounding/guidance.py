@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops import QuantLinear
 from ...stream import Unit
 from ...stream.distributed import all_reduce_max, global_number
 from ...stream.interception import intercepted
@@ -43,7 +42,7 @@ class TokenWeights:
     """
 
     def __init__(self, task: PTQTask, units: Sequence[Unit], exponent: float) -> None:
-        linear = {n: la for n, la in task.layers.items() if isinstance(la, QuantLinear)}
+        linear = {n: la for n, la in task.layers.items() if la.takes_tokens}
         energies = _energies(task, units, linear)
         self._levels = {name: _levels(found, exponent) for name, found in energies.items()}
 

@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, DefaultScope
 from mmpretrain.models import ImageClassifier
 
+import gplq_mm
+from gplq_mm.analysis.start_error import quantization_keys
+from gplq_mm.calibration import activation_ranges
 from gplq_mm.convert import quantizers
 from gplq_mm.distillation.mimicking import Mimicking
 from gplq_mm.integrations.mm.builder import build_gplq
-from gplq_mm.integrations.mm.checkpoints.run_checkpoint import quantization_keys
 from tests.helpers.mm_models import CLASSIFIERS, calibrate_activations
 
 BACKBONE = dict(
@@ -241,3 +244,27 @@ def test_scales_of_frozen_stages_are_frozen_from_the_start() -> None:
     frozen = {n for n, q in found.items() if not q.scale.requires_grad}
     first = ('backbone.patch_embed', 'backbone.stages.0')
     assert frozen == {n for n in found if n.startswith(first)}
+
+
+def test_a_timm_classifier_is_quantized_like_the_model_of_timm_in_it() -> None:
+    create_model = pytest.importorskip('timm').create_model
+    pytest.importorskip('mmpretrain')
+    size = dict(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=3)
+    cfg = dict(type='mmpretrain.TimmClassifier', model_name='vit_tiny_patch16_224', **size)
+    recipe = dict(base='w8a8', mimic=None)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = build_gplq(model=cfg, recipe=recipe)
+    bare = create_model('vit_tiny_patch16_224', **size)
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if '_quantizer.' not in k})
+    assert gplq_mm.quantize(bare, recipe).counts == model.gplq.coverage.counts
+    assert model.gplq.coverage.counts == {'linear': 9, 'conv': 1, 'matmul': 4}
+    assert [type(m) for m in model.model.modules()] == [type(m) for m in bare.modules()]
+    roles = [{n: q.role for n, q in quantizers(m).items()} for m in (model.model, bare)]
+    assert roles[0] == roles[1] and 'predictor' in roles[0].values()
+    x = torch.rand(4, 3, 32, 32)
+    for network in (model, bare):
+        with torch.no_grad():
+            run = partial(network.eval(), x)
+            activation_ranges.calibrate_activations(network, run)
+    with torch.no_grad():
+        assert torch.equal(model(x), bare(x))

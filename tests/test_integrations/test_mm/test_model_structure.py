@@ -2,9 +2,11 @@
 """Which models count as detectors, and which features of a model are compared."""
 
 import pytest
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gplq_mm.convert import facts_of
+from gplq_mm.distillation.score_head import score_head
 from gplq_mm.integrations.mm.roi_features import RoIFeatures
 from gplq_mm.ptq.rounding.feature_source import FeatureSource, HeadFeatures, feature_source
 from gplq_mm.stream import Unit
@@ -71,3 +73,24 @@ def test_features_are_those_of_the_first_quantized_head(
     assert reached == units[:number]
     if isinstance(source, HeadFeatures) and kind is HeadFeatures:
         assert source.head is units[number - 1].module
+
+
+class PooledHead(nn.Linear):
+    """With the method that gives the penultimate feature."""
+
+    def pre_logits(self, features: tuple[Tensor, ...]) -> Tensor:
+        return features[-1]
+
+
+def test_the_score_head_is_the_module_named_head() -> None:
+    model = nn.Module()
+    assert score_head(model) is None
+    model.head = nn.Linear(4, 3)
+    found = score_head(model)
+    assert found is not None and (found.name, found.lacking) == ('head', 'Linear')
+    model.head = PooledHead(4, 3)
+    found, x = score_head(model), torch.randn(2, 4)
+    assert found is not None and not found.lacking and not found.is_multi_label('')
+    assert found.penultimate((x,))[0] is x
+    model.head.thr = 0.5
+    assert found.is_multi_label('')

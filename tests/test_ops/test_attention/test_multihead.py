@@ -6,8 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from gplq_mm.convert import convert_, quantized_layers, quantizers, set_quantization
+from gplq_mm.ops import set_engine
 from gplq_mm.ops.attention.multihead import QuantMultiheadAttention
+from tests.helpers.engines import assert_close
+from tests.helpers.engines import converted as converted_engine
 from tests.helpers.reference import calibrated
+from tests.helpers.saved import saved_bytes
 
 B, L, S, E, HEADS = 2, 4, 5, 8, 2
 OPTIONS = {
@@ -175,3 +179,74 @@ def test_eight_bits_are_close_and_differ() -> None:
     values, _ = quant(*inputs)
     torch.testing.assert_close(codes, values.detach(), rtol=1e-4, atol=1e-4)
     assert 0 < (codes - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def trained_step(
+    module: nn.Module, engine: str, need_weights: bool, masks: dict
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients of the parameters of a copy of ``module``."""
+    module = copy.deepcopy(module)
+    set_engine(module, engine)
+    torch.manual_seed(3)
+    out, _ = module(*operands(module), need_weights=need_weights, **masks)
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    return out, {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+
+
+def fused(**options: object) -> nn.Module:
+    """Calibrated in 4 bits, in training mode."""
+
+    def run(module: nn.Module, x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        return module(*operands(module))[0]
+
+    return converted_engine(attention(**options), torch.empty(0), run)
+
+
+@pytest.mark.parametrize('masks', MASKS)
+@pytest.mark.parametrize('options', OPTIONS)
+def test_without_weights_the_outputs_have_equal_bits(options: str, masks: str) -> None:
+    module = fused(**OPTIONS[options])
+    given = MASKS[masks]
+    expected, grads = trained_step(module, 'fused', True, given)
+    for engine in ('fused', 'reference'):
+        out, found = trained_step(module, engine, False, given)
+        assert torch.equal(out, expected)
+        assert found.keys() == grads.keys()
+        of_scales = [name for name in found if name.endswith('.scale')]
+        for name in found.keys() - set(of_scales):
+            assert_close(found[name], grads[name], name)
+        one, two = (torch.cat([g[n].flatten() for n in of_scales]) for g in (found, grads))
+        assert (one - two).norm() <= 0.02 * two.norm()  # residuals of codes have 8 bits
+    with torch.no_grad():
+        module.eval()
+        inputs = operands(module)
+        results = [module(*inputs, need_weights=need, **given)[0] for need in (True, False)]
+        assert torch.equal(*results)
+
+
+def test_without_weights_only_the_codes_of_q_k_and_v_are_saved() -> None:
+    module, tokens = fused(batch_first=True), 64
+    set_engine(module, 'fused')
+    x = torch.randn(B, tokens, E)
+
+    def saved(need_weights: bool) -> int:
+        return saved_bytes(module, lambda: module(x, x, x, need_weights=need_weights)[0])
+
+    probabilities = B * HEADS * tokens * tokens
+    assert saved(True) > probabilities  # at least a byte each
+    codes = 8 * B * tokens * E  # inputs of four layers, q, k, v: a byte each, and the output
+    assert saved(False) < 1.5 * codes < probabilities
+
+
+def test_a_learned_mask_gets_its_gradient() -> None:
+    module = fused(batch_first=True)
+    grads = []
+    for need_weights in (True, False):
+        mask = torch.zeros(L, S, requires_grad=True)
+        torch.manual_seed(3)
+        out, _ = module(*operands(module), need_weights=need_weights, attn_mask=mask)
+        out.square().sum().backward()
+        grads.append(mask.grad)
+    assert grads[0].any()
+    torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)

@@ -26,6 +26,7 @@ FLOAT = {
     'vit': ('vit_classifier', 'ImageClassifier'),
     'swin': ('swin_classifier', 'ImageClassifier'),
     'detector': ('mask_rcnn_swin', 'MaskRCNN'),
+    'vit-detector': ('mask_rcnn_vit', 'MaskRCNN'),
 }
 """Project -> its float config among the tests' configs, and the class of its model."""
 CONFIGS = {
@@ -35,6 +36,7 @@ CONFIGS = {
     },
     'swin': {'fused': (RECIPE.format('w3a3'), 'fused')},
     'detector': {'fused': (RECIPE.format('w4a4'), 'fused')},
+    'vit-detector': {'fused': (RECIPE.format('w4a4'), 'fused')},
 }
 """Project -> name of a GPLQ config -> recipe, engine."""
 RUN_FILES = (
@@ -116,5 +118,6 @@ JOBS = (
     _train('swin', 'fused'),
     _train('detector', 'fused'),
     _test('detector'),
+    _train('vit-detector', 'fused'),
 )
 """In the order in which each revision runs them."""

@@ -14,9 +14,8 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ....analysis.added_bits import adopt_rules_
+from ....analysis.start_error import quantization_keys
 from ....convert import quantizers
-from ....ptq.corrections.side_branch import CompensatedBlock
-from ....quantizers import FakeQuantizer
 from ....recipe import Recipe, former_base, former_counterpart, recipe_difference
 from ....recipe.recorded import recorded_recipe
 from .checkpoint_io import write_checkpoint
@@ -67,18 +66,6 @@ def file_sha256(path: str | Path) -> str | None:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def quantization_keys(model: nn.Module) -> set[str]:
-    """State-dict keys that the conversion added to those of the float model."""
-    keys: set[str] = set()
-    for name, module in model.named_modules():
-        if isinstance(module, FakeQuantizer):
-            keys |= {f'{name}.{k}' for k in module.state_dict()}
-        elif isinstance(module, CompensatedBlock):
-            child = module.compensation.state_dict()
-            keys |= {f'{name}.compensation.{k}' for k in child}
-    return keys
 
 
 def is_quantized_checkpoint(checkpoint: Mapping[str, Any]) -> bool:

@@ -91,11 +91,6 @@ def check_mimic_images(model: nn.Module, calibration: CalibrationSet) -> None:
             pca_images(calibration)(term['num_images'])
 
 
-def float_state_of(model: nn.Module, added: set[str]) -> dict[str, Tensor]:
-    """Copy of a converted model's float weights, without what the conversion added."""
-    return {k: v.detach().clone() for k, v in model.state_dict().items() if k not in added}
-
-
 def read_float(source: Mapping[str, Any]) -> dict[str, Tensor]:
     """FP32 weights that a run began with.
 

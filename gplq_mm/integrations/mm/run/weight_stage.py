@@ -33,6 +33,7 @@ from ..checkpoints.run_checkpoint import (
 )
 from ..data.calibration_data import CalibrationSet
 from .evaluate import evaluate, validation_key
+from .gate import gate_of_run
 from .output_probe import OutputProbe
 from .progress import ProgressLog
 from .resources import StageMeter
@@ -110,6 +111,32 @@ def apply_stage2(
             os.rmdir(os.path.dirname(folder))
 
 
+def measure_final(
+    model: Any, calibration: CalibrationSet, source: Mapping[str, Any], report: RunReport
+) -> None:
+    """Record the feature error after both stages, on the images of the gate.
+
+    Args:
+        model: Model with quantized weights; without a gate in its recipe nothing is measured.
+        calibration: Images that it was calibrated on.
+        source: Identity of its FP32 checkpoint, without which nothing is measured.
+        report: Gets ``stage2.feature_error``.
+    """
+    settings = model.gplq.recipe.gate
+    if settings is None or not os.path.isfile(str(source.get('path', ''))):
+        return
+    try:
+        float_state = read_float(source)
+    except ValueError as error:
+        print_log(f'feature error after both stages is left out: {error}', 'current')
+        return
+    gate = gate_of_run(model, calibration, float_state, settings)
+    if gate.unavailable() is None:
+        error_of_features = gate.figures().feature_error
+        report.update('stage2', feature_error=error_of_features)
+        print_log(f'feature error after both stages: {error_of_features:.3g}', logger='current')
+
+
 def run(
     runner: Runner,
     ptq: PTQConfig | None = None,
@@ -153,6 +180,7 @@ def run(
     final = snapshot(runner, dataset, through_hooks=False)
     final['gplq'] = {**record(model, 'stage2', _source(runner)), 'recipe': recipe.as_dict()}
     save_snapshot(final, out)
+    measure_final(model, calibration, _source(runner), report)
     report.log_table()
     return report
 

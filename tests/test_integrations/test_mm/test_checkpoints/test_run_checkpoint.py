@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gplq_mm.analysis.start_error import quantization_keys
 from gplq_mm.convert import convert_, quantizers
 from gplq_mm.integrations.mm.checkpoints.run_checkpoint import (
     check_quantized,
     file_sha256,
     load_float_,
-    quantization_keys,
     record,
     save_resumable,
     save_snapshot,

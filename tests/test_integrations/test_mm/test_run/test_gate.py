@@ -9,12 +9,10 @@ import pytest
 import torch
 from mmengine.runner import Runner
 
-from gplq_mm.analysis.start_error import RoleError, StartFigures
 from gplq_mm.convert import quantizers
 from gplq_mm.integrations.mm.data import calibration_data
 from gplq_mm.integrations.mm.data.calibration_data import CalibrationSet
 from gplq_mm.integrations.mm.run import start_check
-from gplq_mm.integrations.mm.run.gate import GateResult, remedy
 from tests.helpers.gplq_runs import report, weights, write_gplq_config
 from tests.helpers.runners import RECIPE, gplq_config, make_runner
 from tests.helpers.tiny_projects import TinyProject, our_tool, run_python
@@ -185,24 +183,3 @@ def test_a_model_that_gives_no_features_is_left_alone(
     calibrated(gplq_config(project, fp32, tmp_path, recipe(), log_level='INFO'))
     assert 'gate' not in report(tmp_path)['calibration']
     assert 'gate: skipped' in next(tmp_path.rglob('*.log')).read_text()
-
-
-def result(error: float, *roles: RoleError) -> GateResult:
-    return GateResult(4, 0.5, StartFigures(error, (error, error), rpn_error=0.1), roles)
-
-
-@pytest.mark.parametrize(('error', 'passed'), [(0.5, True), (0.6, False), (float('nan'), False)])
-def test_the_limit_itself_passes_and_no_number_does_not(error: float, passed: bool) -> None:
-    assert result(error).passed is passed
-
-
-def test_a_detectors_line_names_levels_and_scores() -> None:
-    expected = 'feature error 0.6 (limit 0.5), by level 0.6, 0.6, RPN scores 0.1 on 4 training'
-    assert result(0.6).line.startswith(expected)
-
-
-def test_weights_are_named_but_get_no_rule_of_a_role() -> None:
-    found = result(0.6, RoleError('weights', 3, 0.1), RoleError('input', 2, 0.2))
-    text = remedy(found, 'stop')
-    assert "rules=[dict(role='input', num_bits=8)]" in text
-    assert "recipe='auto'" in text and "recipe='auto'" not in remedy(found, 'add_bits')

@@ -11,14 +11,14 @@ import torch
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
+from gplq_mm.analysis.start_error import float_state_of
 from gplq_mm.integrations.mm.checkpoints.checkpoint_io import read_checkpoint
 from gplq_mm.integrations.mm.checkpoints.run_checkpoint import (
     file_sha256,
     load_float_,
-    quantization_keys,
 )
 from gplq_mm.integrations.mm.data.calibration_data import CalibrationSet
-from gplq_mm.integrations.mm.run.teacher import attach_teacher, float_state_of, pca_images
+from gplq_mm.integrations.mm.run.teacher import attach_teacher, pca_images
 from tests.helpers.runners import float_config, gplq_config, make_runner
 from tests.helpers.tiny_projects import TinyProject
 
@@ -53,7 +53,7 @@ NO_IMAGES: Any = None
 
 def test_a_fresh_run_copies_the_weights_at_hand(project: TinyProject, fp32: Path) -> None:
     model = student(project, fp32)
-    state = float_state_of(model, quantization_keys(model))
+    state = float_state_of(model)
     attach_teacher(model, {'path': 'gone.pth', 'sha256': None}, state, NO_IMAGES)
     with torch.no_grad():
         next(model.parameters()).add_(1.0)

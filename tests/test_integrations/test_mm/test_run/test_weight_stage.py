@@ -44,7 +44,7 @@ def test_stage_2_alone_gives_the_runs_checkpoint_and_metrics(
     assert ours['gplq'] == theirs['gplq']
     assert ours['meta']['dataset_meta'] == theirs['meta']['dataset_meta']
     content = report(tmp_path)
-    for key in ('bops', 'model_bytes'):
+    for key in ('bops', 'model_bytes', 'feature_error'):
         assert content['stage2'][key] == report(finished.work_dir)['stage2'][key]
 
 
@@ -90,9 +90,23 @@ def test_an_algorithm_that_needs_no_float_model_does_not_read_it(
     runner: Runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Any] = []
+    model = runner.model
+    model.gplq.recipe = model.gplq.recipe.change(gate=None)  # it would measure the feature error
     monkeypatch.setattr(weight_stage, 'read_float', read.append)
     weight_stage.run(runner, ptq='mse')
     assert not read
+
+
+def test_with_another_float_checkpoint_the_feature_error_is_left_out(
+    finished: FinishedRun, runner: Runner, tmp_path: Path
+) -> None:
+    other = tmp_path / 'other.pth'
+    other.write_bytes(b'retrained')
+    for hook in runner.hooks:
+        if hasattr(hook, 'source'):
+            hook.source = {**hook.source, 'path': str(other)}
+    assert 'feature_error' not in weight_stage.run(runner).data['stage2']
+    assert_same_weights(tmp_path / 'gplq_final.pth', finished.work_dir / 'gplq_final.pth')
 
 
 def test_an_unknown_algorithm_is_refused(runner: Runner) -> None:
