@@ -22,7 +22,8 @@ import torch
 from inference_machine import first_line, not_installed
 from inference_models import Case, ExportedPart, config_case, random_case
 
-from gplq_mm.analysis import bits_label, write_json
+from gplq_mm.analysis import write_json
+from gplq_mm.analysis.report import bits_label
 
 Maker = Callable[[Case, Path, dict[str, Any]], None]
 
