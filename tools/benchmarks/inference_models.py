@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -180,6 +181,7 @@ def _build_float(library: str, path: str) -> Any:
         cfg.test_cfg.rcnn.update(max_per_img=DETECTIONS)
     else:
         cfg.pop('train_cfg', None)
+    MMLogger.get_instance('mmengine', log_level='ERROR')  # it logs every initialized parameter
     with DefaultScope.overwrite_default_scope(library):
         torch.manual_seed(0)
         model = MODELS.build(copy.deepcopy(cfg))
