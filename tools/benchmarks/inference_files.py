@@ -72,7 +72,11 @@ def write_float_onnx(case: Case, folder: Path, about: dict[str, Any]) -> None:
         path = batch_file(folder, 'float', batch, '.onnx')
         example = torch.zeros(batch, 3, *about['size'])
         with torch.no_grad():
-            program = torch.onnx.export(part, (example,), dynamo=True, verbose=False)
+            # Swin's masks at a detector's image size keep its folding busy for minutes; the
+            # runtimes fold them when they load the file
+            program = torch.onnx.export(
+                part, (example,), dynamo=True, verbose=False, optimize=not part.is_features
+            )
         assert program is not None
         program.save(path, external_data=False)
 
