@@ -24,6 +24,8 @@ from inference_models import Case, ExportedPart, config_case, random_case
 
 from gplq_mm.analysis import write_json
 from gplq_mm.analysis.report import bits_label
+from gplq_mm.api.checkpoint_file import write_checkpoint
+from gplq_mm.deployment.packed_file import packed_checkpoint
 
 Maker = Callable[[Case, Path, dict[str, Any]], None]
 
@@ -60,9 +62,7 @@ def write_quantized(case: Case, folder: Path, about: dict[str, Any]) -> None:
     about.update(bits=bits_label(recipe.as_dict(), 'stage2').lower(), scope=str(recipe.scope))
     if not (folder / 'quantized.pth').is_file():
         torch.save(model.state_dict(), folder / 'quantized.pth')
-    with suppress(ModuleNotFoundError):
-        packed_file = import_module('gplq_mm.deployment.packed_file')
-        torch.save(packed_file.packed_checkpoint(model, {}), folder / 'packed.pth')
+    write_checkpoint(packed_checkpoint(model, {}), folder / 'packed.pth')
 
 
 def write_float_onnx(case: Case, folder: Path, about: dict[str, Any]) -> None:

@@ -117,7 +117,7 @@ def predict(model: Any, images: Tensor, metas: list[dict[str, Any]]) -> Any:
         images: ``(B, 3, H, W)``, normalized.
         metas: Meta data of each image.
     """
-    if not hasattr(model, 'predict') or not is_detector(model):
+    if not is_detector(model):
         return model(images)
     from mmdet.structures import DetDataSample
 
@@ -125,10 +125,9 @@ def predict(model: Any, images: Tensor, metas: list[dict[str, Any]]) -> Any:
 
 
 def is_detector(model: Any) -> bool:
-    """Whether a model is a detector of mmdet."""
-    return hasattr(model, 'backbone') and any(
-        getattr(model, name, None) is not None for name in ('roi_head', 'rpn_head', 'bbox_head')
-    )
+    """Whether a model is a detector of mmdet, its backbone in torch or not."""
+    heads = ('roi_head', 'rpn_head', 'bbox_head')
+    return any(getattr(model, name, None) is not None for name in heads)
 
 
 def as_tensors(outputs: Any) -> list[Tensor]:
