@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ..analysis.report import format_table
 
-RUNTIMES = {'.onnx': 'onnx', '.xml': 'openvino'}
+LIBRARIES = {'.onnx': 'onnx', '.xml': 'openvino'}
 """Suffix -> folder of `integrations` whose ``precisions`` reads the executed graph."""
 TORCH_FILES = ('.pth', '.safetensors')
 PACKAGES = {'onnx': 'onnx onnxruntime', 'openvino': 'openvino'}
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     """
     check(args)
     suffix = Path(args.file).suffix
-    rows = list(runtime_rows(args.file) if suffix in RUNTIMES else torch_rows(args))
+    rows = list(runtime_rows(args.file) if suffix in LIBRARIES else torch_rows(args))
     sys.stdout.write(text_of(rows, colours=wants_colours(sys.stdout, os.environ)) + '\n')
     return int(args.strict and any(row.is_float for row in rows))
 
@@ -93,7 +93,7 @@ def check(args: argparse.Namespace) -> None:
         if not Path(path).is_file():
             raise FileNotFoundError(f'no file at {Path(path).absolute()}')
     suffix = Path(args.file).suffix
-    if suffix in RUNTIMES:
+    if suffix in LIBRARIES:
         given = [n for n in ('checkpoint', 'engine', 'size') if getattr(args, n) is not None]
         if given:
             raise ValueError(f'{given[0]} has no effect on {args.file}; give the file alone')
@@ -120,13 +120,11 @@ def runtime_rows(path: str) -> Iterable[Row]:
     Raises:
         ValueError: If the runtime is not installed.
     """
-    name = RUNTIMES[Path(path).suffix]
+    name = LIBRARIES[Path(path).suffix]
     try:
-        found = import_module(f'gplq_mm.integrations.{name}.precision').precisions(path)
+        found = import_module(f'gplq_mm.integrations.{name}').precisions(path)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f'{path} needs {error.name}; write pip install {PACKAGES[name]}'
-        ) from error
+        raise ValueError(f'{path}: {error}; write pip install {PACKAGES[name]}') from error
     for entry in found:
         is_float = 'float' in entry.precision
         outside = is_float and not entry.in_scope

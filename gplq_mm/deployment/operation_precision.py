@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Precision in which a quantized model in torch computes each operation, seen in one forward pass."""
+"""Precision in which a quantized model in torch computes each operation, seen in one pass."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -36,10 +36,9 @@ def test_strict_fails_for_a_float_operation(monkeypatch, tmp_path, capsys) -> No
     ]
     for entry in entries:
         entry.in_scope = True
-    module = ModuleType('gplq_mm.integrations.onnx.precision')
+    module = ModuleType('gplq_mm.integrations.onnx')
     module.precisions = lambda path: entries
-    monkeypatch.setitem(sys.modules, 'gplq_mm.integrations.onnx', ModuleType('onnx'))
-    monkeypatch.setitem(sys.modules, 'gplq_mm.integrations.onnx.precision', module)
+    monkeypatch.setitem(sys.modules, 'gplq_mm.integrations.onnx', module)
     assert main(['inspect', str(path)]) == 0
     assert main(['inspect', str(path), '--strict']) == 1
     assert '1 operations of the scope run in float' in capsys.readouterr().out

@@ -186,7 +186,7 @@ def _attempt(make: Maker, case: Case, folder: Path, about: dict[str, Any]) -> st
 
 
 def _export_ours(library: str, suffix: str, case: Case, folder: Path, about: dict) -> None:
-    export = import_module(f'gplq_mm.integrations.{library}.export').export
+    export = import_module(f'gplq_mm.integrations.{library}').export
     model = case.build_quantized(folder)
     part = ExportedPart(model).eval()
     for batch in about['batches']:
