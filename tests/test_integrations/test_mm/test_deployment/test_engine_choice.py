@@ -82,11 +82,11 @@ def test_heads_of_a_detector_are_required_and_of_a_classifier_refused(folder: Pa
 
 
 def test_a_file_gives_the_logits_of_a_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
-    mmpretrain = pytest.importorskip('mmpretrain')
+    models = pytest.importorskip('mmpretrain.models')
     logits = torch.tensor([[0.0, 2.0, 1.0]])
     library = SimpleNamespace(OnnxModel=lambda file: lambda images: (logits,))
     monkeypatch.setattr(engine_choice, 'import_module', lambda name: library)
-    model = mmpretrain.models.ImageClassifier(
+    model = models.ImageClassifier(
         dict(type='mmpretrain.VisionTransformer', arch='deit-t', img_size=32, patch_size=16),
         head=dict(type='mmpretrain.VisionTransformerClsHead', num_classes=3, in_channels=192),
     ).eval()
