@@ -54,6 +54,7 @@ TESTED_IN = {
     'integrations/mm/converters/vitdet_checkpoint': 'test_integrations/test_mm/test_converters/test_vitdet_converter.py',  # noqa: E501
     'integrations/mm/cpu_amp': 'test_integrations/test_mm/test_knobs.py',
     'integrations/mm/data/model_outputs': 'test_integrations/test_mm/test_mixed_precision.py',
+    'integrations/mm/deployment/example_pass': 'test_cli/test_inspect.py',
     'integrations/mm/launch/cpu_launch': 'test_integrations/test_mm/test_distributed.py',
     'integrations/mm/necks/layer_norm_2d': 'test_integrations/test_mm/test_necks/test_simple_feature_pyramid.py',  # noqa: E501
     'integrations/mm/resumable_loop': 'test_integrations/test_mm/test_end_to_end.py',
