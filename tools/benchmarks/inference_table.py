@@ -171,7 +171,8 @@ def draw(rows: Rows, path: Path) -> None:
     axis.axhline(1.0, color='black', linewidth=0.8)
     axis.set_xticks(range(len(places)), places, fontsize=8)
     axis.set_title('speed, FP32 in eager torch = 1 (higher is faster)')
-    figure.legend(loc='outside lower center', ncol=4, fontsize=8)
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc='outside lower center', ncol=4, fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -160,11 +160,9 @@ class Worker:
 
 def quantized(case: Any, folder: Path, inference: str) -> Any:
     """The quantized model with an engine."""
-    from gplq_mm.ops import set_engine
+    import gplq_mm
 
-    model = case.build_quantized(folder)
-    set_engine(model, {'type': 'fused', 'inference': inference})
-    return model
+    return gplq_mm.deploy(case.build_quantized(folder), inference)
 
 
 def main() -> None:

@@ -109,13 +109,14 @@ def use_file_(model: Any, file: str) -> None:
         ModuleNotFoundError: If the runtime is missing.
         ValueError: If the file is damaged.
     """
-    if describe(model).is_detector:
+    facts = describe(model)
+    if facts is not None and facts.is_detector:
         model.backbone = MODELS.build(dict(type='gplq_mm.DeployedBackbone', file=file, pad=True))
         model.neck = None
         return
     model.backbone = DeployedLogits(file)
     model.neck = None
-    model.head.forward = _only  # type: ignore[method-assign]
+    model.head.forward = _only
 
 
 class DeployedLogits(nn.Module):

@@ -119,7 +119,8 @@ def time_calls(call: Callable[[], Any]) -> list[float]:
         call: Runs the model once.
     """
     call()
-    found, begin = [], time.perf_counter()
+    found: list[float] = []
+    begin = time.perf_counter()
     while len(found) < MOST_CALLS and time.perf_counter() - begin < BLOCK_SECONDS:
         start = time.perf_counter()
         call()
