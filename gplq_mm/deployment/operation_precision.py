@@ -15,6 +15,8 @@ from ..quantizers import FakeQuantizer
 
 FLOAT = 'float32'
 NOT_CALLED = 'not called'
+TRAINING_ONLY = 'gradients are disabled'
+"""Why backends of training steps refuse, which says nothing about inference."""
 
 
 class OperationPrecision(NamedTuple):
@@ -120,7 +122,8 @@ def _precision_of_call(
         bias = given[1] if operation.kind == 'linear' and len(given) > 1 else None
         inputs = [given[0], getattr(operation, 'bias', None) if bias is None else bias]
     chosen = choose(operation, *inputs)
-    reason = explain(operation, *inputs).partition('; ')[2]
+    _, *refused = explain(operation, *inputs).split('; ')
+    reason = '; '.join(text for text in refused if not text.endswith(TRAINING_ONLY))
     backend = 'reference' if chosen is None else chosen.backend
     precision = FLOAT if chosen is None else _bits_of(operation)
     return OperationPrecision(name, operation.kind, precision, backend, reason)

@@ -40,6 +40,7 @@ def test_lists_the_backend_of_each_operation() -> None:
     assert [entry.precision for entry in entries.values()] == ['int4 x int4'] * 2
     assert {entry.backend for entry in entries.values()} == {'exact'}
     assert "not integer: engine.inference='simulated'" in entries['first'].reason
+    assert 'packed' not in entries['first'].reason  # a backend of training steps
     assert not any(entry.is_float for entry in entries.values())
 
 
