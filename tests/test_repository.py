@@ -57,6 +57,7 @@ TESTED_IN = {
     'integrations/mm/converters/vitdet_checkpoint': 'test_integrations/test_mm/test_converters/test_vitdet_converter.py',  # noqa: E501
     'integrations/mm/cpu_amp': 'test_integrations/test_mm/test_knobs.py',
     'integrations/mm/data/model_outputs': 'test_integrations/test_mm/test_mixed_precision.py',
+    'integrations/mm/deployment/example_pass': 'test_cli/test_inspect.py',
     'integrations/mm/deployment/exportable': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/deployment/runtime_formats': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/launch/cpu_launch': 'test_integrations/test_mm/test_distributed.py',

@@ -28,6 +28,10 @@ ROWS = {
     'box AP': lambda stage: f'{100 * stage["metrics"]["coco/bbox_mAP"]:.1f}',
     'mask AP': lambda stage: f'{100 * stage["metrics"]["coco/segm_mAP"]:.1f}',
     'size (MiB)': lambda stage: f'{stage["model_bytes"] / 2**20:.2f}',
+    'on disk (MiB)': lambda stage: (
+        f'{stage["disk_bytes"] / 2**20:.2f}' if 'disk_bytes' in stage else '-'
+    ),
+    'latency (ms)': lambda stage: f'{stage["latency_ms"]:.0f}' if 'latency_ms' in stage else '-',
     'bit operations (G)': lambda stage: f'{stage["bops"] / 1e9:.1f}',
     'time (s)': lambda stage: f'{stage["seconds"]:.0f}',
     'peak memory (MiB)': lambda stage: f'{stage["peak_memory_bytes"] / 2**20:.0f}',

@@ -1,8 +1,10 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Score a quantized or float checkpoint with its config, of mmdet or mmpretrain.
+"""Score a quantized or float checkpoint, or a deployed file, with its config.
 
-Example:
+Examples:
     python tools/test.py configs/gplq/mask_rcnn_swin-t_w4a4.py work_dirs/x/gplq_final.pth
+    python tools/test.py CONFIG work_dirs/x/gplq_final.pth --engine integer
+    python tools/test.py CONFIG work_dirs/x/detector.onnx --heads work_dirs/x/gplq_final.pth
 """
 
 import argparse
@@ -15,6 +17,15 @@ from mmengine.fileio import dump
 from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
+from gplq_mm.integrations.mm.checkpoints.run_checkpoint import unwrap
+from gplq_mm.integrations.mm.deployment.engine_choice import (
+    ENGINES,
+    TORCH_ENGINES,
+    choose_engine,
+    heads_checkpoint,
+    set_inference_,
+    use_file_,
+)
 from gplq_mm.integrations.mm.launch.library_ways import show_predictions, wrap_for_tta
 from gplq_mm.integrations.mm.launch.preflight import (
     ConfigError,
@@ -30,7 +41,17 @@ from gplq_mm.integrations.mm.launch.tools import add_arguments, build_runner, re
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Score a checkpoint')
     add_arguments(parser)
-    parser.add_argument('checkpoint', help='such as gplq_final.pth or gplq_stage1.pth')
+    parser.add_argument(
+        'checkpoint', help='gplq_final.pth, gplq_stage1.pth, or a file of tools/deploy.py'
+    )
+    parser.add_argument(
+        '--engine', choices=ENGINES, help='what computes the model; all give the same metrics'
+    )
+    parser.add_argument(
+        '--heads',
+        metavar='FILE.pth',
+        help="checkpoint of a detector's heads, for an .onnx or .xml file",
+    )
     parser.add_argument('--out', metavar='FILE.pkl', help='write the predictions, or the metrics')
     parser.add_argument(
         '--out-item', choices=('pred', 'metrics'), default='pred', help='what --out writes'
@@ -57,6 +78,23 @@ def check_out(args: argparse.Namespace) -> None:
         )
 
 
+def prepare_engine(cfg: Config, args: argparse.Namespace) -> bool:
+    """Set the engine of a config; whether the file is an exported one.
+
+    Raises:
+        ConfigError: If engine, file and other arguments do not fit together.
+    """
+    chosen = choose_engine(cfg, args.config, args.checkpoint, args.engine)
+    exported = chosen is not None and chosen not in TORCH_ENGINES
+    if args.heads and not exported:
+        raise ConfigError(f'--heads has no effect on {args.checkpoint}; remove it')
+    if exported and args.tta:
+        raise ConfigError('--tta does not run exported files; give the checkpoint')
+    if chosen in TORCH_ENGINES:
+        set_inference_(cfg, chosen)
+    return exported
+
+
 def dump_predictions(runner: Runner, cfg: Config, path: str) -> None:
     """Write the test's predictions, mmdet's masks as run lengths."""
     kind = 'mmdet.DumpDetResults' if cfg.get('default_scope') == 'mmdet' else 'DumpResults'
@@ -67,8 +105,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     check_out(args)
     cfg = read_config(args)
-    cfg.load_from, cfg.resume = args.checkpoint, False
-    state = check_checkpoint(args.checkpoint)
+    exported = prepare_engine(cfg, args)
+    cfg.resume = False
+    if exported:
+        cfg.load_from = heads_checkpoint(cfg, args.checkpoint, args.heads)
+    else:
+        cfg.load_from = args.checkpoint
+        state = check_checkpoint(args.checkpoint)
     if is_gplq(cfg):
         require_hook(cfg)
     else:
@@ -79,6 +122,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.tta:
         wrap_for_tta(cfg, draws=bool(args.show or args.show_dir))
     runner = build_runner(cfg)
+    if exported:
+        runner.load_or_resume()
+        use_file_(unwrap(runner.model), args.checkpoint)
     if args.out and args.out_item == 'pred':
         dump_predictions(runner, cfg, args.out)
     metrics = runner.test()

@@ -9,6 +9,12 @@ from typing import Any
 
 STAGES = ('fp32', 'stage1', 'stage2')
 REPORT_NAME = 'gplq_report.json'
+DEPLOYED = (
+    ('disk_bytes', 'on disk (MiB)', 2**20),
+    ('latency_ms', 'latency (ms)', 1),
+    ('latency_ratio', 'speed (x FP32)', 1),
+)
+"""Key, row and unit of the figures of the deployed model, in reports that have them."""
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -95,7 +101,7 @@ def format_start(gate: Mapping[str, Any]) -> str:
 
 
 def report_table(report: Mapping[str, Any]) -> str:
-    """The report as a table, one column per stage: metrics, size, BOPs, time, memory.
+    """The report as a table, one column per stage: metrics, size, BOPs, time, memory, latency.
 
     Args:
         report: Content of ``gplq_report.json``; missing stages are left out.
@@ -113,6 +119,9 @@ def report_table(report: Mapping[str, Any]) -> str:
         ['time (s)', *(_scaled(report[s].get('seconds'), 1) for s in stages)],
         ['peak memory (MiB)', *memory],
     ]
+    for key, title, unit in DEPLOYED:
+        if any(key in report[s] for s in stages):
+            rows.append([title, *(_scaled(report[s].get(key), unit) for s in stages)])
     return format_table(titles, rows)
 
 

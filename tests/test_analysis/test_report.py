@@ -61,6 +61,18 @@ def test_table_has_a_column_a_stage_and_a_row_a_metric() -> None:
     assert len({len(line) for line in lines}) == 1
 
 
+def test_table_has_the_figures_of_the_deployed_model_if_there_are_any() -> None:
+    fp32 = {'metrics': {}, 'latency_ms': 80.0}
+    stage2 = {'metrics': {}, 'latency_ms': 40.0, 'latency_ratio': 2.0, 'disk_bytes': 2**20}
+    lines = report_table({'recipe': RECIPE, 'fp32': fp32, 'stage2': stage2}).splitlines()
+    cells = [[c.strip() for c in line.strip('|').split('|')] for line in lines]
+    assert cells[-3:] == [
+        ['on disk (MiB)', '-', '1.00'],
+        ['latency (ms)', '80.00', '40.00'],
+        ['speed (x FP32)', '-', '2.00'],
+    ]
+
+
 def test_a_table_of_titles_only() -> None:
     assert format_table(['', 'a'], []) == '|  | a |\n|--|---|'
 

@@ -25,6 +25,7 @@ from .checkpoints.run_checkpoint import (
 from .launch.cpu_memory import keep_freed_memory
 from .launch.preflight import check_float_checkpoint
 from .optim import shared_lr_warning, shorten_lr_, slow_average_warning
+from .run.deployed_figures import check_format
 from .run.teacher import mimic_state
 from .seeding import RandomState, random_state, seed_epoch, set_random_state
 from .session import GPLQSession, log_active_quantizers, recall_source, remember_source
@@ -35,18 +36,31 @@ class GPLQHook(Hook):
     """Run GPLQ around the ordinary training loop.
 
     Before training: calibration, FP32 score. Training is stage 1. After training:
-    stage 2, final score, report, ``gplq_final.pth``. Metrics keep their own names;
-    MMEngine's validation, ``save_best`` and checkpoints work as usual.
+    stage 2, final score, report, ``gplq_final.pth``, ``gplq_packed.pth``. Metrics keep their
+    own names; MMEngine's validation, ``save_best`` and checkpoints work as usual.
 
     Args:
         evaluate_fp32: Score the FP32 model first (the report's first column).
         evaluate_calibrated: Score the calibrated model too, before any training.
+        deploy: Format of the packed file that a run ends with, ``pth`` or ``safetensors``; the
+            report then has its size, and the latency of FP32 and of the integers on the CPU. None
+            writes and measures nothing.
+
+    Raises:
+        ValueError: If ``deploy`` is no such format.
     """
 
     priority = 'LOW'  # after the EMA hook, before the checkpoint hook
 
-    def __init__(self, evaluate_fp32: bool = True, evaluate_calibrated: bool = False) -> None:
+    def __init__(
+        self,
+        evaluate_fp32: bool = True,
+        evaluate_calibrated: bool = False,
+        deploy: str | None = 'pth',
+    ) -> None:
+        check_format(deploy)
         self.evaluate_fp32 = evaluate_fp32
+        self.deploy = deploy
         self.evaluate_calibrated = evaluate_calibrated
         self.session: GPLQSession | None = None
         self.source: dict[str, Any] = {}
@@ -128,7 +142,7 @@ class GPLQHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Stage 2, final score, report."""
         assert self.session is not None
-        self.session.finish(self.source)
+        self.session.finish(self.source, self.deploy)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Store the recipe and the FP32 checkpoint's identity in the checkpoint."""

@@ -34,6 +34,7 @@ from .checkpoints.run_checkpoint import (
     unwrap,
 )
 from .data.calibration_data import CalibrationSet
+from .run.deployed_figures import report_deployed
 from .run.evaluate import evaluate, validation_key
 from .run.progress import ProgressLog
 from .run.resources import StageMeter
@@ -133,8 +134,13 @@ class GPLQSession:
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
         self.report.update('stage1', metrics=numbers, iterations=self.runner.iter)
 
-    def finish(self, source: Mapping[str, Any]) -> None:
-        """Stage-1 checkpoint, stage 2, final score, final checkpoint, table."""
+    def finish(self, source: Mapping[str, Any], packed: str | None = None) -> None:
+        """Stage-1 checkpoint, stage 2, final score, final checkpoint, packed file, table.
+
+        Args:
+            source: Identity of the FP32 checkpoint.
+            packed: Format of the packed file, None for none.
+        """
         loop = self.runner.val_loop
         dataset = loop.dataloader.dataset if loop else self.runner.train_dataloader.dataset
         stage1 = snapshot(self.runner, dataset, through_hooks=True)
@@ -149,7 +155,9 @@ class GPLQSession:
         measure_final(self.model, self.calibration, source, self.report)
         final = snapshot(self.runner, dataset, through_hooks=False)
         final['gplq'] = record(self.model, 'stage2', source)
-        save_snapshot(final, os.path.join(self.runner.work_dir, FINAL_NAME))
+        path = os.path.join(self.runner.work_dir, FINAL_NAME)
+        save_snapshot(final, path)
+        report_deployed(self.model, final, path, packed, self.calibration, self.report)
         self.report.log_table()
 
     def _score_fp32(self, scored: bool, float_state: Mapping[str, torch.Tensor]) -> None:

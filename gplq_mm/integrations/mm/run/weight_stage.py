@@ -32,6 +32,7 @@ from ..checkpoints.run_checkpoint import (
     unwrap,
 )
 from ..data.calibration_data import CalibrationSet
+from .deployed_figures import report_deployed
 from .evaluate import evaluate, validation_key
 from .gate import gate_of_run
 from .output_probe import OutputProbe
@@ -181,6 +182,7 @@ def run(
     final['gplq'] = {**record(model, 'stage2', _source(runner)), 'recipe': recipe.as_dict()}
     save_snapshot(final, out)
     measure_final(model, calibration, _source(runner), report)
+    report_deployed(model, final, out, _packed_format(runner), calibration, report)
     report.log_table()
     return report
 
@@ -247,6 +249,11 @@ def _more_images(model: Any, images: CalibrationSet, number: int) -> Callable[[]
     found = min(number, len(images.dataset))
     size = len(images.batches[0])
     return images.sample(found, size, found, 'stage2').run_pass(model, 'stage 2, more images')
+
+
+def _packed_format(runner: Runner) -> str | None:
+    """``GPLQHook(deploy=...)`` of the run."""
+    return next((h.deploy for h in runner.hooks if hasattr(h, 'deploy')), None)
 
 
 def _source(runner: Runner) -> Mapping[str, Any]:
