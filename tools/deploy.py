@@ -18,6 +18,7 @@ from mmengine.logging import print_log
 
 from gplq_mm.analysis import model_bytes
 from gplq_mm.analysis.report import format_table
+from gplq_mm.convert.model_facts import facts_of
 from gplq_mm.integrations.mm.deployment.finished_model import (
     build_finished,
     float_parts,
@@ -87,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     files = chosen.write(model, cfg, args, Path(args.out))
     table = size_table(files, args.checkpoint, model_bytes(model))
     test = Path(sys.argv[0]).with_name('test.py')
-    command = f'python {test} {args.config} {args.out} {chosen.test_options}'.rstrip()
+    options = chosen.test_options
+    if options and facts_of(model).is_detector:  # the file has no heads
+        options += f' --heads {args.checkpoint}'
+    command = f'python {test} {args.config} {args.out} {options}'.rstrip()
     print_log(f'verified: the file gives the model\n{table}\nnext: {command}')
 
 
