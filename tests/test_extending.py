@@ -49,7 +49,7 @@ def test_the_commands_of_the_document_run() -> None:
     environment = {**os.environ, 'PYTHONPATH': path}
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith('linear: integer; not packed')
+    assert done.stdout.startswith('linear: int64; not packed')
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda p: p.relative_to(EXAMPLES).as_posix())
@@ -173,7 +173,7 @@ def test_the_backend_computes_the_same_bits_and_exports_what_it_multiplies() -> 
         expected = model.eval()(x)
         with example('integer_backend') as integer_backend:
             taken = chosen_backends(model, x)
-            assert set(taken.values()) == {'integer', 'exact'}
+            assert set(taken.values()) == {'int64', 'exact'}
             assert [n for n, b in taken.items() if b == 'exact'] == ['patch_embed']
             assert sum(isinstance(operations(model)[n], QuantMatMul) for n in taken) == 4
             assert torch.equal(model(x), expected)

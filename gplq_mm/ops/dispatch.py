@@ -14,7 +14,7 @@ import torch
 from ..quantizers import FakeQuantizer
 from .operation import Operation
 
-Phase = Literal['training', 'inference']
+Phase = Literal['training', 'inference', 'integer']
 
 
 class Implementation(NamedTuple):
@@ -22,7 +22,8 @@ class Implementation(NamedTuple):
 
     Attributes:
         backend: Name of the backend.
-        phase: ``training`` (with gradients) or ``inference`` (without).
+        phase: ``training`` (with gradients), ``inference`` (without), or ``integer``: inference of
+            an engine with ``inference='integer'``.
         refusal: ``refusal(operation, *inputs)`` is the reason to refuse a call, or empty.
         compute: ``compute(operation, *inputs)`` returns the result of ``operation.reference``.
     """
@@ -51,7 +52,17 @@ def register_backend(
         kinds: Kinds of operations, see ``Operation.kind``.
         refusal: See ``Implementation``.
         compute: See ``Implementation``.
+
+    Raises:
+        ValueError: If a backend of this name computes one of the kinds already.
     """
+    kinds = list(kinds)
+    for kind in kinds:
+        if any(known.backend == backend for known in _IMPLEMENTATIONS.get(kind, ())):
+            raise ValueError(
+                f'a backend {backend!r} computes {kind} already; choose another name, or call '
+                f'unregister_backend({backend!r}) first'
+            )
     for kind in kinds:
         added = Implementation(backend, phase, refusal, compute)
         _IMPLEMENTATIONS.setdefault(kind, []).insert(0, added)
@@ -99,9 +110,11 @@ def explain(operation: Operation, *inputs: Any) -> str:
 
 
 def _refusal(implementation: Implementation, operation: Operation, inputs: Sequence[Any]) -> str:
-    if implementation.phase == 'inference':
+    if implementation.phase != 'training':
         if torch.is_grad_enabled():
             return 'gradients are enabled'
+        if implementation.phase == 'integer' and operation.engine.inference != 'integer':
+            return "engine.inference='simulated'"
     elif not torch.is_grad_enabled():
         return 'gradients are disabled'
     elif operation.engine.type == 'reference':

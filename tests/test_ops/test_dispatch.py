@@ -49,10 +49,15 @@ def backend(operation: Any, *inputs: Any) -> str:
 def test_a_layer_trains_packed_and_is_evaluated_exactly() -> None:
     made, x = layer()
     assert backend(made, x, None) == 'packed'
-    assert explain(made, x, None) == 'linear: packed; not exact: gradients are enabled'
+    assert explain(made, x, None) == (
+        'linear: packed; not integer: gradients are enabled; not exact: gradients are enabled'
+    )
     with torch.no_grad():
         assert backend(made, x, None) == 'exact'
-        assert explain(made, x, None) == 'linear: exact; not packed: gradients are disabled'
+        assert explain(made, x, None) == (
+            'linear: exact; not packed: gradients are disabled; '
+            "not integer: engine.inference='simulated'"
+        )
     with torch.inference_mode():
         assert backend(made, x, None) == 'exact'
 
@@ -143,10 +148,10 @@ def test_a_backend_from_outside_takes_the_calls_it_accepts() -> None:
     made, x = layer()
     with example('integer_backend') as integer_backend:
         with torch.no_grad():
-            assert explain(made, x, None).startswith('linear: integer; not packed')
+            assert explain(made, x, None).startswith('linear: int64; not packed')
             out = made(x)
             with torch.autocast('cpu', dtype=torch.bfloat16):
-                assert 'not integer: autocast' in explain(made, x, None)
+                assert 'not int64: autocast' in explain(made, x, None)
         assert backend(made, x, None) == 'packed'
         unregister_backend(integer_backend.NAME)
         with torch.no_grad():
@@ -192,3 +197,8 @@ def test_one_call_of_a_linear_layer_passes_few_files(
         assert backend(made, x, None) == expected
     assert {'ops/linear.py', 'ops/dispatch.py'} < crossed
     assert len(crossed) <= MOST_FILES, sorted(crossed)
+
+
+def test_a_name_is_taken_once() -> None:
+    with pytest.raises(ValueError, match="a backend 'exact' computes linear already"):
+        dispatch.register_backend('exact', 'inference', ['linear'], lambda *_: '', lambda *_: None)

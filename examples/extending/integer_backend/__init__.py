@@ -8,7 +8,7 @@ from .products import linear, matmul, refusal
 
 __all__ = ['NAME', 'export', 'register']
 
-NAME = 'integer'
+NAME = 'int64'
 
 
 def register() -> None:

@@ -88,11 +88,10 @@ def report_deployed(
 
 def _report_latency(model: Any, image: Any, source: Mapping[str, Any], report: RunReport) -> None:
     """Latency of FP32 and of the integer engine, in blocks that alternate."""
-    has_float = Path(str(source.get('path', ''))).is_file()
-    float_state = read_float(source) if has_float else {}
+    float_state = _float_state(source)
     seconds: dict[str, list[float]] = {'fp32': [], 'stage2': []}
     for _ in range(BLOCKS):
-        if has_float:
+        if float_state is not None:
             with as_float_model(model, float_state):
                 seconds['fp32'] += time_calls(lambda: model.test_step(image))
         seconds['stage2'] += time_calls(lambda: model.test_step(image))
@@ -101,7 +100,7 @@ def _report_latency(model: Any, image: Any, source: Mapping[str, Any], report: R
         report.update(stage, latency_ms=latency)
     about = f'one image, one CPU, {torch.get_num_threads()} thread(s)'
     report.update('stage2', latency_about=about)
-    if has_float:
+    if 'fp32' in found:
         ratio = found['fp32'] / found['stage2']
         report.update('stage2', latency_ratio=ratio)
         print_log(
@@ -109,6 +108,17 @@ def _report_latency(model: Any, image: Any, source: Mapping[str, Any], report: R
             f'{ratio:.2f} x',
             logger='current',
         )
+
+
+def _float_state(source: Mapping[str, Any]) -> dict[str, Any] | None:
+    """FP32 weights that the run began with; None if their file is gone or another one."""
+    if not Path(str(source.get('path', ''))).is_file():
+        return None
+    try:
+        return read_float(source)
+    except ValueError as error:
+        print_log(f'latency of FP32 is left out: {error}', logger='current')
+        return None
 
 
 @torch.no_grad()

@@ -110,4 +110,4 @@ def _window(layer: Any, x: Tensor, transposed: bool) -> kernels.CWindow:
     return kernels.CWindow(batch, channels, height, width, *steps, *padded, *out)
 
 
-register_backend('integer', 'inference', ['conv'], refusal, conv)
+register_backend('integer', 'integer', ['conv'], refusal, conv)

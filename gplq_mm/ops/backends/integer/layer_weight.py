@@ -43,8 +43,6 @@ _KEPT: 'WeakKeyDictionary[Any, tuple[Any, LayerWeight | str]]' = WeakKeyDictiona
 
 def refusal_of_call(operation: Any, *inputs: Tensor | None) -> str:
     """Why settings or inputs rule integers out; empty if they do not."""
-    if operation.engine.inference != 'integer':
-        return "engine.inference='simulated'"
     loaded, description = kernels.load()
     if loaded is None:
         return description

@@ -63,4 +63,4 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-register_backend('integer', 'inference', ['linear'], refusal, linear)
+register_backend('integer', 'integer', ['linear'], refusal, linear)

@@ -175,4 +175,4 @@ def _fill(
     return x, scale, zero
 
 
-register_backend('integer', 'inference', ['matmul'], refusal, matmul)
+register_backend('integer', 'integer', ['matmul'], refusal, matmul)

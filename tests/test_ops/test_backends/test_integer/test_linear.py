@@ -94,7 +94,7 @@ def test_reasons_to_refuse() -> None:
         with torch.autocast('cpu', torch.bfloat16):
             assert 'autocast' in linear.refusal(layer, x, None)
         layer.engine = Engine()
-        assert "'simulated'" in linear.refusal(layer, x, None)
+        assert "not integer: engine.inference='simulated'" in explain(layer, x, None)
         layer.engine = Engine(inference='integer')
         layer.weight_quantizer.enabled = False
         assert 'not quantized' in linear.refusal(layer, x, None)
