@@ -12,7 +12,9 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -22,13 +24,29 @@ _FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-
 _FLAGS += ['-std=gnu11', '-fPIC']
 
 
+T = TypeVar('T')
+
+
 class LibraryError(RuntimeError):
     """A C file could not be compiled or loaded; its text is one line."""
 
 
-def switched_off() -> bool:
-    """Whether the user turned compiled code off."""
-    return os.environ.get(SWITCH) == '0'
+def load_functions(source: Path, wrap: Callable[[ctypes.CDLL], T]) -> tuple[T | None, str]:
+    """The functions of a C file, unless the user turned compiled code off.
+
+    Args:
+        source: The file.
+        wrap: Finds the functions in the library; an AttributeError says that one is missing.
+
+    Returns:
+        ``(functions, '')``, or ``(None, reason)``.
+    """
+    if os.environ.get(SWITCH) == '0':
+        return None, f'{SWITCH}=0'
+    try:
+        return wrap(load_library(source)), ''
+    except (LibraryError, AttributeError) as error:
+        return None, f'no compiled ones: {error}'
 
 
 def load_library(source: Path) -> ctypes.CDLL:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..log_codes import thresholds, upper_bound
-from .c_library import SWITCH, LibraryError, load_library, switched_off
+from .c_library import load_functions
 
 if TYPE_CHECKING:
     from ..fake_quantizer import Grid
@@ -251,10 +251,5 @@ def load() -> tuple[Kernels | None, str]:
         ``(kernels, description)``; without kernels the first is None and the description
         gives the reason.
     """
-    if switched_off():
-        return None, f'passes in torch ({SWITCH}=0)'
-    try:
-        kernels = Kernels(load_library(_SOURCE))
-    except (LibraryError, AttributeError) as error:
-        return None, f'passes in torch (no compiled ones: {error})'
-    return kernels, 'passes compiled from C'
+    kernels, reason = load_functions(_SOURCE, Kernels)
+    return kernels, f'passes in torch ({reason})' if reason else 'passes compiled from C'

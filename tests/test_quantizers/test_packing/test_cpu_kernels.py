@@ -6,6 +6,7 @@ import torch
 
 from gplq_mm.quantizers.fake_quantizer import Grid, quantize_packed
 from gplq_mm.quantizers.packing import cpu_kernels
+from gplq_mm.quantizers.packing.c_library import SWITCH
 from gplq_mm.quantizers.packing.codes import packed_backward
 
 
@@ -30,7 +31,7 @@ def test_without_a_working_compiler_torch_does_it(fresh, monkeypatch, compiler) 
 
 
 def test_switch(fresh, monkeypatch) -> None:
-    monkeypatch.setenv(cpu_kernels.SWITCH, '0')
+    monkeypatch.setenv(SWITCH, '0')
     assert cpu_kernels.load() == (None, 'passes in torch (GPLQ_CPU_KERNELS=0)')
 
 

@@ -71,16 +71,15 @@ def conv(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     window = _window(layer, x, transposed)
     size = window.out_height, window.out_width
     out = x.new_empty(len(x), matrix.columns, *size)
+    of_columns = bias
     if bias is not None:
-        bias = bias.repeat_interleave(matrix.columns // len(bias)).contiguous()
-    arguments = kernels.product(matrix, size[0] * size[1], weight.factor, bias, out)
+        of_columns = bias.repeat_interleave(matrix.columns // len(bias)).contiguous()
+    arguments = kernels.product(matrix, size[0] * size[1], weight.factor, of_columns, out)
     arguments.row_step, arguments.column_step = 1, size[0] * size[1]
     kind = torch.int16 if matrix.layout.wide else torch.uint8
     pixel = (weight.zero - weight.grid.qmin).expand(x.shape[1]).to(kind).contiguous()
     pixels = len(x) * window.padded_height * window.padded_width
-    loaded = kernels.load()[0]
-    assert loaded is not None
-    status = loaded.conv(
+    status = kernels.loaded().conv(
         ctypes.byref(weight.grid),
         ctypes.byref(window),
         ctypes.byref(arguments),
@@ -89,7 +88,7 @@ def conv(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         kernels.threads_for(out.numel() * matrix.layout.groups * 4),
     )
     if not kernels.completed(status):
-        return exact.linear(layer, x, bias if bias is None or not transposed else layer.bias)
+        return exact.linear(layer, x, bias)
     if not transposed:
         return out
     parts = out.view(len(x), -1, *kernel, *size).permute(0, 1, 4, 2, 5, 3)

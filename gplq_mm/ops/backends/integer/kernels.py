@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ....quantizers.packing.c_library import SWITCH, LibraryError, load_library, switched_off
+from ....quantizers.packing.c_library import load_functions
 
 _SOURCE = Path(__file__).with_name('csrc') / 'integer_kernels.c'
 _PANEL = 16
@@ -230,16 +230,20 @@ def load() -> tuple[Kernels | None, str]:
         ``(kernels, description)``; without kernels the first is None and the description
         gives the reason.
     """
-    if switched_off():
-        return None, f'{SWITCH}=0'
-    try:
-        kernels = Kernels(load_library(_SOURCE))
-    except (LibraryError, AttributeError) as error:
-        return None, f'no compiled kernels: {error}'
+    kernels, reason = load_functions(_SOURCE, Kernels)
+    if kernels is None:
+        return None, reason
     for left, right in ((15, 8), (255, 16), (255, 128), (16384, 15)):
         if not _is_exact(kernels, left, right):
             return None, f'wrong sums of codes up to {left} and {right} on this processor'
     return kernels, 'kernels compiled from C'
+
+
+def loaded() -> Kernels:
+    """The kernels, for callers whose call was not refused."""
+    kernels = load()[0]
+    assert kernels is not None
+    return kernels
 
 
 def _is_exact(kernels: Kernels, left: int, right: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ....compat.torch import version_of
 from ....quantizers.functional import positive_scale
-from ...dispatch import not_quantized
+from .. import exact
 from . import kernels
 from .kernels import CGrid, RightMatrix
 
@@ -41,19 +41,17 @@ SHAPES_DO_NOT_FIT = "shapes that do not fit: torch's own error follows"
 _KEPT: 'WeakKeyDictionary[Any, tuple[Any, LayerWeight | str]]' = WeakKeyDictionary()
 
 
-def refusal_of_call(operation: Any, *inputs: Tensor | None) -> str:
+def refusal_of_call(operation: Any, x: Tensor, *others: Tensor | None) -> str:
     """Why settings or inputs rule integers out; empty if they do not."""
-    loaded, description = kernels.load()
-    if loaded is None:
+    compiled, description = kernels.load()
+    if compiled is None:
         return description
     if torch.compiler.is_compiling():
         return 'torch.compile does not trace C'
-    for x in inputs:
-        if x is not None and not (x.is_cpu and x.dtype is torch.float32):
-            return f'{x.dtype} on {x.device}; the kernels take float32 on a CPU'
-    if torch.is_autocast_enabled('cpu'):
-        return 'autocast multiplies in half precision'
-    return not_quantized(operation.quantizers)
+    for given in (x, *others):
+        if given is not None and not (given.is_cpu and given.dtype is torch.float32):
+            return f'{given.dtype} on {given.device}; the kernels take float32 on a CPU'
+    return exact.refusal(operation, x)
 
 
 def layer_weight(layer: Any, arrange: Arrange) -> LayerWeight | str:
@@ -100,9 +98,7 @@ def _arranged(layer: Any, arrange: Arrange) -> LayerWeight | str:
     form = kernels.layout(qmax - qmin, int(codes.abs().max()), rows.shape[1])
     if isinstance(form, str):
         return form
-    loaded = kernels.load()[0]
-    assert loaded is not None
-    matrix = loaded.arrange(rows, zeros - qmin, form)
+    matrix = kernels.loaded().arrange(rows, zeros - qmin, form)
     factor = layer.output_scale(weight_scale, scale).flatten().expand(matrix.columns // repeat)
     factor = factor.repeat_interleave(repeat).float().contiguous()
     scale, zero = (t.contiguous() for t in torch.broadcast_tensors(scale, zero))

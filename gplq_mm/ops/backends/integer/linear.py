@@ -48,9 +48,7 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
     number = rows.numel() // max(depth, 1)
     out = torch.empty(*x.shape[:-1], matrix.columns)
     bias = None if bias is None else bias.contiguous()
-    loaded = kernels.load()[0]
-    assert loaded is not None
-    status = loaded.linear(
+    status = kernels.loaded().linear(
         ctypes.byref(weight.grid),
         ctypes.byref(kernels.product(matrix, number, weight.factor, bias, out)),
         kernels.Pointer(rows.data_ptr()),

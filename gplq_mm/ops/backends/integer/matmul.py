@@ -98,10 +98,8 @@ def matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
     )
     product = kernels.CProduct(rows, columns, form.groups, form.wide, form.flush)
     product.out, product.row_step, product.column_step = out.data_ptr(), columns, 1
-    loaded = kernels.load()[0]
-    assert loaded is not None
     threads = kernels.threads_for(out.numel() * depth)
-    status = loaded.matmul(ctypes.byref(operands), ctypes.byref(product), threads)
+    status = kernels.loaded().matmul(ctypes.byref(operands), ctypes.byref(product), threads)
     del alive  # scales that C reads
     if not kernels.completed(status):
         return exact.matmul(operation, lhs, rhs)

@@ -24,7 +24,7 @@ def test_without_a_compiler_there_are_no_kernels(fresh) -> None:
 
 
 def test_switch(fresh) -> None:
-    fresh.setenv(kernels.SWITCH, '0')
+    fresh.setenv(c_library.SWITCH, '0')
     assert kernels.load() == (None, 'GPLQ_CPU_KERNELS=0')
 
 
