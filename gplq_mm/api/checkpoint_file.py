@@ -3,6 +3,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -61,16 +63,26 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """
     path = Path(path)
     content = to_safetensors(checkpoint) if path.suffix == SAFETENSORS else None
+    with unfinished_file(path) as unfinished, unfinished.open('wb') as file:
+        if content is None:
+            torch.save(checkpoint, file)
+        else:
+            file.write(content.numpy().data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def unfinished_file(path: Path) -> Iterator[Path]:
+    """Context manager: a temporary name to write, renamed to ``path`` at the end.
+
+    Args:
+        path: Output file; missing folders are created. After an error it is as before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
-        with unfinished.open('wb') as file:
-            if content is None:
-                torch.save(checkpoint, file)
-            else:
-                file.write(content.numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield unfinished
         unfinished.replace(path)
     except BaseException:
         unfinished.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 """Export of a finished model to one ONNX file."""
 
 import logging
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
+from ...api.checkpoint_file import unfinished_file
 from ...convert import quantizers
 from ...ops import Operation, not_quantized, operations
 from ...ops.backends.exact import accumulator_bound
@@ -74,7 +74,8 @@ def export(
     if style not in STYLES:
         raise ValueError(f'style={style!r}: write one of {tuple(STYLES)}')
     proto, exported = translate(model, example, STYLES[style], dynamic, output_names, owner)
-    write_atomically(path, lambda unfinished: onnx.save(proto, unfinished))
+    with unfinished_file(Path(path)) as unfinished:
+        onnx.save(proto, unfinished, format='protobuf')
     return exported
 
 
@@ -175,23 +176,6 @@ def check_finished(model: nn.Module) -> None:
             f'{len(missing)} quantizers have no scale, first {missing[0]}: deployment needs a '
             'model after stage 2; give gplq_final.pth, or call gplq_mm.quantize_weights first'
         )
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under a temporary name and rename it, so that ``path`` is never incomplete.
-
-    Args:
-        path: Output file; missing folders are created.
-        write: Writes the file that it is given.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{os.getpid()}.{path.name}')
-    try:
-        write(unfinished)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _described(
