@@ -5,10 +5,7 @@
 ``precisions(path)``.
 """
 
-from importlib import import_module
-from typing import Any
-
-from .packages import require
+from .packages import imported_on_demand
 
 _FUNCTIONS = {
     'export': ('.onnx_export', ('onnx', 'onnxscript')),
@@ -17,12 +14,4 @@ _FUNCTIONS = {
     'OnnxModel': ('.onnx_model', ('onnxruntime',)),
 }
 """Name -> file and packages that it needs."""
-
-
-def __getattr__(name: str) -> Any:
-    """Functions of this folder; a missing package is named with the command that installs it."""
-    if name not in _FUNCTIONS:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    file, packages = _FUNCTIONS[name]
-    require(packages, f'gplq_mm.integrations.onnx.{name}')
-    return getattr(import_module(file, __name__), name)
+__getattr__ = imported_on_demand(__name__, _FUNCTIONS)

@@ -3,13 +3,13 @@
 
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
 import onnx
 from onnx import TensorProto
 
 from .nodes import OPERATION
 from .onnx_model import OnnxModel
+from .packages import Precision
 
 PRODUCTS = {
     'ConvInteger': (0, 1),
@@ -31,20 +31,6 @@ PRODUCTS = {
 SAME_TYPE = ('Gather', 'Reshape', 'Transpose', 'Squeeze', 'Unsqueeze')
 """Operators whose output has the type of their first input."""
 _UNKNOWN = 'float32'
-
-
-class Precision(NamedTuple):
-    """One product of the executed graph.
-
-    Attributes:
-        operation: Name of the model's operation, or of the node where it is none of them.
-        kind: Operator: ``MatMulInteger``.
-        precision: Types that are multiplied: ``uint8 x int8``.
-    """
-
-    operation: str
-    kind: str
-    precision: str
 
 
 def precisions(path: str | Path) -> list[Precision]:

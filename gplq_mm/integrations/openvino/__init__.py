@@ -4,10 +4,7 @@
 ``export(model, path, example)``, ``OpenVinoModel(path)`` and ``precisions(path)``.
 """
 
-from importlib import import_module
-from typing import Any
-
-from ..onnx.packages import require
+from ..onnx.packages import imported_on_demand
 
 _FUNCTIONS = {
     'export': ('.openvino_export', ('openvino', 'onnx', 'onnxscript')),
@@ -15,12 +12,4 @@ _FUNCTIONS = {
     'OpenVinoModel': ('.openvino_model', ('openvino',)),
 }
 """Name -> file and packages that it needs."""
-
-
-def __getattr__(name: str) -> Any:
-    """Functions of this folder; a missing package is named with the command that installs it."""
-    if name not in _FUNCTIONS:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    file, packages = _FUNCTIONS[name]
-    require(packages, f'gplq_mm.integrations.openvino.{name}')
-    return getattr(import_module(file, __name__), name)
+__getattr__ = imported_on_demand(__name__, _FUNCTIONS)

@@ -2,31 +2,17 @@
 """OpenVinoModel: runs a model in OpenVINO's format on the CPU; precision of what it executes."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..onnx.onnx_model import check_size
-from ..onnx.packages import require
+from ..onnx.packages import Precision, require
 
 PRODUCTS = ('FullyConnected', 'MatMul', 'Convolution', 'GroupConvolution', 'Deconvolution', 'Gemm')
 """Types of layers of the executed graph that multiply matrices."""
 _NAMES = {'f32': 'float32', 'f16': 'float16', 'bf16': 'bfloat16', 'i8': 'int8', 'u8': 'uint8'}
-
-
-class Precision(NamedTuple):
-    """One product of the executed graph.
-
-    Attributes:
-        operation: Name of the model's operation, or of the layer where it is none of them.
-        kind: Type of the executed layer: ``FullyConnected``.
-        precision: Precision in which it runs: ``int8``.
-    """
-
-    operation: str
-    kind: str
-    precision: str
 
 
 class OpenVinoModel:
