@@ -5,7 +5,10 @@ No other file uses a private name of torch; ``tests/test_compat/test_torch.py`` 
 each function here, which fails if torch changes.
 """
 
+import ctypes
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ __all__ = [
     'own_tensor',
     'padding_of_input',
     'softmax_backward',
+    'softmax_exponential',
     'stop_workers',
     'version_of',
 ]
@@ -80,6 +84,27 @@ def version_of(tensor: Tensor) -> int:
 def own_tensor(x: Tensor) -> Tensor:
     """``x`` as a tensor that is not a view: an output that in-place operations may change."""
     return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
+
+
+_EXPONENTIALS = {'AVX2': (8, 'Sleef_expf8_u10'), 'AVX512': (16, 'Sleef_expf8_u10')}
+
+
+@functools.cache
+def softmax_exponential() -> tuple[int, int] | None:
+    """What torch's softmax of float32 on this processor consists of.
+
+    Returns:
+        ``(lanes, address)``: floats in a vector of its sums, and the address of the function that
+        gives 8 exponentials; None if torch does not say.
+    """
+    known = _EXPONENTIALS.get(torch.backends.cpu.get_cpu_capability())
+    library = Path(torch.__file__).parent / 'lib' / 'libtorch_cpu.so'
+    if known is None or not library.is_file():
+        return None
+    lanes, name = known
+    function = getattr(ctypes.CDLL(str(library)), name, None)
+    address = None if function is None else ctypes.cast(function, ctypes.c_void_p).value
+    return None if address is None else (lanes, address)
 
 
 def softmax_backward(grad: Tensor, probabilities: Tensor) -> Tensor:

@@ -126,6 +126,14 @@ def test_convolution_base_class() -> None:
     assert not issubclass(nn.Linear, compat.ConvNd)
 
 
+def test_exponential_of_the_softmax() -> None:
+    known = compat.softmax_exponential()
+    if torch.backends.cpu.get_cpu_capability() not in ('AVX2', 'AVX512'):
+        assert known is None
+        return
+    assert known is not None and known[0] in (8, 16) and known[1] > 0
+
+
 def test_hooks_are_found() -> None:
     registered = {
         'forward': lambda m: m.register_forward_hook(lambda *_: None),

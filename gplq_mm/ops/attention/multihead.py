@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from ...compat.torch import has_forward_pre_hooks
 from ...quantizers import FakeQuantizer
 from ..linear import QuantLinear
-from .products import Attention, quantized_attention
+from .products import TERMS, Attention, Term, quantized_attention
 
 PARTS = ('q', 'k', 'v')
 
@@ -182,13 +182,20 @@ def masked(logits: Tensor, *masks: Tensor) -> Tensor:
     """Logits plus the sum of the masks; keys that the attention adds at the end are not masked."""
     if not masks:
         return logits
-    first, *others = (_as_float(mask, logits) for mask in masks)
-    mask = sum(others, first)
+    mask = _sum_of(masks, logits.dtype)
     return logits + F.pad(mask, (0, logits.shape[-1] - mask.shape[-1]))
 
 
-def _as_float(mask: Tensor, like: Tensor) -> Tensor:
-    """Boolean masks (True is masked) as 0 and minus infinity."""
+def _sum_of(masks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Boolean masks (True is masked) count as 0 and minus infinity."""
+    first, *others = (_as_float(mask, dtype) for mask in masks)
+    return sum(others, first)
+
+
+def _as_float(mask: Tensor, dtype: torch.dtype) -> Tensor:
     if mask.dtype != torch.bool:
-        return mask.to(like.dtype)
-    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float('-inf'))
+        return mask.to(dtype)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, float('-inf'))
+
+
+TERMS[masked] = lambda *masks: [Term(_sum_of(masks, torch.float32))] if masks else []

@@ -2,7 +2,7 @@
 """Scaled dot-product attention written out, so that both matmuls can be quantized."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +54,25 @@ def quant_scaled_dot_product_attention(
     )
 
 
+class Term(NamedTuple):
+    """One step of an ``adjust`` function: a tensor that changes each logit by itself.
+
+    Attributes:
+        tensor: Float, broadcasts to logits ``(B, heads, N, M)``, except that its first axis may
+            have a divisor ``b`` of ``B`` as length: entry ``i`` belongs to the batches ``i``,
+            ``i + b`` and so on.
+        multiplies: Whether the logits are multiplied by it; else it is added.
+    """
+
+    tensor: Tensor
+    multiplies: bool = False
+
+
+TERMS: dict[Callable[..., Tensor], Callable[..., list[Term]]] = {}
+"""``TERMS[adjust](*extras)`` are the steps of an ``adjust`` function of ``Attention`` in their
+order. A function that is missing here is called as a whole."""
+
+
 def added(logits: Tensor, *terms: Tensor) -> Tensor:
     """Logits plus float biases and masks; minus infinity where a bool mask is False."""
     for term in terms:
@@ -67,6 +86,10 @@ def added(logits: Tensor, *terms: Tensor) -> Tensor:
 def multiplied(logits: Tensor, factor: Tensor | float) -> Tensor:
     """Logits times a factor that broadcasts over them, such as a learned one per head."""
     return logits * factor
+
+
+TERMS[added] = lambda *terms: [Term(term) for term in terms]
+TERMS[multiplied] = lambda factor: [Term(torch.as_tensor(factor), multiplies=True)]
 
 
 class Attention(Operation):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .products import quantized_attention
+from .products import TERMS, Term, quantized_attention
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -62,6 +62,15 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
     _, heads, N, _ = logits.shape
     logits = logits.view(-1, len(mask), heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
     return logits.view(-1, heads, N, N)
+
+
+def _terms(bias: Tensor, mask: Tensor | None = None) -> list[Term]:
+    return [Term(bias), *(() if mask is None else (Term(mask.unsqueeze(1)),))]
+
+
+TERMS[biased] = _terms
+TERMS[masked] = lambda mask: [Term(mask.unsqueeze(1))]
+TERMS[scaled_and_biased] = lambda factor, *rest: [Term(factor, multiplies=True), *_terms(*rest)]
 
 
 def gathered_bias(table: Tensor, index: Tensor) -> Tensor:

@@ -85,4 +85,4 @@ def test_four_bits(name, backends) -> None:
 def test_other_recipes(name, recipe, backends) -> None:
     check_equal(name, recipe, backends)
     products = {kind for kind, backend in backends if backend == 'integer'}
-    assert products >= {'linear', 'conv', 'matmul'}
+    assert products >= {'linear', 'conv'} and products & {'attention', 'matmul'}

@@ -6,6 +6,6 @@ rescaling and bias keep the order of their operations. Weights are arranged once
 they or a scale change.
 """
 
-from . import conv, linear, matmul
+from . import attention, conv, linear, matmul
 
-__all__ = ['conv', 'linear', 'matmul']
+__all__ = ['attention', 'conv', 'linear', 'matmul']

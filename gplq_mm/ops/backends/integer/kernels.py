@@ -88,6 +88,26 @@ class COperands(ctypes.Structure):
     ]
 
 
+class CTerm(ctypes.Structure):
+    """``Term`` of the C file: a step from the product of queries and keys to logits."""
+
+    _fields_ = [
+        ('x', Pointer),
+        *((n, ctypes.c_int64) for n in ('period', 'outer', 'inner', 'row', 'column')),
+        ('multiplies', ctypes.c_int64),
+    ]
+
+
+class CSoftmax(ctypes.Structure):
+    """``Softmax`` of the C file."""
+
+    _fields_ = [
+        ('exponential', Pointer),
+        *((n, ctypes.c_int64) for n in ('lanes', 'count')),
+        ('terms', ctypes.POINTER(CTerm)),
+    ]
+
+
 class Layout(NamedTuple):
     """How codes lie in memory.
 
@@ -102,6 +122,7 @@ class Layout(NamedTuple):
     flush: int
 
 
+@functools.lru_cache(1024)
 def layout(left: int, right: int, depth: int) -> Layout | str:
     """Layout in which a product of codes is exact, or the reason that there is none.
 
@@ -150,9 +171,10 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.arrange_in_c = library.gplq_integer_arrange
         self.linear, self.conv = library.gplq_integer_linear, library.gplq_integer_conv
-        self.matmul = library.gplq_integer_matmul
-        self.arrange_in_c.restype = None
-        for function in (self.linear, self.conv, self.matmul):
+        self.matmul, self.attention = library.gplq_integer_matmul, library.gplq_integer_attention
+        self.softmax = library.gplq_integer_softmax
+        self.arrange_in_c.restype = self.softmax.restype = None
+        for function in (self.linear, self.conv, self.matmul, self.attention):
             function.restype = ctypes.c_int
 
     def arrange(self, codes: Tensor, zero: Tensor, form: Layout) -> RightMatrix:

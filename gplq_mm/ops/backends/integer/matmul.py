@@ -2,6 +2,7 @@
 """Products of two activations on integers, as in attention."""
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -42,19 +43,23 @@ _KEPT: 'WeakKeyDictionary[FakeQuantizer, tuple[Any, Constants]]' = WeakKeyDictio
 
 def refusal(operation: Any, lhs: Tensor, rhs: Tensor) -> str:
     """Why a call is refused; empty if it is computed here."""
-    reason = refusal_of_call(operation, lhs, rhs)
-    if reason:
-        return reason
-    if lhs.shape[:-2] != rhs.shape[:-2] or lhs.dim() < 2 or not (lhs.numel() and rhs.numel()):
+    return refusal_of_call(operation, lhs, rhs) or refusal_of_shapes(
+        operation, lhs.shape, rhs.shape
+    )
+
+
+def refusal_of_shapes(operation: Any, lhs: torch.Size, rhs: torch.Size) -> str:
+    """Why a product of operands of these shapes is refused; empty if it is computed here."""
+    if lhs[:-2] != rhs[:-2] or len(lhs) < 2 or 0 in (*lhs, *rhs):
         return 'leading axes that broadcast, or an empty operand'
-    if lhs.shape[-1] != rhs.shape[-2]:
+    if lhs[-1] != rhs[-2]:
         return SHAPES_DO_NOT_FIT
     if operation.rhs_quantizer.spec.is_log:
         return 'logarithmic codes of the right operand'
     per_channel = any(isinstance(q.spec.granularity, PerChannel) for q in operation.quantizers)
-    if per_channel and lhs.dim() != 4:
+    if per_channel and len(lhs) != 4:
         return 'scales along an axis of operands that have not four axes'
-    form = _layout(operation, lhs.shape[-1])
+    form = _layout(operation, lhs[-1])
     return form if isinstance(form, str) else ''
 
 
@@ -82,28 +87,60 @@ def matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
     Returns:
         ``(..., N, M)``.
     """
-    left, right = operation.quantizers
-    form = _layout(operation, lhs.shape[-1])
-    assert isinstance(form, kernels.Layout)
-    x, y = _two_batch_axes(lhs), _two_batch_axes(rhs)
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    y = y if 1 in (y.stride(-1), y.stride(-2)) else y.contiguous()
-    (rows, depth), columns = x.shape[-2:], y.shape[-1]
-    out = torch.empty(*lhs.shape[:-2], rows, columns)
-    constants = _constants(left), _constants(right)
-    operands = kernels.COperands(*x.shape[:2], depth, constants[0].side, constants[1].side)
-    alive = (
-        _fill(operands.lhs, constants[0], left, x, -2),
-        _fill(operands.rhs, constants[1], right, y, -1),
+    out = torch.empty(*lhs.shape[:-1], rhs.shape[-1])
+    call = product_of(operation, lhs.shape, lhs, rhs)
+    call.product.out, call.product.row_step = out.data_ptr(), out.shape[-1]
+    threads = kernels.threads_for(out.numel() * lhs.shape[-1])
+    status = kernels.loaded().matmul(
+        ctypes.byref(call.operands), ctypes.byref(call.product), threads
     )
-    product = kernels.CProduct(rows, columns, form.groups, form.wide, form.flush)
-    product.out, product.row_step, product.column_step = out.data_ptr(), columns, 1
-    threads = kernels.threads_for(out.numel() * depth)
-    status = kernels.loaded().matmul(ctypes.byref(operands), ctypes.byref(product), threads)
-    del alive  # scales that C reads
     if not kernels.completed(status):
         return exact.matmul(operation, lhs, rhs)
     return out
+
+
+class Call(NamedTuple):
+    """Arguments of a product for C; the output is missing.
+
+    Attributes:
+        operands: Both operands.
+        product: Shape and layout.
+        alive: Tensors that C reads.
+    """
+
+    operands: kernels.COperands
+    product: kernels.CProduct
+    alive: tuple[Any, ...]
+
+
+def product_of(operation: Any, shape: torch.Size, lhs: Tensor | None, rhs: Tensor) -> Call:
+    """Arguments of a product.
+
+    Args:
+        operation: Product whose quantizers are active.
+        shape: Shape of the left operand, ``(..., N, K)``.
+        lhs: Left operand; None if C computes it.
+        rhs: ``(..., K, M)``.
+    """
+    left, right = operation.quantizers
+    depth = shape[-1]
+    form = _layout(operation, depth)
+    assert isinstance(form, kernels.Layout)
+    y = _two_batch_axes(rhs)
+    y = y if 1 in (y.stride(-1), y.stride(-2)) else y.contiguous()
+    constants = _constants(left), _constants(right)
+    operands = kernels.COperands(*y.shape[:2], depth, constants[0].side, constants[1].side)
+    alive = [constants, _fill(operands.rhs, constants[1], right, y, -1)]
+    if lhs is None:
+        four = (*y.shape[:2], *shape[-2:])
+        alive.append(_fill_scales(operands.lhs, constants[0], left, four, -2))
+    else:
+        x = _two_batch_axes(lhs)
+        x = x if x.stride(-1) == 1 else x.contiguous()
+        alive.append(_fill(operands.lhs, constants[0], left, x, -2))
+    product = kernels.CProduct(shape[-2], y.shape[-1], form.groups, form.wide, form.flush)
+    product.column_step = 1
+    return Call(operands, product, tuple(alive))
 
 
 def _two_batch_axes(x: Tensor) -> Tensor:
@@ -149,28 +186,36 @@ def _read(quantizer: FakeQuantizer) -> Constants:
 
 
 def _fill(
-    side: kernels.CSide, constants: Constants, quantizer: FakeQuantizer, x: Tensor, vectors: int
+    side: kernels.CSide, constants: Constants, quantizer: FakeQuantizer, x: Tensor, axis: int
 ) -> tuple[Tensor, ...]:
-    """Set pointers and strides of an operand whose vectors lie along axis ``vectors``.
+    """Set pointers and strides of an operand whose vectors lie along ``axis``.
 
     Returns:
         Tensors that C reads.
     """
     side.x = x.data_ptr()
     side.outer, side.inner, side.row, side.column = x.stride()
+    return x, *_fill_scales(side, constants, quantizer, x.shape, axis)
+
+
+def _fill_scales(
+    side: kernels.CSide,
+    constants: Constants,
+    quantizer: FakeQuantizer,
+    shape: Sequence[int],
+    axis: int,
+) -> tuple[Tensor, ...]:
     if quantizer.follows_rows or constants.scale.numel() == constants.zero.numel() == 1:
-        return (x,)
-    granularity = quantizer.spec.granularity
-    shape = (*x.shape[:2], x.shape[vectors])
-    over = broadcast_shape(granularity, x.dim())
+        return ()
+    over = broadcast_shape(quantizer.spec.granularity, len(shape))
     scale, zero = (
-        t.view(over).squeeze(-1 if vectors == -2 else -2).expand(shape).contiguous()
+        t.view(over).squeeze(-1 if axis == -2 else -2).expand(*shape[:2], shape[axis]).contiguous()
         for t in (constants.scale, constants.zero.expand(constants.scale.shape))
     )
     side.scale, side.zero = scale.data_ptr(), zero.data_ptr()
-    side.scale_batch = side.zero_batch = shape[2]
+    side.scale_batch = side.zero_batch = shape[axis]
     side.scale_step = side.zero_step = 1
-    return x, scale, zero
+    return scale, zero
 
 
 register_backend('integer', 'integer', ['matmul'], refusal, matmul)

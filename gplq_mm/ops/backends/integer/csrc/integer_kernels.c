@@ -23,6 +23,8 @@
 #define TILE 6       // rows of a tile
 #define PANEL 16     // columns of a panel
 #define BLOCK 131072 // bytes of left rows that stay in the cache
+#define LANES 16     // most floats in torch's vectors
+#define ROWS_OF_LOGITS 24 // rows of logits computed together
 
 typedef struct {
     const float *scale, *zero;       // one, or one for each channel
@@ -68,6 +70,13 @@ typedef struct {
     Side lhs, rhs;
 } Operands;
 
+// Changes logits: x[(batch % period) * outer + head * inner + row * row + column * column].
+typedef struct {
+    const float *x;
+    int64_t period, outer, inner, row, column;
+    int64_t multiplies;  // else it is added
+} Term;
+
 enum Extent { GIVEN, ASYMMETRIC, SYMMETRIC, FROM_ZERO };
 #define SMALLEST_SCALE 1e-9f
 
@@ -112,7 +121,14 @@ QUANTIZE_RUN(quantize_wide, int16_t)
 typedef float Eight __attribute__((vector_size(32)));
 typedef float EightAnywhere __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int32_t EightInts __attribute__((vector_size(32)));
+#ifdef __AVX2__
+#define LEAST(a, b) (Eight) _mm256_min_ps((__m256)(a), (__m256)(b))  // b if one is NaN
+#define MOST(a, b) (Eight) _mm256_max_ps((__m256)(a), (__m256)(b))
+#else
 #define CHOOSE(mask, a, b) (Eight)(((mask) & (EightInts)(a)) | (~(mask) & (EightInts)(b)))
+#define LEAST(a, b) CHOOSE((a) < (b), a, b)
+#define MOST(a, b) CHOOSE((a) > (b), a, b)
+#endif
 
 typedef int16_t EightShorts __attribute__((vector_size(16)));
 typedef int16_t EightShortsAnywhere __attribute__((vector_size(16), aligned(2), may_alias));
@@ -140,6 +156,14 @@ static Tree tree_of(const float *levels, const float *thresholds, int64_t n) {
 #endif
     return t;
 }
+
+// Softmax as torch computes it.
+typedef struct {
+    Eight (*exponential)(Eight);  // torch's own
+    int64_t lanes;                // floats in torch's vectors, at most LANES
+    int64_t count;
+    const Term *terms;            // of the logits
+} Softmax;
 
 // Levels of WIDTH ratios.
 static inline void find_levels(const Eight *ratio, const Grid *g, EightInts *level) {
@@ -521,14 +545,20 @@ static inline void follow_range(const Side *s, float low, float high, float *sca
     }
 }
 
+static float largest_of(Eight x) {
+    float most = x[0];
+    for (int j = 1; j < 8; j++) most = x[j] > most ? x[j] : most;
+    return most;
+}
+
 // Smallest and largest of n dense values and 0; a NaN is found by the quantization.
 static void range_of(const float *restrict x, int64_t n, float *low, float *high) {
     Eight least8 = {0}, most8 = {0};
     int64_t i = 0;
     for (; i + 8 <= n; i += 8) {
         const Eight v = *(const EightAnywhere *)(x + i);
-        least8 = CHOOSE(v < least8, v, least8);
-        most8 = CHOOSE(v > most8, v, most8);
+        least8 = LEAST(v, least8);
+        most8 = MOST(v, most8);
     }
     float l = 0.0f, h = 0.0f;
     for (int j = 0; j < 8; j++) {
@@ -622,58 +652,204 @@ static void scales_of_columns(const Operands *o, const float *x, int64_t batch, 
 ARRANGE_RIGHT(arrange_narrow, quantize_signed, int8_t, 4, BYTE(0) | BYTE(1) | BYTE(2) | BYTE(3))
 ARRANGE_RIGHT(arrange_wide, quantize_wide, int16_t, 2, HALF(0) | HALF(1))
 
+// Memory of one thread for the operands of a product; NULL where there is none.
+typedef struct {
+    uint8_t *left;                   // codes of a block of rows
+    int8_t *right, *scratch;
+    int32_t *sums, *row_zero;        // per column, per row of the block
+    float *factor, *zero, *row_scale;
+} Buffers;
+
+static int allocate(Buffers *b, const Operands *o, const Product *p, int64_t block) {
+    const int64_t line = o->depth > p->columns * 4 ? o->depth : p->columns * 4;
+    b->left = malloc(block * p->groups * 4 + 1);
+    b->right = calloc(panels_of(p) * p->groups * 64 + 1, 1);
+    b->scratch = malloc(line * 2 + 8);
+    b->sums = malloc(p->columns * sizeof(int32_t) + 1);
+    b->row_zero = malloc(block * sizeof(int32_t) + 1);
+    b->factor = malloc(p->columns * sizeof(float) + 1);
+    b->zero = malloc(p->columns * sizeof(float) + 1);
+    b->row_scale = malloc(block * sizeof(float) + 1);
+    return b->left && b->right && b->scratch && b->sums && b->row_zero && b->factor && b->zero &&
+           b->row_scale;
+}
+
+static void release(Buffers *b) {
+    free(b->left), free(b->right), free(b->scratch), free(b->sums);
+    free(b->row_zero), free(b->factor), free(b->zero), free(b->row_scale);
+}
+
+// Codes of the right matrix of one batch, and the product that multiplies a block of rows by them
+// into `out`. Returns 1 for NaN.
+static int take_right(const Operands *o, const Product *p, Buffers *b, int64_t batch, float *out,
+                      Product *own) {
+    const float *y = of_batch(&o->rhs, o->inner, batch);
+    scales_of_columns(o, y, batch, p->columns, b->factor, b->zero);
+    *own = *p;
+    own->right = b->right, own->sums = b->sums, own->factor = b->factor, own->bias = 0;
+    own->row_zero = b->row_zero, own->row_scale = b->row_scale, own->out = out;
+    return p->wide ? arrange_wide(o, p, y, b->factor, b->zero, (int16_t *)b->scratch, b->right,
+                                  b->sums)
+                   : arrange_narrow(o, p, y, b->factor, b->zero, b->scratch, b->right, b->sums);
+}
+
+// Codes of a row of the left matrix of one batch, as row `r` of the block. `largest` is the
+// row's largest value if all are positive, else negative. Returns 1 for NaN.
+static int take_left(const Operands *o, const Product *p, Buffers *b, const Tree *tree,
+                     int64_t batch, int64_t row, const float *values, int64_t r, float largest) {
+    const Side *l = &o->lhs;
+    float scale, zero;
+    if (l->extent != GIVEN && largest >= 0) {
+        follow_range(l, 0, largest, &scale, &zero);
+    } else if (l->extent == GIVEN) {
+        scale = l->scale[batch * l->scale_batch + row * l->scale_step];
+        zero = l->zero[batch * l->zero_batch + row * l->zero_step];
+    } else {
+        float low, high;
+        range_of(values, o->depth, &low, &high);
+        follow_range(l, low, high, &scale, &zero);
+    }
+    const Grid g = {&scale, &zero, 0, l->qmin, l->qmax, l->levels, l->thresholds, l->num_levels,
+                    tree};
+    b->row_scale[r] = scale;
+    b->row_zero[r] = l->num_levels ? 0 : (int32_t)(zero - l->qmin);
+    return quantize_row(&g, values, o->depth, p->wide, p->groups, b->left + r * p->groups * 4);
+}
+
 // p->out: (outer * inner, rows, columns), dense. Returns 1 for NaN.
 int gplq_integer_matmul(const Operands *o, const Product *p, int64_t threads) {
-    const int64_t lda = p->groups * 4, panels = panels_of(p), block = rows_of_block(p);
-    const int64_t line = o->depth > p->columns * 4 ? o->depth : p->columns * 4;
-    const Side *l = &o->lhs;
-    const Tree tree = tree_of(l->levels, l->thresholds, l->num_levels);
+    const int64_t block = least(rows_of_block(p), p->rows);
+    const Tree tree = tree_of(o->lhs.levels, o->lhs.thresholds, o->lhs.num_levels);
     int bad = 0, failed = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1) reduction(| : bad, failed)
     {
-        uint8_t *left = malloc(least(block, p->rows) * lda + 1);
-        int8_t *right = calloc(panels * p->groups * 64 + 1, 1), *scratch = malloc(line * 2 + 8);
-        int32_t *sums = malloc((p->columns + p->rows) * sizeof(int32_t) + 1);
-        float *factor = malloc((2 * p->columns + p->rows) * sizeof(float) + 1);
-        failed |= !left || !right || !scratch || !sums || !factor;
+        Buffers b;
+        const int has_memory = allocate(&b, o, p, block);
+        failed |= !has_memory;
 #pragma omp for schedule(static)
         for (int64_t batch = 0; batch < o->outer * o->inner; batch++) {
-            if (!left || !right || !scratch || !sums || !factor) continue;
-            int32_t *row_zero = sums + p->columns;
-            float *row_scale = factor + p->columns, *column_zero = row_scale + p->rows;
-            const float *x = of_batch(l, o->inner, batch), *y = of_batch(&o->rhs, o->inner, batch);
-            scales_of_columns(o, y, batch, p->columns, factor, column_zero);
-            bad |= p->wide ? arrange_wide(o, p, y, factor, column_zero, (int16_t *)scratch, right,
-                                          sums)
-                           : arrange_narrow(o, p, y, factor, column_zero, scratch, right, sums);
-            Product own = *p;
-            own.right = right, own.sums = sums, own.row_zero = row_zero;
-            own.row_scale = row_scale, own.factor = factor, own.bias = 0;
-            own.out = p->out + batch * p->rows * p->columns;
-            for (int64_t m = 0; m < p->rows; m += block) {
+            if (!has_memory) continue;
+            const float *x = of_batch(&o->lhs, o->inner, batch);
+            float *out = p->out + batch * p->rows * p->columns;
+            Product own;
+            bad |= take_right(o, p, &b, batch, out, &own);
+            for (int64_t m = 0; m < p->rows; m += block, own.out += block * p->row_step) {
                 const int64_t count = least(block, p->rows - m);
-                for (int64_t r = 0; r < count; r++) {
-                    const int64_t row = m + r;
-                    const float *values = x + row * l->row;
-                    float scale, zero;
-                    if (l->extent == GIVEN) {
-                        scale = l->scale[batch * l->scale_batch + row * l->scale_step];
-                        zero = l->zero[batch * l->zero_batch + row * l->zero_step];
-                    } else {
-                        float low, high;
-                        range_of(values, o->depth, &low, &high);
-                        follow_range(l, low, high, &scale, &zero);
-                    }
-                    const Grid g = {&scale, &zero, 0, l->qmin, l->qmax,
-                                    l->levels, l->thresholds, l->num_levels, &tree};
-                    row_scale[row] = scale;
-                    row_zero[row] = l->num_levels ? 0 : (int32_t)(zero - l->qmin);
-                    bad |= quantize_row(&g, values, o->depth, p->wide, p->groups, left + r * lda);
-                }
-                multiply(&own, left, m, count, 0, panels);
+                for (int64_t r = 0; r < count; r++)
+                    bad |= take_left(o, p, &b, &tree, batch, m + r, x + (m + r) * o->lhs.row, r,
+                                     -1);
+                multiply(&own, b.left, 0, count, 0, panels_of(p));
             }
         }
-        free(left), free(right), free(scratch), free(sums), free(factor);
+        release(&b);
+    }
+    return failed ? 2 : bad;
+}
+
+// Exponentials of a row minus its maximum, and the reciprocal of their sum: as torch's softmax,
+// which works in vectors of `lanes` floats. The row has room for a multiple of 8. `largest` is
+// the largest exponential.
+static float exponentials(const Softmax *s, float *x, int64_t n, float *largest) {
+    Eight most8 = {0};
+    most8 -= INFINITY;
+    for (int64_t i = n; i % 8; i++) x[i] = -INFINITY;
+    for (int64_t i = 0; i < n; i += 8) most8 = MOST(*(Eight *)(x + i), most8);
+    const float most = largest_of(most8);
+    Eight largest8 = {0};
+    for (int64_t i = 0; i < n; i += 8) {
+        Eight *at = (Eight *)(x + i);
+        const Eight e = s->exponential(*at - most);
+        *at = e;
+        largest8 = MOST(e, largest8);
+    }
+    *largest = largest_of(largest8);
+    if (n < s->lanes) {
+        float sum = x[0];
+        for (int64_t i = 1; i < n; i++) sum += x[i];
+        return 1.0f / sum;
+    }
+    float sums[LANES] __attribute__((aligned(32)));
+    const int64_t whole = n / s->lanes * s->lanes;
+    memcpy(sums, x, s->lanes * sizeof(float));
+    for (int64_t i = s->lanes; i < whole; i += s->lanes)
+        for (int64_t j = 0; j < s->lanes; j += 8) *(Eight *)(sums + j) += *(Eight *)(x + i + j);
+    for (int64_t i = whole; i < n; i++) sums[i - whole] += x[i];
+    for (int64_t half = s->lanes / 2; half; half /= 2)
+        for (int64_t j = 0; j < half; j++) sums[j] += sums[j + half];
+    return 1.0f / sums[0];
+}
+
+// In place; returns the largest probability.
+static float softmax_row(const Softmax *s, float *x, int64_t n) {
+    float largest;
+    const float factor = exponentials(s, x, n, &largest);
+    for (int64_t i = 0; i < n; i += 8) *(Eight *)(x + i) *= factor;
+    return largest * factor;
+}
+
+// x: (rows, step), n values each and room for a multiple of 8; in place.
+void gplq_integer_softmax(const Softmax *s, float *x, int64_t rows, int64_t n, int64_t step) {
+    for (int64_t r = 0; r < rows; r++) softmax_row(s, x + r * step, n);
+}
+
+// Logits of one row, changed by the terms in their order.
+static void adjust_row(const Softmax *s, int64_t outer, int64_t inner, int64_t row, float *x,
+                       int64_t n) {
+    for (int64_t k = 0; k < s->count; k++) {
+        const Term *t = s->terms + k;
+        const float *restrict y =
+            t->x + outer % t->period * t->outer + inner * t->inner + row * t->row;
+        if (t->multiplies)
+            for (int64_t i = 0; i < n; i++) x[i] *= y[i * t->column];
+        else if (t->column == 1)
+            for (int64_t i = 0; i < n; i++) x[i] += y[i];
+        else
+            for (int64_t i = 0; i < n; i++) x[i] += y[i * t->column];
+    }
+}
+
+// softmax(terms(q k)) v: `qk` of q and k gives logits, `pv` takes its left operand from here.
+// output->out: (outer, rows, inner, columns), dense. Returns 1 for NaN.
+int gplq_integer_attention(const Operands *qk, const Product *logits, const Operands *pv,
+                           const Product *output, const Softmax *s, int64_t threads) {
+    const int64_t rows = logits->rows, n = logits->columns, step = (n + 7) / 8 * 8;
+    const int64_t block = least(ROWS_OF_LOGITS, rows), inner = qk->inner;
+    const Tree of_q = tree_of(qk->lhs.levels, qk->lhs.thresholds, qk->lhs.num_levels);
+    const Tree of_p = tree_of(pv->lhs.levels, pv->lhs.thresholds, pv->lhs.num_levels);
+    int bad = 0, failed = 0;
+#pragma omp parallel num_threads((int)threads) if (threads > 1) reduction(| : bad, failed)
+    {
+        Buffers first, second;
+        float *x = aligned_alloc(64, (block * step * sizeof(float) + 63) / 64 * 64);
+        const int has_first = allocate(&first, qk, logits, block);
+        const int has_memory = allocate(&second, pv, output, block) && has_first && x;
+        failed |= !has_memory;
+#pragma omp for schedule(static)
+        for (int64_t batch = 0; batch < qk->outer * inner; batch++) {
+            if (!has_memory) continue;
+            const int64_t outer = batch / inner, head = batch % inner;
+            const float *q = of_batch(&qk->lhs, inner, batch);
+            float *out = output->out + outer * rows * output->row_step + head * output->columns;
+            Product to_logits, to_output;
+            bad |= take_right(qk, logits, &first, batch, x, &to_logits);
+            bad |= take_right(pv, output, &second, batch, out, &to_output);
+            to_logits.row_step = step;
+            for (int64_t m = 0; m < rows; m += block, to_output.out += block * output->row_step) {
+                const int64_t count = least(block, rows - m);
+                for (int64_t r = 0; r < count; r++)
+                    bad |= take_left(qk, logits, &first, &of_q, batch, m + r,
+                                     q + (m + r) * qk->lhs.row, r, -1);
+                multiply(&to_logits, first.left, 0, count, 0, panels_of(logits));
+                for (int64_t r = 0; r < count; r++) {
+                    adjust_row(s, outer, head, m + r, x + r * step, n);
+                    const float largest = softmax_row(s, x + r * step, n);
+                    bad |= take_left(pv, output, &second, &of_p, batch, m + r, x + r * step, r,
+                                     largest);
+                }
+                multiply(&to_output, second.left, 0, count, 0, panels_of(output));
+            }
+        }
+        release(&first), release(&second), free(x);
     }
     return failed ? 2 : bad;
 }
