@@ -50,7 +50,7 @@ def quant_scaled_dot_product_attention(
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     extras = () if attn_mask is None else (attn_mask,)
     return quantized_attention(
-        qk_matmul, pv_matmul, query * factor, key, value, added, extras, dropout_p
+        qk_matmul, pv_matmul, query, key, value, added, extras, dropout_p, query_factor=factor
     )
 
 
@@ -93,7 +93,7 @@ TERMS[multiplied] = lambda factor: [Term(torch.as_tensor(factor), multiplies=Tru
 
 
 class Attention(Operation):
-    """``softmax(adjust(q k^T, *extras)) v`` with quantized operands; holds no state of its own.
+    """``softmax(adjust(q f k^T, *extras)) v`` with quantized operands; holds no state of its own.
 
     Computed as one operation it saves packed codes of q, k and v only. If a product is float
     or attention weights are dropped, the two products are computed one after the other.
@@ -105,6 +105,7 @@ class Attention(Operation):
             the graph except its arguments.
         extras: Its further arguments (bias, mask, factor).
         dropout: Dropout of the attention weights: a probability (0 outside training) or a module.
+        query_factor: Factor ``f`` of the queries before they are quantized.
     """
 
     kind = 'attention'
@@ -116,9 +117,11 @@ class Attention(Operation):
         adjust: Callable[..., Tensor] = added,
         extras: Sequence[Tensor] = (),
         dropout: float | nn.Module = 0.0,
+        query_factor: float = 1.0,
     ) -> None:
         self.qk_matmul, self.pv_matmul = qk_matmul, pv_matmul
         self.adjust, self.extras, self.dropout = adjust, extras, dropout
+        self.query_factor = query_factor
         self.engine = getattr(qk_matmul, 'engine', REFERENCE)
 
     @property
@@ -143,7 +146,12 @@ class Attention(Operation):
     def codes(self, *inputs: Tensor) -> dict[str, Codes]:
         """Codes of q, transposed k, v and of the probabilities computed from them."""
         q, k, v = inputs
-        values = {'query': q, 'key': k, 'probabilities': self.weights(q, k), 'value': v}
+        values = {
+            'query': self.scaled(q),
+            'key': k,
+            'probabilities': self.weights(q, k),
+            'value': v,
+        }
         return {n: Codes(*o.quantizer.codes(values[n])) for n, o in self.operands().items()}
 
     def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:
@@ -151,8 +159,12 @@ class Attention(Operation):
         q, k, _ = inputs
         return (q.numel() + output.numel()) * k[-1]
 
+    def scaled(self, q: Tensor) -> Tensor:
+        """Queries times ``query_factor``: the operand that is quantized."""
+        return q if self.query_factor == 1 else q * self.query_factor
+
     def logits(self, q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
-        """Input of the softmax, from q, transposed k and extras on their grids."""
+        """Input of the softmax, from scaled q, transposed k and extras on their grids."""
         return self.adjust(q @ k, *extras)
 
     def extras_on_grid(self) -> Sequence[Tensor]:
@@ -161,7 +173,7 @@ class Attention(Operation):
 
     def weights(self, q: Tensor, k: Tensor) -> Tensor:
         """Attention weights of q and transposed k, ``(B, heads, N, M)``, with dropout."""
-        weights = self.adjust(self.qk_matmul(q, k), *self.extras).softmax(dim=-1)
+        weights = self.adjust(self.qk_matmul(self.scaled(q), k), *self.extras).softmax(dim=-1)
         if isinstance(self.dropout, nn.Module):
             return self.dropout(weights)
         return F.dropout(weights, self.dropout) if self.dropout > 0 else weights
@@ -180,23 +192,25 @@ def quantized_attention(
     adjust: Callable[..., Tensor],
     extras: Sequence[Tensor] = (),
     dropout: float | nn.Module = 0.0,
+    query_factor: float = 1.0,
 ) -> Tensor:
-    """``softmax(adjust(q k^T, *extras)) v`` with quantized operands.
+    """``softmax(adjust(q f k^T, *extras)) v`` with quantized operands.
 
     Args:
         qk_matmul: See ``Attention``.
         pv_matmul: See ``Attention``.
-        q: Scaled queries, ``(B, heads, N, D)``.
+        q: Queries, ``(B, heads, N, D)``.
         k: Keys, ``(B, heads, M, D)``.
         v: Values, ``(B, heads, M, D')``.
         adjust: See ``Attention``.
         extras: See ``Attention``.
         dropout: See ``Attention``.
+        query_factor: See ``Attention``.
 
     Returns:
         ``(B, heads, N, D')``.
     """
-    attention = Attention(qk_matmul, pv_matmul, adjust, extras, dropout)
+    attention = Attention(qk_matmul, pv_matmul, adjust, extras, dropout, query_factor)
     return compute(attention, q, k.transpose(-2, -1), v)
 
 

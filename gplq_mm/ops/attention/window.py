@@ -107,9 +107,8 @@ class WindowAttention(_Base):
         qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
         adjust, extras = self.adjustment(mask)
-        x = quantized_attention(
-            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, adjust, extras, self.attn_drop
-        )
+        products = self.qk_matmul, self.pv_matmul
+        x = quantized_attention(*products, q, k, v, adjust, extras, self.attn_drop, self.scale)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def adjustment(self, mask: Tensor | None) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:

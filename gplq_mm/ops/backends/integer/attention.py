@@ -58,7 +58,7 @@ def attention(operation: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     Args:
         operation: Attention whose quantizers are active.
-        q: Scaled queries, ``(B, heads, N, D)``.
+        q: Queries, ``(B, heads, N, D)``.
         k: Transposed keys, ``(B, heads, D, M)``.
         v: Values, ``(B, heads, M, D')``.
 
@@ -76,6 +76,7 @@ def attention(operation: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     status = kernels.loaded().attention(
         *map(ctypes.byref, (first.operands, first.product, second.operands, second.product)),
         ctypes.byref(softmax),
+        ctypes.c_float(operation.query_factor),
         kernels.threads_for(batch * heads * rows * columns * (depth + width)),
     )
     if not kernels.completed(status):

@@ -36,13 +36,14 @@ def packed_attention(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     Args:
         attention: The backward pass calls its ``logits`` again; its ``extras`` are saved
             unpacked and get gradients.
-        q: Scaled queries, ``(B, heads, N, D)``.
+        q: Queries, ``(B, heads, N, D)``.
         k: Transposed keys, ``(B, heads, D, M)``.
         v: Values, ``(B, heads, M, D')``.
 
     Returns:
         ``(B, heads, N, D')``.
     """
+    q = attention.scaled(q)
     shapes = (q.shape, k.shape, torch.Size((*q.shape[:-1], k.shape[-1])), v.shape)
     quantizers = attention.quantizers
     forms = [x.packed_form(shape) for x, shape in zip(quantizers, shapes, strict=True)]

@@ -41,14 +41,14 @@ def probabilities(kind, bits=4):
     return quantizer(spec, 1 / 16384)
 
 
-def operation(kind='log_sqrt2', bits=4, adjust=added, extras=()):
+def operation(kind='log_sqrt2', bits=4, adjust=added, extras=(), factor=1.0):
     products = (
         QuantMatMul(rows(-1, bits), rows(-2, bits)),
         QuantMatMul(probabilities(kind, bits), rows(-2, bits)),
     )
     for product in products:
         product.engine = Engine(inference='integer')
-    return Attention(*products, adjust, extras)
+    return Attention(*products, adjust, extras, query_factor=factor)
 
 
 def inputs(queries=49, keys=49, depth=32, width=32):
@@ -109,6 +109,14 @@ def biases():
 def test_biases_and_masks(name) -> None:
     adjust, extras = biases()[name]
     check(operation(adjust=adjust, extras=extras), *inputs())
+
+
+@torch.no_grad()
+def test_factor_of_queries() -> None:
+    check(operation(factor=32**-0.5), *inputs())
+    q, k, v = inputs()
+    out = operation(factor=0.3).reference(q, k, v)
+    assert torch.equal(out, operation().reference(q * 0.3, k, v))
 
 
 @torch.no_grad()

@@ -808,10 +808,11 @@ static void adjust_row(const Softmax *s, int64_t outer, int64_t inner, int64_t r
     }
 }
 
-// softmax(terms(q k)) v: `qk` of q and k gives logits, `pv` takes its left operand from here.
+// softmax(terms(q factor k)) v: `qk` of q and k gives logits, `pv` takes its left operand from here.
 // output->out: (outer, rows, inner, columns), dense. Returns 1 for NaN.
 int gplq_integer_attention(const Operands *qk, const Product *logits, const Operands *pv,
-                           const Product *output, const Softmax *s, int64_t threads) {
+                           const Product *output, const Softmax *s, float factor,
+                           int64_t threads) {
     const int64_t rows = logits->rows, n = logits->columns, step = (n + 7) / 8 * 8;
     const int64_t block = least(ROWS_OF_LOGITS, rows), inner = qk->inner;
     const Tree of_q = tree_of(qk->lhs.levels, qk->lhs.thresholds, qk->lhs.num_levels);
@@ -821,8 +822,9 @@ int gplq_integer_attention(const Operands *qk, const Product *logits, const Oper
     {
         Buffers first, second;
         float *x = aligned_alloc(64, (block * step * sizeof(float) + 63) / 64 * 64);
+        float *scaled = malloc(qk->depth * sizeof(float) + 1);
         const int has_first = allocate(&first, qk, logits, block);
-        const int has_memory = allocate(&second, pv, output, block) && has_first && x;
+        const int has_memory = allocate(&second, pv, output, block) && has_first && x && scaled;
         failed |= !has_memory;
 #pragma omp for schedule(static)
         for (int64_t batch = 0; batch < qk->outer * inner; batch++) {
@@ -836,9 +838,11 @@ int gplq_integer_attention(const Operands *qk, const Product *logits, const Oper
             to_logits.row_step = step;
             for (int64_t m = 0; m < rows; m += block, to_output.out += block * output->row_step) {
                 const int64_t count = least(block, rows - m);
-                for (int64_t r = 0; r < count; r++)
-                    bad |= take_left(qk, logits, &first, &of_q, batch, m + r,
-                                     q + (m + r) * qk->lhs.row, r, -1);
+                for (int64_t r = 0; r < count; r++) {
+                    const float *values = q + (m + r) * qk->lhs.row;
+                    for (int64_t i = 0; i < qk->depth; i++) scaled[i] = values[i] * factor;
+                    bad |= take_left(qk, logits, &first, &of_q, batch, m + r, scaled, r, -1);
+                }
                 multiply(&to_logits, first.left, 0, count, 0, panels_of(logits));
                 for (int64_t r = 0; r < count; r++) {
                     adjust_row(s, outer, head, m + r, x + r * step, n);
@@ -849,7 +853,7 @@ int gplq_integer_attention(const Operands *qk, const Product *logits, const Oper
                 multiply(&to_output, second.left, 0, count, 0, panels_of(output));
             }
         }
-        release(&first), release(&second), free(x);
+        release(&first), release(&second), free(x), free(scaled);
     }
     return failed ? 2 : bad;
 }
