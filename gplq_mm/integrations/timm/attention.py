@@ -32,7 +32,7 @@ class AttentionProducts:
     ) -> Tensor:
         """``(B, heads, N, D)`` each -> ``(B, N, C)``; ``extras`` are biases and masks."""
         x = quantized_attention(
-            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, added, extras, self.attn_drop
+            self.qk_matmul, self.pv_matmul, q, k, v, added, extras, self.attn_drop, self.scale
         )
         x = x.transpose(1, 2).flatten(2)
         norm = getattr(self, 'norm', None)

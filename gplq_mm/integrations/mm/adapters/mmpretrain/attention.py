@@ -57,7 +57,7 @@ class QuantBEiTAttention(BEiTAttention):
         if rel_pos_bias is not None:
             biases.append(rel_pos_bias)
         x = quantized_attention(
-            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, added, biases, self.attn_drop
+            self.qk_matmul, self.pv_matmul, q, k, v, added, biases, self.attn_drop, self.scale
         )
         x = x.transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))
@@ -84,7 +84,7 @@ class QuantAttentionWithRoPE(AttentionWithRoPE):
             q = self._rotated(q, patch_resolution).type_as(v)
             k = self._rotated(k, patch_resolution).type_as(v)
         x = quantized_attention(
-            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, added, (), self.attn_drop
+            self.qk_matmul, self.pv_matmul, q, k, v, added, (), self.attn_drop, self.scale
         )
         x = x.transpose(1, 2).reshape(B, N, -1)
         return self.proj_drop(self.proj(x))

@@ -102,7 +102,7 @@ class QuantHiViTAttention(hivit.Attention):
         if mask is not None:
             extras.append(mask.bool()[:, None, None, :])
         x = quantized_attention(
-            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, added, extras, self.attn_drop
+            self.qk_matmul, self.pv_matmul, q, k, v, added, extras, self.attn_drop, self.scale
         )
         x = x.transpose(1, 2).reshape(B, N, C)
         return self.proj_drop(self.proj(x))

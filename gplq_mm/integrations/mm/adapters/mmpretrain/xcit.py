@@ -45,7 +45,7 @@ class QuantClassAttntion(ClassAttntion):
             for part in (self.q(x[:, 0]), self.k(x), self.v(x))
         )  # (B, heads, 1, D), twice (B, heads, N, D)
         x = quantized_attention(
-            self.qk_matmul, self.pv_matmul, q * self.scale, k, v, added, (), self.attn_drop
+            self.qk_matmul, self.pv_matmul, q, k, v, added, (), self.attn_drop, self.scale
         )
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, 1, C)))
 

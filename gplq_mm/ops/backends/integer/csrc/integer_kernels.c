@@ -165,14 +165,15 @@ typedef struct {
     const Term *terms;            // of the logits
 } Softmax;
 
-// Levels of WIDTH ratios.
-static inline void find_levels(const Eight *ratio, const Grid *g, EightInts *level) {
+// Levels of 8 * count ratios.
+static inline __attribute__((always_inline)) void find_levels(const int count, const Eight *ratio,
+                                                              const Grid *g, EightInts *level) {
 #ifdef __AVX2__
     if (g->tree && g->tree->rounds) {
         const Tree *t = g->tree;
         const __m256i low = _mm256_loadu_si256((const __m256i *)t->levels);
         const __m256i high = _mm256_loadu_si256((const __m256i *)(t->levels + 8));
-        _Pragma("GCC unroll 4") for (int i = 0; i < WIDTH / 8; i++) {
+        _Pragma("GCC unroll 4") for (int i = 0; i < count; i++) {
             __m256i index = _mm256_setzero_si256();
             for (int r = 0; r < 4; r++) {
                 const __m256 limit =
@@ -191,34 +192,36 @@ static inline void find_levels(const Eight *ratio, const Grid *g, EightInts *lev
     for (int64_t j = 1; j < g->num_levels; j++) {  // a level is the sum of the steps below it
         const float threshold = g->thresholds[j];
         const int32_t step = (int32_t)g->levels[j] - (int32_t)g->levels[j - 1];
-        for (int i = 0; i < WIDTH / 8; i++) level[i] += (ratio[i] > threshold) & step;
+        for (int i = 0; i < count; i++) level[i] += (ratio[i] > threshold) & step;
     }
 }
 
-// Levels of WIDTH values; lanes of values that are not finite are set in `bad`.
-static inline void levels_of(const float *x, float scale, const Grid *g, EightInts *bad,
-                             int16_t *out) {
+// Levels of 8 * count values, at most WIDTH; lanes of values that are not finite are set in `bad`.
+static inline __attribute__((always_inline)) void levels_of(const int count, const float *x,
+                                                            float scale, const Grid *g,
+                                                            EightInts *bad, int16_t *out) {
     Eight ratio[WIDTH / 8];
     EightInts level[WIDTH / 8];
-    _Pragma("GCC unroll 4") for (int i = 0; i < WIDTH / 8; i++) {
+    _Pragma("GCC unroll 4") for (int i = 0; i < count; i++) {
         ratio[i] = *(const EightAnywhere *)(x + 8 * i) / scale;
         *bad |= ~(ratio[i] - ratio[i] == 0.0f);
         level[i] = (EightInts){0};
     }
-    find_levels(ratio, g, level);
-    _Pragma("GCC unroll 4") for (int i = 0; i < WIDTH / 8; i++)
+    find_levels(count, ratio, g, level);
+    _Pragma("GCC unroll 4") for (int i = 0; i < count; i++)
         *(EightShortsAnywhere *)(out + 8 * i) = __builtin_convertvector(level[i], EightShorts);
 }
 
 static int quantize_levels(const float *x, int64_t n, float scale, const Grid *g, int16_t *out) {
     EightInts bad = {0};
     int64_t i = 0;
-    for (; i + WIDTH <= n; i += WIDTH) levels_of(x + i, scale, g, &bad, out + i);
+    for (; i + WIDTH <= n; i += WIDTH) levels_of(WIDTH / 8, x + i, scale, g, &bad, out + i);
+    for (; i + 8 <= n; i += 8) levels_of(1, x + i, scale, g, &bad, out + i);
     if (i < n) {
-        float values[WIDTH] = {0};
-        int16_t levels[WIDTH];
+        float values[8] = {0};
+        int16_t levels[8];
         memcpy(values, x + i, (n - i) * sizeof(float));
-        levels_of(values, scale, g, &bad, levels);
+        levels_of(1, values, scale, g, &bad, levels);
         memcpy(out + i, levels, (n - i) * sizeof(int16_t));
     }
     int any = 0;
@@ -591,12 +594,23 @@ static void scales_of_columns(const Operands *o, const float *x, int64_t batch, 
         }
     } else {
         float *restrict low = scale, *restrict high = zero;
-        for (int64_t n = 0; n < columns; n++) low[n] = high[n] = 0.0f;
-        for (int64_t k = 0; k < o->depth; k++) {
-            const float *restrict line = x + k * s->row;
-            for (int64_t n = 0; n < columns; n++) {
-                low[n] = line[n] < low[n] ? line[n] : low[n];
-                high[n] = line[n] > high[n] ? line[n] : high[n];
+        int64_t n = 0;
+        for (; n + 8 <= columns; n += 8) {
+            Eight least8 = {0}, most8 = {0};
+            for (int64_t k = 0; k < o->depth; k++) {
+                const Eight v = *(const EightAnywhere *)(x + k * s->row + n);
+                least8 = LEAST(v, least8);
+                most8 = MOST(v, most8);
+            }
+            *(EightAnywhere *)(low + n) = least8;
+            *(EightAnywhere *)(high + n) = most8;
+        }
+        for (; n < columns; n++) {
+            low[n] = high[n] = 0.0f;
+            for (int64_t k = 0; k < o->depth; k++) {
+                const float v = x[k * s->row + n];
+                low[n] = v < low[n] ? v : low[n];
+                high[n] = v > high[n] ? v : high[n];
             }
         }
         for (int64_t n = 0; n < columns; n++)
@@ -755,24 +769,27 @@ static float exponentials(const Softmax *s, float *x, int64_t n, float *largest)
     for (int64_t i = n; i % 8; i++) x[i] = -INFINITY;
     for (int64_t i = 0; i < n; i += 8) most8 = MOST(*(Eight *)(x + i), most8);
     const float most = largest_of(most8);
-    Eight largest8 = {0};
     for (int64_t i = 0; i < n; i += 8) {
         Eight *at = (Eight *)(x + i);
-        const Eight e = s->exponential(*at - most);
-        *at = e;
-        largest8 = MOST(e, largest8);
+        *at = s->exponential(*at - most);
     }
+    Eight largest8 = {0};
+    for (int64_t i = 0; i < n; i += 8) largest8 = MOST(*(Eight *)(x + i), largest8);
     *largest = largest_of(largest8);
     if (n < s->lanes) {
         float sum = x[0];
         for (int64_t i = 1; i < n; i++) sum += x[i];
         return 1.0f / sum;
     }
-    float sums[LANES] __attribute__((aligned(32)));
+    Eight sums8[LANES / 8] = {*(Eight *)x, *(Eight *)(x + 8 % s->lanes)};
     const int64_t whole = n / s->lanes * s->lanes;
-    memcpy(sums, x, s->lanes * sizeof(float));
-    for (int64_t i = s->lanes; i < whole; i += s->lanes)
-        for (int64_t j = 0; j < s->lanes; j += 8) *(Eight *)(sums + j) += *(Eight *)(x + i + j);
+    if (s->lanes == 8)
+        for (int64_t i = 8; i < whole; i += 8) sums8[0] += *(Eight *)(x + i);
+    else
+        for (int64_t i = LANES; i < whole; i += LANES)
+            for (int j = 0; j < LANES / 8; j++) sums8[j] += *(Eight *)(x + i + 8 * j);
+    float sums[LANES];
+    memcpy(sums, sums8, sizeof sums);
     for (int64_t i = whole; i < n; i++) sums[i - whole] += x[i];
     for (int64_t half = s->lanes / 2; half; half /= 2)
         for (int64_t j = 0; j < half; j++) sums[j] += sums[j + half];
