@@ -18,6 +18,7 @@ from torch.nn.modules.conv import _ConvNd as ConvNd
 __all__ = [
     'ConvNd',
     'LoadsState',
+    'TensorState',
     'before_load_state_dict',
     'convolution_backward',
     'convolve',
@@ -79,6 +80,28 @@ def before_load_state_dict(module: nn.Module, hook: Callable[..., None]) -> None
 def version_of(tensor: Tensor) -> int:
     """Number of in-place changes of a tensor's memory."""
     return tensor._version
+
+
+class TensorState:
+    """Memory and version of tensors: what has been read from them is valid while they match.
+
+    The tensors are kept alive, so that no other tensor gets their memory.
+
+    Args:
+        *tensors: Tensors, or None.
+    """
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self._tensors = tensors
+        self._state = self._read(tensors)
+
+    def matches(self, *tensors: Tensor | None) -> bool:
+        """Whether these are the tensors, unchanged since."""
+        return self._read(tensors) == self._state
+
+    @staticmethod
+    def _read(tensors: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
+        return [None if t is None else (t.data_ptr(), t._version) for t in tensors]
 
 
 def own_tensor(x: Tensor) -> Tensor:

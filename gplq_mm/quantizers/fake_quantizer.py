@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..compat.torch import version_of
+from ..compat.torch import TensorState
 from .functional import positive_scale
 from .learned_scale import (
     centered_codes_ste,
@@ -166,7 +166,7 @@ class FakeQuantizer(QuantizerState):
         tensor([0.5000, 3.5000])
     """
 
-    _offset: tuple[tuple[int, int], float | None] | None = None
+    _offset: tuple[TensorState, float | None] | None = None
 
     @property
     def is_active(self) -> bool:
@@ -201,10 +201,10 @@ class FakeQuantizer(QuantizerState):
         grid = Grid(*self.spec.quant_range, 0.0, levels=self.levels if self.spec.is_log else None)
         if self.follows_rows:
             return PackedForm(grid._replace(slack=ROW_SLACK), over, factor, self.spec)
-        key = (self.zero_point.data_ptr(), version_of(self.zero_point))
-        if self._offset is None or self._offset[0] != key:  # read once: it synchronizes the device
-            values = self.zero_point.unique()
-            self._offset = key, float(values) if len(values) == 1 else None
+        # read once: it synchronizes the device
+        if self._offset is None or not self._offset[0].matches(self.zero_point):
+            values, state = self.zero_point.unique(), TensorState(self.zero_point)
+            self._offset = state, float(values) if len(values) == 1 else None
         offset = self._offset[1]
         zero_point = self.zero_point.view(over) if offset is None else offset
         return PackedForm(grid._replace(zero_point=zero_point), over, factor)

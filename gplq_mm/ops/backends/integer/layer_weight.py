@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ....compat.torch import version_of
+from ....compat.torch import TensorState
 from ....quantizers.functional import positive_scale
 from .. import exact
 from . import kernels
@@ -38,7 +38,7 @@ Arrange = Callable[[Any, Tensor, Tensor], tuple[Tensor, Tensor, int]]
 points ``(depth,)``, and how many columns share an output channel."""
 
 SHAPES_DO_NOT_FIT = "shapes that do not fit: torch's own error follows"
-_KEPT: 'WeakKeyDictionary[Any, tuple[Any, LayerWeight | str]]' = WeakKeyDictionary()
+_KEPT: 'WeakKeyDictionary[Any, tuple[TensorState, LayerWeight | str]]' = WeakKeyDictionary()
 
 
 def refusal_of_call(operation: Any, x: Tensor, *others: Tensor | None) -> str:
@@ -66,10 +66,9 @@ def layer_weight(layer: Any, arrange: Arrange) -> LayerWeight | str:
         *(of_input.scale, of_input.zero_point, of_weight.scale, of_weight.zero_point),
         layer.weight,
     )
-    key = [t.data_ptr() for t in own] + [version_of(t) for t in own]
     kept = _KEPT.get(layer)
-    if kept is None or kept[0] != key:
-        kept = key, _arranged(layer, arrange)
+    if kept is None or not kept[0].matches(*own):
+        kept = TensorState(*own), _arranged(layer, arrange)
         _KEPT[layer] = kept
     return kept[1]
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from ....compat.torch import version_of
+from ....compat.torch import TensorState
 from ....quantizers import FakeQuantizer, PerChannel
 from ....quantizers.fake_quantizer import broadcast_shape
 from ....quantizers.functional import positive_scale
@@ -38,7 +38,7 @@ class Constants(NamedTuple):
 
 _GIVEN, _ASYMMETRIC, _SYMMETRIC, _FROM_ZERO = range(4)
 """``Extent`` of the C file."""
-_KEPT: 'WeakKeyDictionary[FakeQuantizer, tuple[Any, Constants]]' = WeakKeyDictionary()
+_KEPT: 'WeakKeyDictionary[FakeQuantizer, tuple[TensorState, Constants]]' = WeakKeyDictionary()
 
 
 def refusal(operation: Any, lhs: Tensor, rhs: Tensor) -> str:
@@ -158,10 +158,9 @@ def _constants(quantizer: FakeQuantizer) -> Constants:
         quantizer.zero_point,
         quantizer.levels if quantizer.spec.is_log else None,
     )
-    key = [None if t is None else (t.data_ptr(), version_of(t)) for t in state]
     kept = _KEPT.get(quantizer)
-    if kept is None or kept[0] != key:
-        kept = key, _read(quantizer)
+    if kept is None or not kept[0].matches(*state):
+        kept = TensorState(*state), _read(quantizer)
         _KEPT[quantizer] = kept
     return kept[1]
 

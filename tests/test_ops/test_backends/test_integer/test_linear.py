@@ -80,6 +80,9 @@ def test_a_changed_weight_or_scale_is_arranged_anew() -> None:
     assert not torch.equal(flipped, before)
     layer.input_quantizer.scale.mul_(2)
     assert torch.equal(layer(x), exact.linear(layer, x, layer.bias))
+    for scale in (0.1, 0.2, 0.3):  # a new parameter must not be taken for a freed one
+        layer.input_quantizer.scale = nn.Parameter(torch.tensor(scale))
+        assert torch.equal(layer(x), exact.linear(layer, x, layer.bias))
     other = copy.deepcopy(layer)
     other.weight.zero_()
     assert torch.equal(other(x), exact.linear(other, x, other.bias))
