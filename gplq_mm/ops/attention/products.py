@@ -2,6 +2,7 @@
 """Scaled dot-product attention written out, so that both matmuls can be quantized."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -62,15 +63,19 @@ class Term(NamedTuple):
             have a divisor ``b`` of ``B`` as length: entry ``i`` belongs to the batches ``i``,
             ``i + b`` and so on.
         multiplies: Whether the logits are multiplied by it; else it is added.
+        grid: ``(Hk, Wk)`` if the tensor has five axes and broadcasts to ``(B, heads, N, Hk, Wk)``,
+            where ``M = Hk * Wk``.
     """
 
     tensor: Tensor
     multiplies: bool = False
+    grid: tuple[int, int] | None = None
 
 
 TERMS: dict[Callable[..., Tensor], Callable[..., list[Term]]] = {}
 """``TERMS[adjust](*extras)`` are the steps of an ``adjust`` function of ``Attention`` in their
-order. A function that is missing here is called as a whole."""
+order; those of a ``partial`` get its keywords too. A function that is missing here is called as a
+whole."""
 
 
 def added(logits: Tensor, *terms: Tensor) -> Tensor:
@@ -88,8 +93,29 @@ def multiplied(logits: Tensor, factor: Tensor | float) -> Tensor:
     return logits * factor
 
 
-TERMS[added] = lambda *terms: [Term(term) for term in terms]
-TERMS[multiplied] = lambda factor: [Term(torch.as_tensor(factor), multiplies=True)]
+def multiplied_and_added(logits: Tensor, *terms: Tensor, factor: float) -> Tensor:
+    """Logits times a factor, plus biases and masks as for ``added``."""
+    return added(logits * factor, *terms)
+
+
+def _added(*terms: Tensor) -> list[Term]:
+    return [Term(_as_bias(term)) for term in terms]
+
+
+def _as_bias(term: Tensor) -> Tensor:
+    if term.dtype != torch.bool:
+        return term
+    return torch.zeros_like(term, dtype=torch.float32).masked_fill_(~term, float('-inf'))
+
+
+def factor_term(factor: Tensor | float) -> Term:
+    """Term that multiplies logits by a factor."""
+    return Term(torch.as_tensor(factor), multiplies=True)
+
+
+TERMS[added] = _added
+TERMS[multiplied] = lambda factor: [factor_term(factor)]
+TERMS[multiplied_and_added] = lambda *terms, factor: [factor_term(factor), *_added(*terms)]
 
 
 class Attention(Operation):
@@ -109,6 +135,8 @@ class Attention(Operation):
     """
 
     kind = 'attention'
+    scale_factor = 1.0
+    """Factor of the scale of the product of queries and keys."""
 
     def __init__(
         self,
@@ -158,6 +186,14 @@ class Attention(Operation):
         """Quantizers of both products."""
         q, k, _ = inputs
         return (q.numel() + output.numel()) * k[-1]
+
+    def terms(self, q: Tensor) -> list[Term] | None:
+        """Steps from the product of queries ``q`` and keys to logits; None if it has others."""
+        if isinstance(self.adjust, partial):
+            terms, keywords = TERMS.get(self.adjust.func), self.adjust.keywords
+        else:
+            terms, keywords = TERMS.get(self.adjust), {}
+        return None if terms is None else terms(*self.extras, **keywords)
 
     def scaled(self, q: Tensor) -> Tensor:
         """Queries times ``query_factor``: the operand that is quantized."""

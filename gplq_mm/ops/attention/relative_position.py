@@ -18,7 +18,7 @@ from ..dispatch import compute
 from ..float_matmul import FloatMatMul
 from ..matmul import QuantMatMul
 from ..operation import Operand, Operation
-from .products import Attention
+from .products import Attention, Term
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -168,20 +168,31 @@ class RelPosAttention(_Base):
 
     def logits(self, q: Tensor, keys: Tensor, size: Size, key_size: Size) -> Tensor:
         """``(B, heads, H * W, Hk * Wk)``; arguments as for ``attend``, keys transposed."""
-        query, scale = self._quantized_query(q)
+        query, scale = self.quantized_query(q)
         if scale is None:
             logits = self.qk_matmul(query * self.scale, keys)
         else:
             logits = self.qk_matmul(query, keys, scale * self.scale)
         if not self.use_rel_pos:
             return logits
+        return self.positioned(logits, *self.positions(query, scale, size, key_size))
+
+    def positions(
+        self, query: Tensor, scale: Tensor | None, size: Size, key_size: Size
+    ) -> tuple[Tensor, Tensor]:
+        """Row terms ``(B, heads, H, W, Hk)`` and column terms ``(B, heads, H, W, Wk)``.
+
+        Args:
+            query: Codes of the queries, or values if there is no scale, ``(B, heads, N, D)``.
+            scale: Scale of the codes.
+            size: See ``attend``.
+            key_size: See ``attend``.
+        """
         grid = query.unflatten(2, size)  # (B, heads, H, W, D)
         if scale is not None and scale.dim():  # (1, heads, 1, 1); per row (B, heads, N, 1)
             scale = scale.unflatten(2, size if scale.shape[2] > 1 else (1, 1))
         rows, columns = self.tables(size, key_size)
-        rel_h = self.rel_h_matmul(grid, rows, scale)
-        rel_w = self.rel_w_matmul(grid, columns, scale)
-        return self.positioned(logits, rel_h, rel_w)
+        return self.rel_h_matmul(grid, rows, scale), self.rel_w_matmul(grid, columns, scale)
 
     def positioned(self, logits: Tensor, rel_h: Tensor, rel_w: Tensor) -> Tensor:
         """``with_positions`` of logits ``(B, heads, H * W, Hk * Wk)``."""
@@ -189,7 +200,7 @@ class RelPosAttention(_Base):
         grid = logits.unflatten(3, keys).unflatten(2, rel_h.shape[2:4])
         return self.with_positions(grid, rel_h, rel_w).flatten(4).flatten(2, 3)
 
-    def _quantized_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
+    def quantized_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes and their scale if every product computes on codes, else values and None."""
         if not isinstance(self.qk_matmul, QuantMatMul):
             return q, None
@@ -237,6 +248,24 @@ class _RelPosProducts(Attention):
     def __init__(self, module: RelPosAttention, size: Size, key_size: Size) -> None:
         super().__init__(module.qk_matmul, module.pv_matmul)
         self.module, self.size, self.key_size = module, size, key_size
+        self.scale_factor = module.scale
+        self._terms: list[Term] | None = None
+
+    def terms(self, q: Tensor) -> list[Term] | None:
+        """Row and column terms of all queries, computed once; None if they are added otherwise."""
+        module = self.module
+        if type(module).with_positions is not RelPosAttention.with_positions:
+            return None
+        if self._terms is None:
+            query, scale = module.quantized_query(q)
+            if scale is None:
+                return None
+            self._terms = []
+            if module.use_rel_pos:
+                rel_h, rel_w = module.positions(query, scale, self.size, self.key_size)
+                tensors = rel_h.flatten(2, 3)[..., None], rel_w.flatten(2, 3)[..., None, :]
+                self._terms = [Term(tensor, grid=self.key_size) for tensor in tensors]
+        return self._terms
 
     def logits(self, q: Tensor, k: Tensor, *tables: Tensor) -> Tensor:
         """Logits from unscaled queries, transposed keys and tables on their grids."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .products import TERMS, Term, quantized_attention
+from .products import TERMS, Term, factor_term, quantized_attention
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -64,13 +64,19 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
     return logits.view(-1, heads, N, N)
 
 
+def multiplied_and_masked(logits: Tensor, mask: Tensor, *, factor: float) -> Tensor:
+    """Logits times a factor, plus the mask of each window as for ``masked``."""
+    return masked(logits * factor, mask)
+
+
 def _terms(bias: Tensor, mask: Tensor | None = None) -> list[Term]:
     return [Term(bias), *(() if mask is None else (Term(mask.unsqueeze(1)),))]
 
 
 TERMS[biased] = _terms
 TERMS[masked] = lambda mask: [Term(mask.unsqueeze(1))]
-TERMS[scaled_and_biased] = lambda factor, *rest: [Term(factor, multiplies=True), *_terms(*rest)]
+TERMS[scaled_and_biased] = lambda factor, *rest: [factor_term(factor), *_terms(*rest)]
+TERMS[multiplied_and_masked] = lambda mask, factor: [factor_term(factor), *TERMS[masked](mask)]
 
 
 def gathered_bias(table: Tensor, index: Tensor) -> Tensor:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gplq_mm.compat.torch import softmax_exponential
 from gplq_mm.ops import dispatch, operations, set_engine
 from gplq_mm.ops.backends.integer import kernels
 from gplq_mm.ops.linear import QuantizedLayer
+from tests.helpers.attentions import ATTENTIONS, randomized
 from tests.helpers.backbones import BACKBONES, backbone
 from tests.helpers.calibration import tensors
 from tests.helpers.engines import converted
@@ -38,10 +40,15 @@ def finished(name: str, recipe: str) -> nn.Module:
     is_detector = name in DETECTORS
     model = MODELS[name]()
     converted(model, torch.randn(4, 3, 32, 32), lambda m, x: run(m, x, is_detector), recipe)
+    return finish(model)
+
+
+@torch.no_grad()
+def finish(model: nn.Module) -> nn.Module:
+    """Quantize the weights of a calibrated model."""
     for layer in operations(model).values():
         if isinstance(layer, QuantizedLayer) and layer.weight_quantizer.enabled:
-            with torch.no_grad():
-                calibrated(layer.weight_quantizer, layer.folded_weight())
+            calibrated(layer.weight_quantizer, layer.folded_weight())
     model.eval()
     return model
 
@@ -86,3 +93,24 @@ def test_other_recipes(name, recipe, backends) -> None:
     check_equal(name, recipe, backends)
     products = {kind for kind, backend in backends if backend == 'integer'}
     assert products >= {'linear', 'conv'} and products & {'attention', 'matmul'}
+
+
+APART = {'mvit', 'mvit_rel_pos', 'mvit_resized'}
+"""Attention classes whose products are computed apart: positions are added to some tokens only."""
+
+
+@pytest.mark.parametrize('name', list(ATTENTIONS))
+@torch.no_grad()
+def test_each_attention_class(name, backends) -> None:
+    make, shape, extra = ATTENTIONS[name]
+    torch.manual_seed(0)
+    x, model = torch.randn(shape), randomized(nn.ModuleDict({'attn': make()})).eval()
+    converted(model, x, lambda m, x: m['attn'](x, *extra), 'w4a4')
+    finish(model)
+    expected = tensors(model['attn'](x, *extra))
+    set_engine(model, dict(inference='integer'))
+    backends.clear()
+    actual = tensors(model['attn'](x, *extra))
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+    if softmax_exponential() is not None:
+        assert (backends['attention', 'integer'] == 0) == (name in APART)

@@ -7,13 +7,14 @@ compared with torch once, and a length that differs is left to torch, product by
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ....compat.torch import has_hooks, softmax_exponential
-from ...attention.products import TERMS, Attention, Term
+from ...attention.products import Term
 from ...dispatch import register_backend
 from .. import exact
 from . import kernels, matmul
@@ -24,8 +25,6 @@ _ROWS_OF_CHECK = 64
 
 def refusal(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     """Why a call is refused, and its two products are computed apart; empty if it is not."""
-    if type(attention) is not Attention or attention.adjust not in TERMS:
-        return 'logits that are not products of queries and keys changed by tensors'
     qk, pv = attention.qk_matmul, attention.pv_matmul
     reason = attention.refusal or refusal_of_call(qk, q, k, v) or exact.refusal(pv, v)
     if reason:
@@ -39,17 +38,32 @@ def refusal(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     reason = reason or matmul.refusal_of_shapes(pv, logits, v.shape)
     if reason:
         return reason
-    for term in TERMS[attention.adjust](*attention.extras):
-        if not _fits(term.tensor, logits):
-            return 'a bias or mask of another type or shape'
-    return softmax_differs(logits[-1])
+    reason = softmax_differs(logits[-1])
+    if reason:
+        return reason
+    terms = _terms(attention, q)
+    if terms is None:
+        return 'logits that are not products of queries and keys changed by tensors'
+    if not all(_fits(term, logits) for term in terms):
+        return 'a bias or mask of another type or shape'
+    return ''
 
 
-def _fits(term: Tensor, logits: torch.Size) -> bool:
-    if term.dtype is not torch.float32 or not term.is_cpu or term.dim() > 4:
+def _terms(attention: Any, q: Tensor) -> list[Term] | None:
+    terms = attention.terms(q)
+    if terms is None:
+        return None
+    return [
+        t if t.tensor.is_floating_point() else t._replace(tensor=t.tensor.float()) for t in terms
+    ]
+
+
+def _fits(term: Term, logits: torch.Size) -> bool:
+    x, shape = term.tensor, (*logits[:-1], *(term.grid or logits[-1:]))
+    if x.dtype is not torch.float32 or not x.is_cpu or x.dim() > len(shape):
         return False
-    batches, *others = (1,) * (4 - term.dim()) + term.shape
-    pairs = zip(others, logits[1:], strict=True)
+    batches, *others = (1,) * (len(shape) - x.dim()) + x.shape
+    pairs = zip(others, shape[1:], strict=True)
     return logits[0] % max(batches, 1) == 0 and all(n in (1, size) for n, size in pairs)
 
 
@@ -71,12 +85,12 @@ def attention(operation: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     second = matmul.product_of(operation.pv_matmul, shape, None, v)
     out = torch.empty(batch, rows, heads, width)
     second.product.out, second.product.row_step = out.data_ptr(), heads * width
-    terms = TERMS[operation.adjust](*operation.extras)
-    softmax = _softmax(terms)
+    terms = _terms(operation, q) or ()
+    softmax = _softmax(terms, columns)
     status = kernels.loaded().attention(
         *map(ctypes.byref, (first.operands, first.product, second.operands, second.product)),
         ctypes.byref(softmax),
-        ctypes.c_float(operation.query_factor),
+        *map(ctypes.c_float, (operation.query_factor, operation.scale_factor)),
         kernels.threads_for(batch * heads * rows * columns * (depth + width)),
     )
     if not kernels.completed(status):
@@ -84,17 +98,20 @@ def attention(operation: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _softmax(terms: list[Term]) -> kernels.CSoftmax:
+def _softmax(terms: Sequence[Term], columns: int) -> kernels.CSoftmax:
     known = softmax_exponential()
     assert known is not None
     lanes, address = known
     steps = (kernels.CTerm * len(terms))()
     for step, term in zip(steps, terms, strict=True):
-        four = term.tensor[(None,) * (4 - term.tensor.dim())]
-        step.x, step.period, step.multiplies = four.data_ptr(), len(four), term.multiplies
-        step.outer, step.inner, step.row, step.column = (
-            0 if size == 1 else stride
-            for size, stride in zip(four.shape, four.stride(), strict=True)
+        shape = (1, 1, 1, *(term.grid or (1, columns)))
+        x = term.tensor
+        x = x[(None,) * (len(shape) - (term.grid is None) - x.dim())]
+        x = x if term.grid else x.unsqueeze(-2)
+        step.x, step.period, step.width = x.data_ptr(), len(x), shape[-1]
+        step.multiplies = term.multiplies
+        step.outer, step.inner, step.row, step.column_outer, step.column = (
+            0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
         )
     return kernels.CSoftmax(address, lanes, len(terms), steps)
 
@@ -110,7 +127,7 @@ def softmax_differs(length: int) -> str:
     room = torch.zeros(_ROWS_OF_CHECK, -(-length // 8) * 8)
     room[:, :length] = x
     kernels.loaded().softmax(
-        ctypes.byref(_softmax([])),
+        ctypes.byref(_softmax([], length)),
         kernels.Pointer(room.data_ptr()),
         *map(ctypes.c_int64, (_ROWS_OF_CHECK, length, room.shape[1])),
     )

@@ -93,8 +93,8 @@ class CTerm(ctypes.Structure):
 
     _fields_ = [
         ('x', Pointer),
-        *((n, ctypes.c_int64) for n in ('period', 'outer', 'inner', 'row', 'column')),
-        ('multiplies', ctypes.c_int64),
+        *((n, ctypes.c_int64) for n in ('period', 'outer', 'inner', 'row', 'column_outer')),
+        *((n, ctypes.c_int64) for n in ('column', 'width', 'multiplies')),
     ]
 
 

@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Attention with a learned bias per pair of positions: LeViT, TinyViT, EfficientFormer, HiViT."""
 
+from functools import partial
 from typing import Any
 
 from mmpretrain.models.backbones import efficientformer, hivit, levit
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .....convert import register_attention, register_ffn
 from .....ops import quantized_attention
-from .....ops.attention.products import added
+from .....ops.attention.products import added, multiplied_and_added
 from .....ops.feed_forward import MlpFeedForward
 
 
@@ -28,11 +29,7 @@ class BiasAttention:
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Operands ``(B, heads, N, D)`` -> ``(B, N, heads * D)``."""
         bias = self.attention_biases[:, self.attention_bias_idxs] if self.training else self.ab
-        scale = self.scale
-
-        def adjust(logits: Tensor, bias: Tensor) -> Tensor:
-            return logits * scale + bias
-
+        adjust = partial(multiplied_and_added, factor=self.scale)
         x = quantized_attention(self.qk_matmul, self.pv_matmul, q, k, v, adjust, (bias,))
         return x.transpose(1, 2).reshape(len(q), -1, self.dh)
 

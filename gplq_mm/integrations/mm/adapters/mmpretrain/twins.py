@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Twins: attention to all subsampled positions, attention inside windows."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from .....convert import register_attention
 from .....ops import quantized_attention
 from .....ops.attention.dot_product import DotProductAttention
-from .....ops.attention.window import masked
+from .....ops.attention.window import multiplied_and_masked
 
 
 class QuantGlobalSubsampledAttention(DotProductAttention, GlobalSubsampledAttention):
@@ -60,13 +61,10 @@ class QuantLocallyGroupedSelfAttention(LocallyGroupedSelfAttention):
 
     def _attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
         """``(B, rows, columns, S, S, 3 * C)`` -> ``(B * windows, S * S, heads, D)``."""
-        scale, N = self.scale, self.window_size**2
+        N = self.window_size**2
         qkv = qkv.reshape(-1, N, 3, self.num_heads, self.embed_dims // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B * windows, heads, S * S, D)
-
-        def adjust(logits: Tensor, mask: Tensor) -> Tensor:
-            return masked(logits * scale, mask)
-
+        adjust = partial(multiplied_and_masked, factor=self.scale)
         x = quantized_attention(
             self.qk_matmul, self.pv_matmul, q, k, v, adjust, (mask,), self.attn_drop
         )

@@ -70,10 +70,11 @@ typedef struct {
     Side lhs, rhs;
 } Operands;
 
-// Changes logits: x[(batch % period) * outer + head * inner + row * row + column * column].
+// Changes logits: x[(batch % period) * outer + head * inner + row * row + column / width *
+// column_outer + column % width * column].
 typedef struct {
     const float *x;
-    int64_t period, outer, inner, row, column;
+    int64_t period, outer, inner, row, column_outer, column, width;
     int64_t multiplies;  // else it is added
 } Term;
 
@@ -812,24 +813,28 @@ void gplq_integer_softmax(const Softmax *s, float *x, int64_t rows, int64_t n, i
 // Logits of one row, changed by the terms in their order.
 static void adjust_row(const Softmax *s, int64_t outer, int64_t inner, int64_t row, float *x,
                        int64_t n) {
-    for (int64_t k = 0; k < s->count; k++) {
-        const Term *t = s->terms + k;
-        const float *restrict y =
-            t->x + outer % t->period * t->outer + inner * t->inner + row * t->row;
-        if (t->multiplies)
-            for (int64_t i = 0; i < n; i++) x[i] *= y[i * t->column];
-        else if (t->column == 1)
-            for (int64_t i = 0; i < n; i++) x[i] += y[i];
-        else
-            for (int64_t i = 0; i < n; i++) x[i] += y[i * t->column];
+    for (const Term *t = s->terms; t < s->terms + s->count; t++) {
+        const float *y = t->x + outer % t->period * t->outer + inner * t->inner + row * t->row;
+        for (float *part = x; part < x + n; part += t->width, y += t->column_outer) {
+            const float first = *y;
+            if (t->multiplies)
+                for (int64_t i = 0; i < t->width; i++) part[i] *= y[i * t->column];
+            else if (t->column == 1)
+                for (int64_t i = 0; i < t->width; i++) part[i] += y[i];
+            else if (t->column == 0)
+                for (int64_t i = 0; i < t->width; i++) part[i] += first;
+            else
+                for (int64_t i = 0; i < t->width; i++) part[i] += y[i * t->column];
+        }
     }
 }
 
 // softmax(terms(q factor k)) v: `qk` of q and k gives logits, `pv` takes its left operand from here.
+// The scale of q's codes is multiplied by `scale_factor`.
 // output->out: (outer, rows, inner, columns), dense. Returns 1 for NaN.
 int gplq_integer_attention(const Operands *qk, const Product *logits, const Operands *pv,
                            const Product *output, const Softmax *s, float factor,
-                           int64_t threads) {
+                           float scale_factor, int64_t threads) {
     const int64_t rows = logits->rows, n = logits->columns, step = (n + 7) / 8 * 8;
     const int64_t block = least(ROWS_OF_LOGITS, rows), inner = qk->inner;
     const Tree of_q = tree_of(qk->lhs.levels, qk->lhs.thresholds, qk->lhs.num_levels);
@@ -859,6 +864,7 @@ int gplq_integer_attention(const Operands *qk, const Product *logits, const Oper
                     const float *values = q + (m + r) * qk->lhs.row;
                     for (int64_t i = 0; i < qk->depth; i++) scaled[i] = values[i] * factor;
                     bad |= take_left(qk, logits, &first, &of_q, batch, m + r, scaled, r, -1);
+                    first.row_scale[r] *= scale_factor;
                 }
                 multiply(&to_logits, first.left, 0, count, 0, panels_of(logits));
                 for (int64_t r = 0; r < count; r++) {
