@@ -1,4 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import platform
+import shutil
+import subprocess
+
 import pytest
 import torch
 
@@ -51,6 +55,19 @@ def test_portable_code_gives_the_same(fresh) -> None:
     for form in (Layout(0, 18, 136), Layout(1, 35, 1)):
         matrix = loaded.arrange(weight.float(), torch.ones(70), form)
         assert torch.equal(matrix.sums, weight.sum(1).int())
+
+
+@pytest.mark.parametrize('processor', ['icelake-server', 'alderlake'])
+@pytest.mark.skipif(platform.machine() != 'x86_64', reason='code for other processors')
+def test_code_for_vnni_compiles(processor, tmp_path) -> None:
+    """It runs only where the processor has the instruction, after the check at load."""
+    compiler = shutil.which('gcc')
+    if compiler is None:
+        pytest.skip('no gcc')
+    flags = [f for f in c_library._FLAGS if not f.startswith('-march')]
+    command = [compiler, *flags, f'-march={processor}', '-S', '-o', '-', kernels._SOURCE]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=True)
+    assert 'vpdpbusd' in done.stdout and 'vpmaddubsw' not in done.stdout
 
 
 @pytest.mark.parametrize(

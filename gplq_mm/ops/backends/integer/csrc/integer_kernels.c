@@ -262,9 +262,28 @@ static int quantize_row(const Grid *g, const float *x, int64_t n, int64_t wide, 
         }                                                                                        \
     }
 
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+#define VNNI "vpdpbusd"
+#elif defined(__AVXVNNI__)
+#define VNNI "%{vex%} vpdpbusd"
+#endif
+
 static inline __attribute__((always_inline)) void tile_narrow(
     const int R, const uint8_t *a, int64_t lda, const int8_t *b, int64_t groups, int64_t flush,
     __m256i *acc) {
+#ifdef VNNI  // four products are added to 32 bits at once, without saturation
+#define DOT(sum, left, right)                                                                    \
+    __asm__ volatile(VNNI " %2, %1, %0" : "+x"(sum) : "x"(left), "x"(right));
+    const int64_t from = 0, to = groups;
+    __m256i s[TILE][2];
+    (void)flush;
+    _Pragma("GCC unroll 6") for (int r = 0; r < R; r++) s[r][0] = s[r][1] = _mm256_setzero_si256();
+    TILE_BODY(R, DOT(s[r][0], v, b0) DOT(s[r][1], v, b1))
+    _Pragma("GCC unroll 6") for (int r = 0; r < R; r++) {
+        acc[2 * r] = s[r][0];
+        acc[2 * r + 1] = s[r][1];
+    }
+#else
     const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t from = 0; from < groups; from += flush) {
         const int64_t to = least(from + flush, groups);
@@ -281,6 +300,7 @@ static inline __attribute__((always_inline)) void tile_narrow(
                 acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(s[i / 2][i % 2], ones));
         }
     }
+#endif
 }
 
 static inline __attribute__((always_inline)) void tile_wide(
