@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import floating, quantizers
+from ..convert import floating, quantizers, state_keys
 from ..ptq.corrections.side_branch import CompensatedBlock
 from ..quantizers import FakeQuantizer
 from ..stream.distributed import gather
@@ -157,14 +157,15 @@ def as_float_model(model: nn.Module, float_state: Mapping[str, Tensor]) -> Itera
 
 def quantization_keys(model: nn.Module) -> set[str]:
     """State-dict keys that the conversion added to those of the float model."""
-    keys: set[str] = set()
+    names: set[str] = set()
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantizer):
-            keys |= {f'{name}.{k}' for k in module.state_dict()}
+            names |= {f'{name}.{k}' for k in module.state_dict()}
         elif isinstance(module, CompensatedBlock):
             child = module.compensation.state_dict()
-            keys |= {f'{name}.compensation.{k}' for k in child}
-    return keys
+            names |= {f'{name}.compensation.{k}' for k in child}
+    keys = state_keys(model)
+    return {keys[name] for name in names}
 
 
 def float_state_of(model: nn.Module) -> dict[str, Tensor]:

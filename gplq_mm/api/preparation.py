@@ -53,5 +53,5 @@ def prepare_(
     prepare_stage2(model, recipe)
     choose_trained_(model, recipe.optim.train)
     set_drop_rates_(model, recipe.optim.drop_rates)
-    before_load_state_dict(model, unpack_keys)
+    before_load_state_dict(model, unpack_keys, first=True)
     return coverage, freeze_stages_(model)

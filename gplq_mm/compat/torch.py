@@ -62,7 +62,9 @@ class LoadsState(nn.Module):
         self.after_load(state_dict, prefix)
 
 
-def before_load_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
+def before_load_state_dict(
+    module: nn.Module, hook: Callable[..., None], first: bool = False
+) -> None:
     """Call ``hook(module, state_dict, prefix, ...)`` before the module's state is loaded.
 
     The method is public from torch 2.5 on. MMEngine's ``load_checkpoint`` calls the hook too.
@@ -70,11 +72,15 @@ def before_load_state_dict(module: nn.Module, hook: Callable[..., None]) -> None
     Args:
         module: Any module.
         hook: A function; it may change the state dict, which is a copy.
+        first: Call it before the hooks that the module has, which may rename keys.
     """
     if hasattr(module, 'register_load_state_dict_pre_hook'):
-        module.register_load_state_dict_pre_hook(hook)
+        handle = module.register_load_state_dict_pre_hook(hook)
     else:
-        module._register_load_state_dict_pre_hook(hook, with_module=True)
+        handle = module._register_load_state_dict_pre_hook(hook, with_module=True)
+    if first:
+        hooks = module._load_state_dict_pre_hooks
+        hooks.update({key: hooks.pop(key) for key in list(hooks) if key != handle.id})
 
 
 def version_of(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ from .roles import (
     set_ffn_roles,
     set_predictor_roles,
 )
+from .state_keys import state_keys
 from .walk import (
     CoverageReport,
     convert_,
@@ -54,5 +55,6 @@ __all__ = [
     'set_predictor_roles',
     'set_quantization',
     'settle_auto',
+    'state_keys',
     'typical_width',
 ]

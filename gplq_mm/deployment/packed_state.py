@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import quantizers
+from ..convert import quantizers, state_keys
 from ..ops import QuantizedLayer
 from .packed_weights import WeightForm, finished_layers, pack_weight
 from .tensor_bytes import DTYPES, NAMES, decode_tensors, encode_tensors
@@ -119,14 +119,17 @@ def pack_state(model: nn.Module, fp16: bool = False) -> PackedState:
         for name, (form, codes) in done.items():
             packed.tensors[f'{name}.weight'] = codes
             index.weights[name] = form.as_dict()
-    of_quantizers = tuple(f'{name}.' for name in quantizers(model))
+    keys = state_keys(model)
+    of_quantizers = {
+        keys[f'{name}.{leaf}'] for name, q in quantizers(model).items() for leaf in q.state_dict()
+    }
     for key, value in state.items():
         tensor = value.detach().cpu()
         values = _inline_values(tensor)
         if values is not None:
             index.put_inline(key, tensor, values)
             continue
-        if key.startswith(of_quantizers):
+        if key in of_quantizers:
             small = _as_integers(tensor) if key.endswith('.zero_point') else tensor
         else:
             small = _as_half(tensor) if fp16 else tensor
@@ -220,11 +223,14 @@ def _layers_by_tensor(
 ) -> dict[str, dict[str, QuantizedLayer]]:
     """Finished layers by the tensor of the state dict that holds their weight, in its order.
 
+    A layer's name is here that of its keys in the state dict, see ``state_keys``.
     A layer may own its weight or be a part of one: the projections of ``nn.MultiheadAttention``
     are slices of ``in_proj_weight``. Of layers with the same weight the first is taken.
     """
     found: dict[str, dict[int, tuple[str, QuantizedLayer]]] = {}
-    for name, layer in finished_layers(model).items():
+    stored, scale = state_keys(model), '.weight_quantizer.scale'
+    for module, layer in finished_layers(model).items():
+        name = stored[module + scale].removesuffix(scale)
         own, place = f'{name}.weight', layer.weight.data_ptr()
         keys = [own] if own in state else state
         key = next((k for k in keys if _holds(state[k], layer.weight)), None)

@@ -42,8 +42,9 @@ def build_float(cfg: Config, seed: int = 0) -> torch.nn.Module:
         torch.manual_seed(seed)
         model = MODELS.build(cfg.model)
         model.init_weights()
-        for head in model.head.parameters():  # zeros would leave nothing to learn
-            torch.nn.init.normal_(head, std=0.3)
+        head = model.head if hasattr(model, 'head') else model.model.head  # of TimmClassifier
+        for parameter in head.parameters():  # zeros would leave nothing to learn
+            torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 

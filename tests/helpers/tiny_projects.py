@@ -16,7 +16,7 @@ import numpy as np
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = Path(__file__).parent / 'configs'
 DETECTORS = ('mask_rcnn_swin', 'mask_rcnn_vit')
-CLASSIFIERS = ('vit_classifier', 'swin_classifier')
+CLASSIFIERS = ('vit_classifier', 'swin_classifier', 'timm_classifier')
 CLASSES = ('disc', 'box')
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -118,6 +119,15 @@ def test_output_padding_gives_the_requested_size() -> None:
     assert list(compat.output_padding(layer, x, None)) == [0, 0]
     assert compat.output_padding(layer, x, [8, 7]) == [1, 0]
     assert layer(x, [8, 7]).shape[-2:] == (8, 7)
+
+
+def test_a_load_hook_may_run_before_those_that_are_there() -> None:
+    model, called = nn.Linear(2, 2), list[str]()
+    for name, first in (('first', False), ('second', False), ('before', True)):
+        hook = partial(lambda key, *_: called.append(key), name)
+        compat.before_load_state_dict(model, hook, first=first)
+    model.load_state_dict(model.state_dict())
+    assert called == ['before', 'first', 'second']
 
 
 def test_convolution_base_class() -> None:

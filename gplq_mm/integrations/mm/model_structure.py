@@ -76,6 +76,32 @@ class ClassifierHead(ScoreHead):
         return hasattr(head, 'thr')
 
 
+class WrappedHead(ScoreHead):
+    """Head of the model that mmpretrain's ``TimmClassifier`` holds as ``model``.
+
+    Args:
+        model: Has timm's ``forward_head(features, pre_logits)``.
+    """
+
+    name = 'model'
+    lacking = ''
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def logits(self, features: Any) -> Any:
+        """As in the base class."""
+        return self.model.forward_head(features)
+
+    def penultimate(self, features: Any) -> list[Tensor]:
+        """As in the base class."""
+        return [self.model.forward_head(features, pre_logits=True)]
+
+    def is_multi_label(self, task: str) -> bool:
+        """False: ``TimmClassifier`` predicts by a softmax."""
+        return False
+
+
 def _tasks_of(head: Any) -> list[Any]:
     """The heads of all tasks in order; a task may have sub-tasks."""
     tasks = getattr(head, 'task_heads', None)
@@ -85,17 +111,21 @@ def _tasks_of(head: Any) -> list[Any]:
 @register_score_head
 def find_score_head(model: Any) -> ScoreHead | None:
     """The head of a classifier."""
-    head = getattr(model, ClassifierHead.name, None)
-    return None if head is None else ClassifierHead(head)
+    head, inner = (getattr(model, kind.name, None) for kind in (ClassifierHead, WrappedHead))
+    if head is not None:
+        return ClassifierHead(head)
+    return WrappedHead(inner) if hasattr(inner, 'forward_head') else None
 
 
 @register_feature_source
 def choose_features(model: Any, units: Sequence[Unit]) -> tuple[FeatureSource, list[Unit]] | None:
     """RoI features where RoI heads are quantized; else what the first head gets and gives.
 
-    A head is a child of the model whose name ends with ``head``; None where none is quantized.
+    A head is a child of the model (of the model in a ``TimmClassifier``) whose name ends with
+    ``head``; None where none is quantized.
     """
-    owners = [unit.name.split('.')[0] for unit in units]
+    outer = f'{WrappedHead.name}.' if isinstance(find_score_head(model), WrappedHead) else ''
+    owners = [unit.name.removeprefix(outer).split('.')[0] for unit in units]
     if 'roi_head' in owners and hasattr(model, 'rpn_head'):
         return RoIFeatures(model), list(units)
     for index, owner in enumerate(owners):

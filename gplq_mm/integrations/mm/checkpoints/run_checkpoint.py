@@ -15,7 +15,7 @@ from torch import nn
 
 from ....analysis.added_bits import adopt_rules_
 from ....analysis.start_error import quantization_keys
-from ....convert import quantizers
+from ....convert import quantizers, state_keys
 from ....recipe import Recipe, former_base, former_counterpart, recipe_difference
 from ....recipe.recorded import recorded_recipe
 from .checkpoint_io import write_checkpoint
@@ -93,14 +93,15 @@ def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     except RuntimeError as error:
         shapes = _other_shapes(model, state)
         _refuse(model, 'other shapes', shapes or [' '.join(str(error).split())])
-    added = quantization_keys(model)
-    missing = [k for k in result.missing_keys if k not in added]
+    added, keys = quantization_keys(model), state_keys(model)
+    missing = [k for k in result.missing_keys if keys.get(k, k) not in added]
     if missing:
         _refuse(model, 'missing keys', missing)
     unexpected = [k for k in result.unexpected_keys if not k.endswith('num_batches_tracked')]
     if unexpected:
         _refuse(model, 'keys that the model does not have', unexpected)
-    broken = [n for n, p in model.named_parameters() if n not in added and not p.isfinite().all()]
+    floats = {n: p for n, p in model.named_parameters() if keys[n] not in added}
+    broken = [n for n, p in floats.items() if not p.isfinite().all()]
     if broken:
         _refuse(model, 'NaN or infinity in', broken)
     if 'state_dict' in checkpoint:
@@ -131,10 +132,11 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     _require_same_recipe(checkpoint, _recipe(model).as_dict())
     state = state_dict_of(checkpoint)
     _require_same_keys(model, state)
+    keys = state_keys(model)
     uncalibrated = [
         name
         for name in quantizers(model, 'activation')
-        if not bool(state.get(f'{name}.calibrated', False))
+        if not bool(state.get(keys[f'{name}.calibrated'], False))
     ]
     if uncalibrated:
         raise ValueError(

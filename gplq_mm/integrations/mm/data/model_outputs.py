@@ -11,6 +11,7 @@ from ....analysis.output_metrics import Metric, Outputs, build_metric
 from ....analysis.start_error import StartOutputs
 from ....distillation.mimic_features import Recording, has_penultimate
 from ....distillation.mimic_settings import PENULTIMATE
+from ....distillation.score_head import score_head
 from ..roi_features import PROPOSALS
 from .calibration_data import ends_before_heads
 
@@ -106,7 +107,7 @@ def start_outputs(model: Any, batch: Any) -> StartOutputs:
 
 
 def _single_label_logits(recording: Recording) -> list[Tensor]:
-    if getattr(recording.model, 'head', None) is None:
+    if score_head(recording.model) is None:
         return []
     found = recording.logits()
     return [x for task, x in found.items() if not recording.is_multi_label(task) and x.dim() == 2]
@@ -144,7 +145,7 @@ def _gives_sigmoid(model: Any) -> bool:
     if hasattr(model, 'roi_head'):
         return False
     head = getattr(model, 'bbox_head', None)
-    if head is None and (hasattr(model, 'head') or hasattr(model, 'decode_head')):
+    if head is None and (score_head(model) is not None or hasattr(model, 'decode_head')):
         return False
     if getattr(head, 'use_sigmoid_cls', False):
         return True

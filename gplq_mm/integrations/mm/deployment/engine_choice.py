@@ -114,9 +114,12 @@ def use_file_(model: Any, file: str) -> None:
         model.backbone = MODELS.build(dict(type='gplq_mm.DeployedBackbone', file=file, pad=True))
         model.neck = None
         return
+    if not hasattr(model, 'head'):  # TimmClassifier, whose scores are the output of its `model`
+        model.model = nn.Sequential(DeployedLogits(file), _Only())
+        return
     model.backbone = DeployedLogits(file)
     model.neck = None
-    model.head.forward = _only
+    model.head.forward = _Only().forward
 
 
 class DeployedLogits(nn.Module):
@@ -137,6 +140,9 @@ class DeployedLogits(nn.Module):
         return tuple(self.run(images))
 
 
-def _only(features: Any) -> Tensor:
+class _Only(nn.Module):
     """The logits, in place of a head."""
-    return features[0] if isinstance(features, tuple | list) else features
+
+    def forward(self, features: Any) -> Tensor:
+        """``(logits,)`` or logits -> logits."""
+        return features[0] if isinstance(features, tuple | list) else features

@@ -16,8 +16,9 @@ def image_size(model: Any, given: Sequence[int] | None = None) -> tuple[int, int
 
     Args:
         model: Model of ``gplq_mm.GPLQ``.
-        given: One or two numbers; None for the backbone's ``img_size``, 224 for a classifier
-            without one, 256 for a detector, whose size is free.
+        given: One or two numbers; None for the ``img_size`` of the backbone (of the model in a
+            ``TimmClassifier``), 224 for a classifier without one, 256 for a detector, whose size
+            is free.
 
     Raises:
         ValueError: If ``given`` is no size.
@@ -30,7 +31,8 @@ def image_size(model: Any, given: Sequence[int] | None = None) -> tuple[int, int
     if model.gplq.is_detector:
         return DETECTOR_SIZE, DETECTOR_SIZE
     backbone: Mapping[str, Any] = model.gplq.float_cfg.get('backbone') or {}
-    found = backbone.get('img_size', getattr(model.backbone, 'img_size', CLASSIFIER_SIZE))
+    owner = model.backbone if hasattr(model, 'backbone') else model.model.patch_embed
+    found = backbone.get('img_size', getattr(owner, 'img_size', CLASSIFIER_SIZE))
     return (found, found) if isinstance(found, int) else (found[0], found[1])
 
 

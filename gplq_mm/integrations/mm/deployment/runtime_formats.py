@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ....convert.model_facts import facts_of
 from ..launch.preflight import ConfigError
 from .deployed_backbone import load_model
+from .example_pass import image_size
 from .exportable import exportable, integer_batch
 
-DEFAULT_SIZE = 224
 DYNAMIC_EXAMPLE = (256, 320)
 """Size of the images with which a dynamic size is captured."""
 LARGEST_ERROR = 0.5
@@ -60,7 +60,7 @@ def write(model: Any, sizes: Sequence[int] | None, out: Path, export: Export) ->
     """
     part = exportable(model)
     dynamic: Mapping[int, str] | None = None
-    size = tuple(sizes) if sizes else (own_size(model),) * 2
+    size = tuple(sizes) if sizes else image_size(model)
     if sizes is None and facts_of(model).is_detector:
         size, dynamic = DYNAMIC_EXAMPLE, {0: 'batch', 2: 'height', 3: 'width'}
     images = torch.randn(3, 3, *size, generator=torch.Generator().manual_seed(0))
@@ -82,12 +82,6 @@ def write(model: Any, sizes: Sequence[int] | None, out: Path, export: Export) ->
         ) from error
     report(exported)
     verify(out, images, expected)  # another number of images than the example's
-
-
-def own_size(model: Any) -> int:
-    """Size of the images of a classifier: its backbone's ``img_size``, else 224."""
-    size = getattr(getattr(model, 'backbone', None), 'img_size', DEFAULT_SIZE)
-    return size if isinstance(size, int) else size[0]
 
 
 def report(exported: Sequence[Any]) -> None:

@@ -1,8 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Classification heads: roles of their last layers, and two heads that mmpretrain cannot train."""
+"""Roles of the last layers of classifiers, and losses that stage 1 cannot use as written."""
 
 from typing import Any
 
+from mmpretrain.models.classifiers import TimmClassifier
 from mmpretrain.models.heads import (
     ClsHead,
     EfficientFormerClsHead,
@@ -48,6 +49,22 @@ _TRAINABLE = {
     LeViTClsHead: MeanLeViTClsHead,
     EfficientFormerClsHead: MeanEfficientFormerClsHead,
 }
+
+
+class FeatureTimmClassifier(TimmClassifier):
+    """``TimmClassifier`` whose loss computes its features by ``extract_feat``, for mimicking."""
+
+    def loss(self, inputs: Any, data_samples: Any, **kwargs: Any) -> Any:
+        """The loss of ``TimmClassifier``, in the two steps of timm's own forward pass."""
+        scores = self.model.forward_head(self.extract_feat(inputs))
+        return self._get_loss(scores, data_samples, **kwargs)
+
+
+@register_roles(TimmClassifier)
+def give_feature_loss(module: Any, name: str, context: Context) -> None:
+    """Let the loss call ``extract_feat``; subclasses with a loss of their own keep it."""
+    if type(module) is TimmClassifier and hasattr(module.model, 'forward_head'):
+        module.__class__ = FeatureTimmClassifier
 
 
 @register_roles(ClsHead, MultiLabelClsHead)
