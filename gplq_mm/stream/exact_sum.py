@@ -5,10 +5,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import world
+from .distributed import all_reduce_sum, world
 
 _QUANTA = (2.0**20, 2.0**-20, 2.0**-60)
 """Each term is split into integer multiples of these; multiples add without rounding."""
+_FIXED = 2.0**40
+"""``FixedPointSum`` counts multiples of its inverse."""
 
 
 class ExactSum:
@@ -52,3 +54,41 @@ class ExactSum:
     def value(self) -> Tensor:
         """The sum, float64."""
         return self.parts[0] + (self.parts[1] + self.parts[2])
+
+
+class FixedPointSum:
+    """Running sum of small numbers such as gradients, in a third of the memory of ``ExactSum``.
+
+    Each term is rounded to a multiple of 2^-40; sums below 2^13 are bit-equal for every order and
+    every split over ranks.
+
+    Args:
+        shape: Shape of a term.
+        device: Device of the sum.
+
+    Examples:
+        >>> total = FixedPointSum((1,), torch.device('cpu'))
+        >>> for term in (0.1, 3.0, -0.1):
+        ...     total.add(torch.tensor([term]))
+        >>> total.value()
+        tensor([3.], dtype=torch.float64)
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device) -> None:
+        self.multiples = torch.zeros(shape, dtype=torch.float64, device=device)
+
+    def add(self, term: Tensor) -> None:
+        """Add one term of the sum's shape."""
+        self.multiples += (term.double() * _FIXED).round_()
+
+    def reduce(self) -> None:
+        """Sum over all ranks; does nothing without a process group."""
+        all_reduce_sum(self.multiples)
+
+    def value(self) -> Tensor:
+        """The sum, float64."""
+        return self.multiples / _FIXED
+
+    def clear(self) -> None:
+        """Begin a new sum."""
+        self.multiples.zero_()

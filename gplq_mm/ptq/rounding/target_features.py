@@ -14,12 +14,10 @@ from torch import Tensor
 
 from ...stream import Call, CallStore, intercepted
 from ...stream.distributed import all_reduce_sum, global_number
+from ...stream.exact_sum import FixedPointSum
 from ...stream.passes import RunPass
 from ..task import PTQTask
 from .feature_source import FeatureSource
-
-_FIXED = 2.0**40
-"""Gradients are rounded to multiples of its inverse; their sum in float64 is exact in any order."""
 
 
 class TargetFeatures:
@@ -130,7 +128,7 @@ class TrainedFeatures(TargetFeatures):
         Returns:
             Mean error of the held-out batches; 0 without any.
         """
-        sums = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+        sums = [FixedPointSum(tuple(p.shape), p.device) for p in parameters]
         steps, held_out = -(-self.trained // batches), list[float]()
         seen, stepped = 0, 0
 
@@ -142,9 +140,9 @@ class TrainedFeatures(TargetFeatures):
                 if not more():
                     continue
                 for parameter, total in zip(parameters, sums, strict=True):
-                    all_reduce_sum(total)
-                    parameter.grad = (total / (_FIXED * count)).to(parameter.dtype)
-                    total.zero_()
+                    total.reduce()
+                    parameter.grad = (total.value() / count).to(parameter.dtype)
+                    total.clear()
                 step()
 
         def handle(run: partial[Any]) -> None:
@@ -163,7 +161,7 @@ class TrainedFeatures(TargetFeatures):
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             for total, grad in zip(sums, grads, strict=True):
                 if grad is not None:
-                    total += (grad.double() * _FIXED).round_()
+                    total.add(grad)
 
         self.each(handle)
         flush(steps)
@@ -172,6 +170,8 @@ class TrainedFeatures(TargetFeatures):
 
 def _exact_mean(losses: Sequence[float], count: int) -> float:
     """Mean of the ``count`` losses of all ranks, of which these are the own ones."""
-    total = torch.tensor(losses, dtype=torch.float64).mul(_FIXED).round().sum()
-    all_reduce_sum(total)
-    return float(total) / _FIXED / max(count, 1)
+    total = FixedPointSum((), torch.device('cpu'))
+    for loss in losses:
+        total.add(torch.tensor(loss, dtype=torch.float64))
+    total.reduce()
+    return float(total.value()) / max(count, 1)
