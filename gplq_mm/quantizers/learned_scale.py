@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .first_order import first_order_only
-from .functional import positive_scale, quantize, sum_to_shape
+from .functional import positive_scale, sum_to_shape
 from .log_codes import quantize_to_levels, upper_bound
 
 
@@ -83,7 +83,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.bounds = (qmin, qmax, slack)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, scale, zero_point)
-        codes = quantize(x, scale, zero_point, qmin, qmax).sub_(zero_point)
+        codes = (x / scale).round_().add_(zero_point).clamp_(qmin, qmax).sub_(zero_point)
         return _traceable(codes.mul_(scale))
 
     @staticmethod
