@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from ..deployment.finished_check import check_finished
 from ..ops import set_engine
 from ..ops.engine import EngineUser
-from ..ops.linear import QuantizedLayer
 
 
 def deploy(model: nn.Module, inference: str = 'integer') -> nn.Module:
@@ -30,19 +30,8 @@ def deploy(model: nn.Module, inference: str = 'integer') -> nn.Module:
     Raises:
         ValueError: If the model is float, or its weights are not quantized yet.
     """
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, QuantizedLayer)}
+    check_finished(model)
     users = [m for m in model.modules() if isinstance(m, EngineUser)]
-    if not users:
-        raise ValueError(
-            f'{type(model).__name__} is a float model; deploy takes one after stage 2, such as '
-            'that of gplq_mm.quantize_weights, or one built from a config with gplq_final.pth'
-        )
-    missing = [name for name, m in layers.items() if not _is_finished(m)]
-    if missing:
-        raise ValueError(
-            f'the weights of {len(missing)} layers are not quantized yet, first {missing[0]}; '
-            'run stage 2 before: gplq_mm.quantize_weights(model, loader), or tools/ptq.py'
-        )
     engine = replace(users[0].engine, inference=inference)  # type: ignore[arg-type]
     chosen = set_engine(model, engine)
     state: Any = getattr(model, 'gplq', None)
@@ -50,8 +39,3 @@ def deploy(model: nn.Module, inference: str = 'integer') -> nn.Module:
         state.engine = chosen
     model.eval()
     return model
-
-
-def _is_finished(layer: QuantizedLayer) -> bool:
-    quantizer = layer.weight_quantizer
-    return quantizer.is_active or not quantizer.enabled

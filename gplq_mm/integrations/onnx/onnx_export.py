@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...api.checkpoint_file import unfinished_file
-from ...convert import quantizers
+from ...deployment.finished_check import check_finished
 from ...ops import Operation, not_quantized, operations
 from ...ops.backends.exact import accumulator_bound
 from . import integer_style, qdq_style
@@ -157,25 +157,6 @@ def _without_chatter() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-def check_finished(model: nn.Module) -> None:
-    """Refuse a model that is not converted, not calibrated, or whose weights are float.
-
-    Raises:
-        ValueError: Names the first quantizer without a scale.
-    """
-    known = quantizers(model)
-    if not known:
-        raise ValueError(
-            'the model has no quantizers; give one that gplq_mm.quantize or a recipe converted'
-        )
-    missing = [name for name, q in known.items() if q.enabled and not q.is_calibrated]
-    if missing:
-        raise ValueError(
-            f'{len(missing)} quantizers have no scale, first {missing[0]}: deployment needs a '
-            'model after stage 2; give gplq_final.pth, or call gplq_mm.quantize_weights first'
-        )
 
 
 def _described(

@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from torch import nn
 
-from ....convert import quantizers
+from ....deployment.finished_check import check_finished
 from ....ptq.corrections.side_branch import compensated_blocks
 from ....registry import MODELS
 from ..checkpoints.checkpoint_io import read_checkpoint
@@ -80,12 +80,7 @@ def build_finished(cfg: Config, checkpoint: dict[str, Any]) -> nn.Module:
     take_former_form_(model, checkpoint)
     check_quantized(model, checkpoint)
     model.load_state_dict(checkpoint['state_dict'])
-    floats = [n for n, q in quantizers(model, 'weight').items() if not q.is_calibrated]
-    if floats:
-        raise ValueError(
-            f'{len(floats)} weights of the checkpoint are float, first {floats[0]}; give the '
-            f'{FINAL_NAME} of a complete run'
-        )
+    check_finished(model)
     return model.eval()
 
 

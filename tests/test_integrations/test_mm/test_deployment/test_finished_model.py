@@ -72,5 +72,5 @@ def test_a_checkpoint_with_a_float_weight_is_refused(tmp_path: Path) -> None:
     checkpoint = read_finished(cfg, 'c.py', str(path))
     key = next(k for k in checkpoint['state_dict'] if k.endswith('weight_quantizer.calibrated'))
     checkpoint['state_dict'][key] = torch.tensor(False)
-    with pytest.raises(ValueError, match=f'1 weights of the checkpoint are float, first {key[:8]}'):
+    with pytest.raises(ValueError, match=f'1 quantizers have no scale, first {key[:8]}'):
         build_finished(cfg, checkpoint)
