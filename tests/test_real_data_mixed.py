@@ -57,15 +57,15 @@ def test_mixed_bits_beat_uniform_bits_of_the_same_mean(gplq_data: Path) -> None:
         )
         for key, operand in free.items():
             found[key] = meter.measure(operand, weight_precisions(model, operand, BITS, ptq))
-    damages = {key: {b: m.damage for b, m in own.items()} for key, own in found.items()}
+    increases = {key: {b: m.increase for b, m in own.items()} for key, own in found.items()}
     errors = {key: {b: m.sketch for b, m in own.items()} for key, own in found.items()}
     sizes = {key: operand.weights for key, operand in free.items()}
-    plan = search_bits(size_groups(damages, sizes, errors), 3 * sum(sizes.values()))
+    plan = search_bits(size_groups(increases, sizes, errors), 3 * sum(sizes.values()))
     bits = {key: b for choice in plan for key, b in choice.bits.items()}
     assert sum(sizes[k] * b for k, b in bits.items()) <= 3 * sum(sizes.values())
     mixed = quantized_weights(gplq_data, bit_rules(operands, bits), images)
     uniform = quantized_weights(gplq_data, [], images)
-    kl = [KL().damage(KL().terms([reference], [o])) for o in (mixed, uniform)]
+    kl = [KL().increase(KL().terms([reference], [o])) for o in (mixed, uniform)]
     agree = [float((o.argmax(1) == reference.argmax(1)).float().mean()) for o in (mixed, uniform)]
     assert kl[0] < 0.95 * kl[1]
     assert agree[0] > agree[1]

@@ -4,7 +4,7 @@
 A multiple-choice knapsack problem: one choice of bits per operand (or per group of operands
 whose costs multiply) with the least total error increase at a total cost within the budget.
 Dynamic programming over the cost solves it, exactly if the costs have few distinct values.
-In the code an error increase is called ``damage``, as in ``sensitivity.json``.
+In ``sensitivity.json`` an error increase has the key ``damage``.
 Source: the problem of HAWQ-V2 (arXiv 1911.03852), with its Pareto front.
 """
 
@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-Damages = Mapping[str, Mapping[int, float]]
+Increases = Mapping[str, Mapping[int, float]]
 Errors = Mapping[str, Mapping[int, Tensor]]
 CELLS = 1 << 16
 """Cost steps of the dynamic program; finer costs are rounded up, so that the budget holds, and
@@ -30,13 +30,13 @@ class Choice:
     Attributes:
         bits: Bits by operand key.
         cost: Cost in units of the budget, an integer.
-        damage: Measured error increase.
+        increase: Measured error increase.
         error: Sketch of the outputs' error, ``(SKETCH,)``; None without one.
     """
 
     bits: Mapping[str, int]
     cost: int
-    damage: float
+    increase: float
     error: Tensor | None = field(default=None, compare=False, repr=False)
 
 
@@ -65,56 +65,58 @@ class Product:
         return self.macs * lhs * rhs
 
 
-def monotone(damage: Mapping[int, float]) -> dict[int, float]:
+def monotone(increase: Mapping[int, float]) -> dict[int, float]:
     """Error increase, made non-negative and non-increasing in the bits.
 
     By chance more bits can have a slightly larger measured error than fewer; both then get
     the same value, and the assignment prefers fewer bits.
 
     Args:
-        damage: Measured error increase by bits.
+        increase: Measured error increase by bits.
 
     Examples:
         >>> monotone({2: 0.5, 3: 0.1, 4: 0.2, 8: -0.1})
         {2: 0.5, 3: 0.1, 4: 0.1, 8: 0.0}
     """
     found, least = {}, math.inf
-    for bits in sorted(damage):
-        least = min(least, max(damage[bits], 0.0))
+    for bits in sorted(increase):
+        least = min(least, max(increase[bits], 0.0))
         found[bits] = least
     return found
 
 
-def size_groups(damages: Damages, sizes: Mapping[str, int], errors: Errors) -> list[list[Choice]]:
+def size_groups(
+    increases: Increases, sizes: Mapping[str, int], errors: Errors
+) -> list[list[Choice]]:
     """Choices for a budget of bits: each operand costs ``size * bits``.
 
     Args:
-        damages: Error increase by bits, by operand key.
+        increases: Error increase by bits, by operand key.
         sizes: Weights or elements by operand key.
         errors: Sketches by bits, by operand key; may be empty.
     """
     return [
         [
             Choice({key: b}, sizes[key] * b, d, _sum_errors(errors, {key: b}))
-            for b, d in monotone(damage).items()
+            for b, d in monotone(increase).items()
         ]
-        for key, damage in damages.items()
+        for key, increase in increases.items()
     ]
 
 
 def product_groups(
-    damages: Damages, products: Sequence[Product], errors: Errors
+    increases: Increases, products: Sequence[Product], errors: Errors
 ) -> list[list[Choice]]:
     """Choices for a budget of bit operations.
 
     Operands of the same product are one group, with all combinations of bits.
 
     Args:
-        damages: Error increase by bits, by operand key.
+        increases: Error increase by bits, by operand key.
         products: All products of those operands.
         errors: Sketches by bits, by operand key; may be empty.
     """
-    smooth = {key: monotone(damage) for key, damage in damages.items()}
+    smooth = {key: monotone(increase) for key, increase in increases.items()}
     groups = []
     for keys in _connected(list(smooth), products):
         own = [p for p in products if set(p.free()) & set(keys)]
@@ -122,8 +124,8 @@ def product_groups(
         for values in product(*(smooth[key] for key in keys)):
             bits = dict(zip(keys, values, strict=True))
             cost = sum(p.bit_operations(bits) for p in own)
-            damage = sum(smooth[k][b] for k, b in bits.items())
-            choices.append(Choice(bits, cost, damage, _sum_errors(errors, bits)))
+            increase = sum(smooth[k][b] for k, b in bits.items())
+            choices.append(Choice(bits, cost, increase, _sum_errors(errors, bits)))
         groups.append(choices)
     return groups
 
@@ -161,7 +163,7 @@ def assign_bits(
     check_budget(groups, budget, describe)
     fronts = [pareto(group) for group in groups]
     plans = [_solve(fronts, budget), *uniform_plans(groups, budget)]
-    best = min(plans, key=_total_damage)
+    best = min(plans, key=_total_increase)
     return _spend_rest(fronts, best, budget)
 
 
@@ -173,7 +175,7 @@ def check_budget(
     """Refuse a budget below the cheapest or above the most expensive setting.
 
     Args:
-        groups: Possible choices of each group; their damage is not used.
+        groups: Possible choices of each group; their increase is not used.
         budget: Bound of the total cost.
         describe: As for ``assign_bits``.
 
@@ -197,15 +199,15 @@ def total_cost(choices: Sequence[Choice]) -> int:
     return sum(choice.cost for choice in choices)
 
 
-def _total_damage(choices: Sequence[Choice]) -> float:
-    return math.fsum(choice.damage for choice in choices)
+def _total_increase(choices: Sequence[Choice]) -> float:
+    return math.fsum(choice.increase for choice in choices)
 
 
 def pareto(group: Sequence[Choice]) -> list[Choice]:
     """Pareto-optimal choices, cost ascending and error increase falling."""
     front: list[Choice] = []
-    for choice in sorted(group, key=lambda c: (c.cost, c.damage)):
-        if not front or choice.damage < front[-1].damage:
+    for choice in sorted(group, key=lambda c: (c.cost, c.increase)):
+        if not front or choice.increase < front[-1].increase:
             front.append(choice)
     return front
 
@@ -234,12 +236,12 @@ def _add_group(
     table: Tensor, front: Sequence[Choice], steps: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Table with another group, and the index of its choice in each cell."""
-    best = table + front[0].damage
+    best = table + front[0].increase
     index = torch.zeros(len(table), dtype=torch.int16)
     for number in range(1, len(front)):
         if steps[number] >= len(table):
             break
-        with_it = table[: len(table) - steps[number]] + front[number].damage
+        with_it = table[: len(table) - steps[number]] + front[number].increase
         better = with_it < best[steps[number] :]
         best[steps[number] :] = torch.where(better, with_it, best[steps[number] :])
         index[steps[number] :][better] = number
@@ -265,10 +267,10 @@ def _spend_rest(
     while True:
         rest = budget - total_cost(plan)
         gains = [
-            ((now.damage - new.damage) / max(new.cost - now.cost, 1e-9), number, new)
+            ((now.increase - new.increase) / max(new.cost - now.cost, 1e-9), number, new)
             for number, now in enumerate(plan)
             for new in fronts[number]
-            if new.damage < now.damage and new.cost - now.cost <= rest
+            if new.increase < now.increase and new.cost - now.cost <= rest
         ]
         if not gains:
             return plan

@@ -19,7 +19,7 @@ _ROWS = 256
 _TOLERANCE = 1e-12
 
 
-def joint_damage(plan: Sequence[Choice]) -> float:
+def joint_increase(plan: Sequence[Choice]) -> float:
     """First-order error increase of a plan: the squared norm of its summed errors.
 
     Args:
@@ -28,7 +28,7 @@ def joint_damage(plan: Sequence[Choice]) -> float:
     Examples:
         >>> one = Choice({'a': 2}, 2, 1.0, torch.tensor([1.0, 0.0]))
         >>> opposite = Choice({'b': 2}, 2, 1.0, torch.tensor([-1.0, 0.0]))
-        >>> joint_damage([one, one]), joint_damage([one, opposite])
+        >>> joint_increase([one, one]), joint_increase([one, opposite])
         (4.0, 0.0)
     """
     return float(_errors(plan).sum(0).square().sum())
@@ -38,7 +38,7 @@ def search_bits(groups: Sequence[Sequence[Choice]], budget: float) -> list[Choic
     """Choice of each group with the least joint error increase found within the budget.
 
     It starts from the additive optimum and from every uniform setting within the budget, and
-    exchanges one or two choices while that reduces ``joint_damage``; so it is not worse than
+    exchanges one or two choices while that reduces ``joint_increase``; so it is not worse than
     any of the starts.
 
     Args:
@@ -51,13 +51,13 @@ def search_bits(groups: Sequence[Sequence[Choice]], budget: float) -> list[Choic
     starts = [assign_bits(groups, budget), *uniform_plans(groups, budget)]
     fronts = [pareto(group) for group in groups]
     found = [_exchange(fronts, start, budget) for start in starts]
-    return min(found, key=joint_damage)
+    return min(found, key=joint_increase)
 
 
 def _exchange(
     fronts: Sequence[Sequence[Choice]], start: Sequence[Choice], budget: float
 ) -> list[Choice]:
-    plan, damage = list(start), joint_damage(start)
+    plan, increase = list(start), joint_increase(start)
     moves = [(number, choice) for number, front in enumerate(fronts) for choice in front]
     group = torch.tensor([number for number, _ in moves])
     errors = _errors([choice for _, choice in moves])
@@ -71,9 +71,9 @@ def _exchange(
         for index in found:
             number, choice = moves[index]
             better[number] = choice
-        if not joint_damage(better) < damage * (1 - _TOLERANCE):
+        if not joint_increase(better) < increase * (1 - _TOLERANCE):
             return plan
-        plan, damage = better, joint_damage(better)
+        plan, increase = better, joint_increase(better)
 
 
 def _best_pair(

@@ -17,7 +17,7 @@ METRICS: dict[str, type['Metric']] = {}
 class Metric(ABC):
     """Base class: error increase of outputs relative to a reference.
 
-    ``terms`` of single batches are summed, also over ranks; ``damage`` computes the error
+    ``terms`` of single batches are summed, also over ranks; ``increase`` computes the error
     increase from the sums: 0 without a difference, larger is worse, approximately additive
     over operands.
     """
@@ -34,7 +34,7 @@ class Metric(ABC):
         """Terms of one batch, ``(K,)`` float64."""
 
     @abstractmethod
-    def damage(self, sums: Tensor) -> float:
+    def increase(self, sums: Tensor) -> float:
         """Error increase from the sums over all batches, ``(K,)``."""
 
     def errors(self, reference: Outputs, outputs: Outputs) -> Outputs:
@@ -49,9 +49,9 @@ class Metric(ABC):
         """Factor of each output's error, ``(outputs,)``."""
         return sums.new_zeros(0)
 
-    def score(self, damage: float) -> float | None:
+    def score(self, increase: float) -> float | None:
         """Error increase in ``unit``; None without an error increase."""
-        return damage
+        return increase
 
 
 class SQNR(Metric):
@@ -69,7 +69,7 @@ class SQNR(Metric):
         powers = [p for r, o in pairs for p in (_power(o.double() - r.double()), _power(r))]
         return torch.stack(powers)
 
-    def damage(self, sums: Tensor) -> float:
+    def increase(self, sums: Tensor) -> float:
         """Mean noise-to-signal ratio of the outputs that are not all zero."""
         noise, signal = sums[::2], sums[1::2]
         known = signal > 0
@@ -85,14 +85,14 @@ class SQNR(Metric):
         known = signal > 0
         return torch.where(known, (signal.clamp_min(1e-300) * known.sum()).rsqrt(), 0.0)
 
-    def score(self, damage: float) -> float | None:
+    def score(self, increase: float) -> float | None:
         """Decibels.
 
         Examples:
             >>> SQNR().score(0.01)
             20.0
         """
-        return -10 * math.log10(damage) if damage > 0 else None
+        return -10 * math.log10(increase) if increase > 0 else None
 
 
 class KL(Metric):
@@ -117,7 +117,7 @@ class KL(Metric):
         sizes = [r.numel() // (1 if self.sigmoid else r.shape[1]) for r, _ in pairs]
         return torch.stack([total, total.new_tensor(sum(sizes))])
 
-    def damage(self, sums: Tensor) -> float:
+    def increase(self, sums: Tensor) -> float:
         """Mean divergence, at least 0."""
         return max(float(sums[0] / sums[1]), 0.0)
 
@@ -163,7 +163,7 @@ class Loss(Metric):
         difference = outputs[0].double() - reference[0].double()
         return torch.stack([difference, torch.ones_like(difference)])
 
-    def damage(self, sums: Tensor) -> float:
+    def increase(self, sums: Tensor) -> float:
         """Mean increase; negative if the loss falls."""
         return float(sums[0] / sums[1])
 

@@ -22,13 +22,13 @@ class Measured:
     """Measured effect of quantizing some operands.
 
     Attributes:
-        damage: Error increase, see ``Metric``.
+        increase: Error increase, see ``Metric``.
         sketch: Random projection of the outputs' error, ``(SKETCH,)``. Its squared norm
             approximates the error increase, inner products of two sketches the interaction
             of the errors. Empty for metrics without errors.
     """
 
-    damage: float
+    increase: float
     sketch: Tensor
 
 
@@ -127,8 +127,8 @@ class SensitivityMeter:
         sums = terms.value()
         weights = self.metric.error_weights(sums)
         if not len(weights):
-            return Measured(self.metric.damage(sums), weights)
-        return Measured(self.metric.damage(sums), (sketches.value() * weights[:, None]).sum(0))
+            return Measured(self.metric.increase(sums), weights)
+        return Measured(self.metric.increase(sums), (sketches.value() * weights[:, None]).sum(0))
 
     def _reference(self, number: int, batch: Any) -> Outputs:
         if number in self._references:

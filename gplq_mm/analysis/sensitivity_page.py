@@ -178,8 +178,8 @@ def _series(
 ) -> str:
     points, dots = [], []
     for number, (key, operand) in enumerate(operands.items()):
-        damage, score = operand['damage'][str(bits)], operand['score'][str(bits)]
-        x, y = _x(number), _y(damage, low, high)
+        increase, score = operand['damage'][str(bits)], operand['score'][str(bits)]
+        x, y = _x(number), _y(increase, low, high)
         points.append(f'{x},{y}')
         title = html.escape(f'{key}, {bits} bits: {_score(score)} ({unit})')
         dots.append(
@@ -211,9 +211,9 @@ def _x(number: int) -> int:
     return _LEFT + _STEP * number + _STEP // 2
 
 
-def _y(damage: float, low: int, high: int) -> float:
+def _y(increase: float, low: int, high: int) -> float:
     """Vertical position of an error increase; values up to 0 are at the bottom of the plot."""
-    share = (math.log10(damage) - low) / (high - low) if damage > 0 else 0.0
+    share = (math.log10(increase) - low) / (high - low) if increase > 0 else 0.0
     return round(_PLOT - 14 - (_PLOT - 30) * min(max(share, 0.0), 1.0), 1)
 
 

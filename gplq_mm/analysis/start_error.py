@@ -204,9 +204,9 @@ def _sum(terms: Sequence[Terms]) -> Terms:
 def _figures(sums: Terms) -> StartFigures:
     noise, signal = sums['features'][::2], sums['features'][1::2]
     return StartFigures(
-        feature_error=SQNR().damage(sums['features']),
+        feature_error=SQNR().increase(sums['features']),
         levels=tuple((noise / signal.clamp_min(1e-300)).tolist()),
-        rpn_error=SQNR().damage(sums['scores']) if 'scores' in sums else None,
-        kl=KL().damage(sums['logits']) if 'logits' in sums else None,
+        rpn_error=SQNR().increase(sums['scores']) if 'scores' in sums else None,
+        kl=KL().increase(sums['logits']) if 'logits' in sums else None,
         agreement=float(sums['agreement'][0] / sums['agreement'][1]) if 'logits' in sums else None,
     )

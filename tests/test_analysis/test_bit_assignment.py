@@ -16,26 +16,26 @@ from gplq_mm.analysis.bit_assignment import (
     total_cost,
     uniform_plans,
 )
-from gplq_mm.analysis.bit_search import joint_damage, search_bits
+from gplq_mm.analysis.bit_search import joint_increase, search_bits
 
 BITS = (2, 3, 4, 8)
 
 
 def random_groups(seed, operands=5, sketch=6, odd=False):
-    """Operands of random size whose damage falls by about 6 dB a bit, with error sketches."""
+    """Operands of random size whose increase falls by about 6 dB a bit, with error sketches."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    damages, sizes, errors = {}, {}, {}
+    increases, sizes, errors = {}, {}, {}
     for number in range(operands):
         key, level = f'weight:{number}', rng.uniform(0.01, 10)
         sizes[key] = rng.randrange(1000, 9000) if odd else 16 * rng.randrange(1, 9)
         errors[key] = {b: level * 2.0**-b * torch.randn(sketch).double() for b in BITS}
-        damages[key] = {b: float(e.square().sum()) for b, e in errors[key].items()}
-    return size_groups(damages, sizes, errors), sum(sizes.values())
+        increases[key] = {b: float(e.square().sum()) for b, e in errors[key].items()}
+    return size_groups(increases, sizes, errors), sum(sizes.values())
 
 
-def damage(plan):
-    return sum(choice.damage for choice in plan)
+def increase(plan):
+    return sum(choice.increase for choice in plan)
 
 
 def brute_force(groups, budget, objective):
@@ -49,7 +49,9 @@ def test_assignment_is_the_optimum(seed):
     for mean in (2.0, 2.3, 3.0, 4.1, 6.5, 8.0):
         plan = assign_bits(groups, mean * total)
         assert total_cost(plan) <= mean * total
-        assert damage(plan) == pytest.approx(brute_force(groups, mean * total, damage), rel=1e-12)
+        assert increase(plan) == pytest.approx(
+            brute_force(groups, mean * total, increase), rel=1e-12
+        )
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -59,47 +61,50 @@ def test_rounded_costs_keep_the_budget_and_lose_little(seed, monkeypatch):
     groups, total = random_groups(seed, odd=True)
     for mean in (2.4, 3.0, 3.7):
         plan = assign_bits(groups, mean * total)
-        best = brute_force(groups, mean * total, damage)
+        best = brute_force(groups, mean * total, increase)
         assert total_cost(plan) <= mean * total
-        assert best <= damage(plan) * (1 + 1e-12)
-        assert damage(plan) <= 1.3 * best
+        assert best <= increase(plan) * (1 + 1e-12)
+        assert increase(plan) <= 1.3 * best
         for other in uniform_plans(groups, mean * total):
-            assert damage(plan) <= damage(other)
+            assert increase(plan) <= increase(other)
 
 
 def test_more_budget_never_hurts():
     groups, total = random_groups(3, operands=9)
     means = [2 + step / 20 for step in range(121)]
-    found = [damage(assign_bits(groups, mean * total)) for mean in means]
+    found = [increase(assign_bits(groups, mean * total)) for mean in means]
     assert all(later <= earlier for earlier, later in itertools.pairwise(found))
     assert found[0] > 100 * found[-1]
 
 
 def test_noisy_measurements_do_not_buy_bits():
-    damages = {'weight:a': {2: 1.0, 3: 0.1, 4: 0.2, 8: 0.1}, 'weight:b': {2: 0.5, 3: -0.2, 4: 0.1}}
-    assert monotone(damages['weight:b']) == {2: 0.5, 3: 0.0, 4: 0.0}
-    plan = assign_bits(size_groups(damages, {'weight:a': 1, 'weight:b': 1}, {}), 12)
+    increases = {
+        'weight:a': {2: 1.0, 3: 0.1, 4: 0.2, 8: 0.1},
+        'weight:b': {2: 0.5, 3: -0.2, 4: 0.1},
+    }
+    assert monotone(increases['weight:b']) == {2: 0.5, 3: 0.0, 4: 0.0}
+    plan = assign_bits(size_groups(increases, {'weight:a': 1, 'weight:b': 1}, {}), 12)
     assert [dict(choice.bits) for choice in plan] == [{'weight:a': 3}, {'weight:b': 3}]
 
 
 def test_operands_that_meet_are_chosen_together():
-    damages = {
+    increases = {
         k: {b: 4.0**-b * f for b in (2, 3, 4)} for k, f in {'a': 1, 'b': 9, 'c': 3, 'd': 5}.items()
     }
     products = [Product(10, 'a', 'b'), Product(7, 'b', 'c'), Product(5, 'd', 8), Product(3, 2, 2)]
-    groups = product_groups(damages, products, {})
+    groups = product_groups(increases, products, {})
     assert [set(group[0].bits) for group in groups] == [{'a', 'b', 'c'}, {'d'}]
     for group in groups:
         for choice in group:
             own = products[:2] if 'a' in choice.bits else products[2:3]
             assert choice.cost == sum(p.bit_operations(choice.bits) for p in own)
-            assert choice.damage == pytest.approx(
-                sum(damages[k][b] for k, b in choice.bits.items())
+            assert choice.increase == pytest.approx(
+                sum(increases[k][b] for k, b in choice.bits.items())
             )
     assert len(groups[0]) == 27
     for budget in (200, 260, 333, 400):
         plan = assign_bits(groups, budget)
-        assert damage(plan) == pytest.approx(brute_force(groups, budget, damage))
+        assert increase(plan) == pytest.approx(brute_force(groups, budget, increase))
 
 
 @pytest.mark.parametrize('budget', [1.9, 8.1])
@@ -116,15 +121,15 @@ def test_nothing_to_choose_is_refused(groups):
 
 
 @pytest.mark.parametrize('seed', range(10))
-def test_search_finds_nearly_the_least_joint_damage(seed):
+def test_search_finds_nearly_the_least_joint_increase(seed):
     groups, total = random_groups(seed, sketch=12)
     for mean in (2.5, 3.0, 4.0):
         plan = search_bits(groups, mean * total)
-        best = brute_force(groups, mean * total, joint_damage)
+        best = brute_force(groups, mean * total, joint_increase)
         assert total_cost(plan) <= mean * total
-        assert best * (1 - 1e-9) <= joint_damage(plan) <= 1.25 * best + 1e-12
+        assert best * (1 - 1e-9) <= joint_increase(plan) <= 1.25 * best + 1e-12
         for start in (assign_bits(groups, mean * total), *uniform_plans(groups, mean * total)):
-            assert joint_damage(plan) <= joint_damage(start) * (1 + 1e-12)
+            assert joint_increase(plan) <= joint_increase(start) * (1 + 1e-12)
 
 
 def test_search_lets_errors_cancel():
@@ -137,4 +142,4 @@ def test_search_lets_errors_cancel():
     ]
     plan = search_bits(groups, 8)
     assert [next(iter(choice.bits.values())) for choice in plan] == [2, 2, 4]
-    assert joint_damage(plan) == 0
+    assert joint_increase(plan) == 0

@@ -35,7 +35,7 @@ def noisy(outputs, amount):
 
 
 def value(metric, reference, outputs):
-    return metric.damage(metric.terms(reference, outputs))
+    return metric.increase(metric.terms(reference, outputs))
 
 
 def test_sqnr_is_the_mean_noise_ratio_of_the_outputs():
@@ -45,9 +45,9 @@ def test_sqnr_is_the_mean_noise_ratio_of_the_outputs():
         float((o - r).double().square().sum() / r.double().square().sum())
         for r, o in zip(reference[:2], outputs[:2], strict=True)
     ]
-    damage = value(SQNR(), reference, outputs)
-    assert damage == pytest.approx(sum(ratios) / 2)
-    assert SQNR().score(damage) == pytest.approx(-10 * math.log10(damage))
+    increase = value(SQNR(), reference, outputs)
+    assert increase == pytest.approx(sum(ratios) / 2)
+    assert SQNR().score(increase) == pytest.approx(-10 * math.log10(increase))
     assert value(SQNR(), reference, reference) == 0
     assert SQNR().score(0.0) is None
 
@@ -64,14 +64,14 @@ def test_kl_is_torchs():
 
 
 @pytest.mark.parametrize('metric', [SQNR(), KL(), KL(sigmoid=True)])
-def test_squared_errors_are_the_damage_to_second_order(metric):
+def test_squared_errors_are_the_increase_to_second_order(metric):
     reference = outputs_of(2, (40, 50))
     outputs = noisy(reference, 1e-2)
     sums = metric.terms(reference, outputs)
     weights = metric.error_weights(sums).expand(2)
     errors = metric.errors(reference, outputs)
     squares = [e.square().sum() * w**2 for e, w in zip(errors, weights, strict=True)]
-    assert float(sum(squares)) == pytest.approx(metric.damage(sums), rel=0.02)
+    assert float(sum(squares)) == pytest.approx(metric.increase(sums), rel=0.02)
 
 
 def test_sketches_keep_products():
@@ -119,10 +119,10 @@ def test_each_operand_is_measured_alone(metric):
             with quantized_as(model, {operand.path: found[3]}):
                 outputs = [model(x) for x in data]
     direct = value(build_metric(metric), [torch.cat(reference)], [torch.cat(outputs)])
-    assert measured[3].damage == pytest.approx(direct, rel=1e-6)
-    damages = [measured[b].damage for b in BITS]
-    assert damages == sorted(damages, reverse=True)
-    assert damages[-1] > 0
+    assert measured[3].increase == pytest.approx(direct, rel=1e-6)
+    increases = [measured[b].increase for b in BITS]
+    assert increases == sorted(increases, reverse=True)
+    assert increases[-1] > 0
 
 
 class Twins(nn.Module):
@@ -145,8 +145,8 @@ def test_sketches_tell_that_errors_add_up():
         meter, _ = meter_of(model, images(6))
         chosen = {o.path: precisions_of(model, o, [3])[3] for o in weights}
         alone = [meter.measure(o, {3: chosen[o.path]})[3] for o in weights]
-        joint = meter.measure_together(chosen).damage
-    assert joint == pytest.approx(4 * alone[0].damage, rel=1e-3)  # not 2: no independence
+        joint = meter.measure_together(chosen).increase
+    assert joint == pytest.approx(4 * alone[0].increase, rel=1e-3)  # not 2: no independence
     together = float(sum(m.sketch for m in alone).square().sum())
     assert together == pytest.approx(joint, rel=0.15)
 
@@ -159,7 +159,7 @@ def test_references_are_kept_up_to_a_limit():
     for keep_bytes, references in ((2**20, 6), (0, 12), (3 * 9 * 3 * 4, 9)):
         with baseline(model, False):
             meter, calls = meter_of(model, images(6), keep_bytes=keep_bytes)
-            results.append([meter.measure(operand, found) for _ in range(2)][-1][2].damage)
+            results.append([meter.measure(operand, found) for _ in range(2)][-1][2].increase)
         assert len(calls) == references + 2 * 6 * 2
     assert len(set(results)) == 1
 

@@ -205,9 +205,9 @@ def test_other_settings_are_refused_or_overwritten(config: Path, fp32: Path, mix
 def test_other_metrics(config: Path, fp32: Path, tmp_path: Path, metric: str) -> None:
     words = ('--metric', metric, '--kind', 'weight', '--mean-weight-bits', 3)
     data = run(config, fp32, tmp_path, '--calibrate', *words)
-    damages = [operand['damage']['2'] for operand in data['operands'].values()]
-    assert all(damages)  # random weights: a loss may fall as well
-    assert metric == 'loss' or min(damages) > 0
+    increases = [operand['damage']['2'] for operand in data['operands'].values()]
+    assert all(increases)  # random weights: a loss may fall as well
+    assert metric == 'loss' or min(increases) > 0
     assert bool(data['sketches']) == (metric == 'kl')
     assert data['assignment']['bits']
 

@@ -92,10 +92,10 @@ def choose_format(args: Namespace) -> Format:
     by_suffix = {row.suffix: name for name, row in FORMATS.items()}
     name = args.format or by_suffix.get(suffix)
     if name is None or FORMATS[name].suffix != suffix:
-        wanted = FORMATS[name].suffix if name else ', '.join(by_suffix)
+        allowed = FORMATS[name].suffix if name else ', '.join(by_suffix)
         raise ConfigError(
             f'-o {args.out}: the suffix {suffix!r} names {"another" if name else "no"} format; '
-            f'write a name that ends with {wanted}'
+            f'write a name that ends with {allowed}'
         )
     chosen = FORMATS[name]
     missing = [package for package in chosen.packages if not is_installed(package)]

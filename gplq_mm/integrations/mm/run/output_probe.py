@@ -43,7 +43,7 @@ class OutputProbe:
         terms = [t for share in gather(mine) for t in share]  # a rank may have no image
         if not terms:
             return None
-        score = self.metric.score(self.metric.damage(torch.stack(terms).sum(0)))
+        score = self.metric.score(self.metric.increase(torch.stack(terms).sum(0)))
         return None if score is None else round(score, 3)
 
     def _first_outputs(self) -> list[Outputs]:

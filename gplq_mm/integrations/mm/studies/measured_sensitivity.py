@@ -136,7 +136,7 @@ class SensitivityRun:
             return [SingleLayerGPTQ(gptq, model, layers, run, KEEP_BYTES, folder)]
 
     @property
-    def damages(self) -> dict[str, dict[int, float]]:
+    def increases(self) -> dict[str, dict[int, float]]:
         """Error increase (``damage`` in the file) by operand key and bits."""
         found = self.data['operands']
         return {k: {int(b): d for b, d in found[k]['damage'].items()} for k in self.measured}
@@ -188,7 +188,7 @@ class SensitivityRun:
             if self.operands[key].kind in self.kinds
         }
         with baseline(self.model, False):
-            return self.meter.measure_together(chosen).damage
+            return self.meter.measure_together(chosen).increase
 
     def write(self) -> None:
         """Write the file (main process only)."""
@@ -198,20 +198,20 @@ class SensitivityRun:
 
     def _record(self, key: str, found: Mapping[int, Measured]) -> None:
         metric, operand = self.meter.metric, asdict(self.operands[key])
-        damage = {b: measured.damage for b, measured in found.items()}
+        increase = {b: measured.increase for b, measured in found.items()}
         sketches = torch.stack([measured.sketch for measured in found.values()])
         if sketches.numel():
             self.data['sketches'][key] = _packed(sketches)
         self.data['operands'][key] = {
             **{k: operand[k] for k in ('name', 'kind', 'role', 'num_bits', 'weights')},
             'elements': self.elements.get(key, 0),
-            'damage': {str(b): d for b, d in damage.items()},
-            'score': {str(b): metric.score(d) for b, d in damage.items()},
+            'damage': {str(b): d for b, d in increase.items()},
+            'score': {str(b): metric.score(d) for b, d in increase.items()},
         }
         self.write()
 
     def _warn_of_idle_operands(self) -> None:
-        idle = [k for k, damage in self.damages.items() if not any(damage.values())]
+        idle = [k for k, increase in self.increases.items() if not any(increase.values())]
         if idle:
             print_log(
                 f'{len(idle)} operand(s) change nothing at any bits, first {idle[0]}: these '

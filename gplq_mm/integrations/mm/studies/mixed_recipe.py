@@ -16,8 +16,8 @@ from .... import __version__
 from ....analysis import bit_operations, model_bytes
 from ....analysis.bit_assignment import (
     Choice,
-    Damages,
     Errors,
+    Increases,
     Product,
     assign_bits,
     check_budget,
@@ -94,7 +94,7 @@ def assign(run: SensitivityRun, budget: Budget) -> dict[str, int]:
         ValueError: See ``check``.
     """
     bits = {key: operand.num_bits for key, operand in run.operands.items()}
-    for problem in _problems(run, budget, run.damages, run.errors):
+    for problem in _problems(run, budget, run.increases, run.errors):
         plans = [assign_bits(problem.groups, problem.bound, problem.describe)]
         plans += uniform_plans(problem.groups, problem.bound)
         if run.errors:
@@ -159,7 +159,7 @@ def compare(run: SensitivityRun, bits: Mapping[str, int], budget: Budget) -> lis
     rows = []
     for name, setting in {**_uniform_settings(run, budget), 'mixed': dict(bits)}.items():
         bops, size = cost(run, setting)
-        damage = run.measure_together(setting) if _is_measurable(run, setting) else None
+        increase = run.measure_together(setting) if _is_measurable(run, setting) else None
         rows.append(
             {
                 'name': name,
@@ -167,8 +167,8 @@ def compare(run: SensitivityRun, bits: Mapping[str, int], budget: Budget) -> lis
                 'activation_bits': mean_bits(run, setting, 'activation'),
                 'bops': bops,
                 'model_bytes': size,
-                'damage': damage,
-                'score': None if damage is None else run.meter.metric.score(damage),
+                'damage': increase,
+                'score': None if increase is None else run.meter.metric.score(increase),
             }
         )
     return rows
@@ -229,21 +229,21 @@ def describe_origin(run: SensitivityRun, budget: Budget) -> str:
 
 
 def _problems(
-    run: SensitivityRun, budget: Budget, damages: Damages, errors: Errors
+    run: SensitivityRun, budget: Budget, increases: Increases, errors: Errors
 ) -> list[_Problem]:
     problems = []
     for kind, bound in (('weight', budget.weight_bits), ('activation', budget.activation_bits)):
         if bound is not None:
-            problems.append(_mean_bits_problem(run, kind, bound, damages, errors))
+            problems.append(_mean_bits_problem(run, kind, bound, increases, errors))
     if budget.bops is not None:
-        problems.append(_bops_problem(run, budget.bops, damages, errors))
+        problems.append(_bops_problem(run, budget.bops, increases, errors))
     return problems
 
 
 def _mean_bits_problem(
-    run: SensitivityRun, kind: str, bound: float, damages: Damages, errors: Errors
+    run: SensitivityRun, kind: str, bound: float, increases: Increases, errors: Errors
 ) -> _Problem:
-    own = {k: d for k, d in damages.items() if run.operands[k].kind == kind}
+    own = {k: d for k, d in increases.items() if run.operands[k].kind == kind}
     if not own:
         raise ValueError(
             f'a budget of mean {kind} bits needs the {kind}s measured; add --kind {kind}'
@@ -255,15 +255,15 @@ def _mean_bits_problem(
     return _Problem(groups, limit, lambda c: f'{c / total:.3g} mean {kind} bits')
 
 
-def _bops_problem(run: SensitivityRun, bops: str, damages: Damages, errors: Errors) -> _Problem:
-    products = _products(run, set(damages))
+def _bops_problem(run: SensitivityRun, bops: str, increases: Increases, errors: Errors) -> _Problem:
+    products = _products(run, set(increases))
     free = [p for p in products if p.free()]
     inside = sum(run.macs.layers.values())
     fixed = max(run.macs.total - inside, 0) * FLOAT_BITS**2
     fixed += sum(p.bit_operations({}) for p in products if not p.free())
     bound = _bops_of(run, bops) - fixed
     return _Problem(
-        product_groups(damages, free, errors), bound, lambda c: f'{(c + fixed) / 1e9:.5g} G BOPs'
+        product_groups(increases, free, errors), bound, lambda c: f'{(c + fixed) / 1e9:.5g} G BOPs'
     )
 
 

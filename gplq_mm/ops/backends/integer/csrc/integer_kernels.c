@@ -230,7 +230,7 @@ static int quantize_levels(const float *x, int64_t n, float scale, const Grid *g
     return any != 0;
 }
 
-// Raw codes of one row of the left matrix, zeros behind them up to a whole group.
+// Raw codes of one row of the left matrix, zeros after them up to a whole group.
 static int quantize_row(const Grid *g, const float *x, int64_t n, int64_t wide, int64_t groups,
                         uint8_t *out) {
     int bad;
