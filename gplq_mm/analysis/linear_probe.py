@@ -75,6 +75,11 @@ def train_linear_probe(
 def probe_accuracy(head: nn.Linear, features: Tensor, labels: Tensor) -> float:
     """Top-1 accuracy in percent.
 
+    Args:
+        head: The probe.
+        features: ``(N, C)``.
+        labels: ``(N,)``.
+
     Examples:
         >>> head = nn.Linear(2, 2, bias=False)
         >>> _ = head.load_state_dict({'weight': torch.eye(2)})

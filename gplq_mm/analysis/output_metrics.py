@@ -70,7 +70,7 @@ class SQNR(Metric):
         return torch.stack(powers)
 
     def increase(self, sums: Tensor) -> float:
-        """Mean noise-to-signal ratio of the outputs that are not all zero."""
+        """Mean noise-to-signal ratio of the outputs that are not all zero; ``sums`` is ``(K,)``."""
         noise, signal = sums[::2], sums[1::2]
         known = signal > 0
         return float((noise[known] / signal[known]).mean()) if bool(known.any()) else 0.0
@@ -80,7 +80,7 @@ class SQNR(Metric):
         return [o.double() - r.double() for r, o in zip(reference, outputs, strict=True)]
 
     def error_weights(self, sums: Tensor) -> Tensor:
-        """Weights that make each output's error relative to its signal."""
+        """Weights that make each output's error relative to its signal, ``(outputs,)``."""
         signal = sums[1::2]
         known = signal > 0
         return torch.where(known, (signal.clamp_min(1e-300) * known.sum()).rsqrt(), 0.0)
@@ -118,7 +118,7 @@ class KL(Metric):
         return torch.stack([total, total.new_tensor(sum(sizes))])
 
     def increase(self, sums: Tensor) -> float:
-        """Mean divergence, at least 0."""
+        """Mean divergence in nats, at least 0; ``sums`` is ``(K,)``."""
         return max(float(sums[0] / sums[1]), 0.0)
 
     def errors(self, reference: Outputs, outputs: Outputs) -> Outputs:
@@ -135,7 +135,7 @@ class KL(Metric):
         return errors
 
     def error_weights(self, sums: Tensor) -> Tensor:
-        """Weights for half of the mean square, equal for all outputs."""
+        """Weights for half of the mean square, equal for all outputs: ``(outputs,)``."""
         return (2 * sums[1:]).rsqrt()
 
     @staticmethod
@@ -164,7 +164,7 @@ class Loss(Metric):
         return torch.stack([difference, torch.ones_like(difference)])
 
     def increase(self, sums: Tensor) -> float:
-        """Mean increase; negative if the loss falls."""
+        """Mean increase; negative if the loss falls; ``sums`` is ``(K,)``."""
         return float(sums[0] / sums[1])
 
 

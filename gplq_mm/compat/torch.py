@@ -84,7 +84,7 @@ def before_load_state_dict(
 
 
 def version_of(tensor: Tensor) -> int:
-    """Number of in-place changes of a tensor's memory."""
+    """Number of in-place changes of the memory of a tensor of any shape."""
     return tensor._version
 
 
@@ -111,7 +111,7 @@ class TensorState:
 
 
 def own_tensor(x: Tensor) -> Tensor:
-    """``x`` as a tensor that is not a view: an output that in-place operations may change."""
+    """``x``, of any shape, as a tensor that is no view: in-place operations may change it."""
     return torch.ops.aten._unsafe_view(x, x.shape) if x._is_view() else x
 
 
@@ -181,7 +181,7 @@ def convolution_backward(
 
 
 def convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Output of a convolution layer with another weight, including its padding mode."""
+    """Output of a convolution, padding mode included, with another weight of the same shape."""
     return layer._conv_forward(x, weight, bias)
 
 

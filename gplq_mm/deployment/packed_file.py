@@ -114,7 +114,7 @@ def from_safetensors(content: Tensor, path: Any = 'the file') -> dict[str, Any]:
     """The checkpoint of a ``.safetensors`` file.
 
     Args:
-        content: The file's bytes, uint8.
+        content: The file's bytes, uint8, ``(bytes,)``.
         path: The file, for messages.
 
     Returns:

@@ -148,7 +148,7 @@ def unpack_state(content: Tensor) -> dict[str, Tensor]:
     """The state dict of packed bytes.
 
     Args:
-        content: Of ``PackedState.to_bytes``.
+        content: Of ``PackedState.to_bytes``, ``(bytes,)``.
 
     Raises:
         ValueError: If the content is damaged, or of another version.

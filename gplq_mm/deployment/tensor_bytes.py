@@ -84,7 +84,7 @@ def decode_tensors(content: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Inverse of ``encode_tensors``.
 
     Args:
-        content: uint8, the bytes of a file of this project or of the safetensors library.
+        content: uint8, ``(bytes,)``: a file of this project or of the safetensors library.
 
     Returns:
         The tensors, and the metadata without the checksum.

@@ -30,7 +30,11 @@ class Recording:
     outputs: dict[str, Any] = field(default_factory=dict)
 
     def levels(self, layer: str | None) -> list[Tensor]:
-        """Feature maps of a layer, or of ``extract_feat()`` for None."""
+        """Feature maps of a layer, or of ``extract_feat()`` for None.
+
+        Raises:
+            ValueError: If the layer did not run or gives no tensor.
+        """
         if layer == PENULTIMATE:
             return [penultimate(self.model, self.features)]
         found = self.features if layer is None else self._output(str(layer))
@@ -108,7 +112,7 @@ def run_teacher(
 
     Args:
         teacher: Float model.
-        inputs: Preprocessed batch.
+        inputs: Preprocessed batch, ``(B, 3, H, W)``.
         layers: Modules to watch.
         dtype: Type of its matrix products; recorded tensors are float32.
     """

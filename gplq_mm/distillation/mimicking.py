@@ -109,6 +109,10 @@ class Mimicking(_Base):
     def loss(self, inputs: Tensor, data_samples: list) -> dict[str, Any]:
         """The model's losses and the mimicking terms.
 
+        Args:
+            inputs: Preprocessed batch, ``(B, 3, H, W)``.
+            data_samples: Annotations of each image.
+
         Raises:
             TypeError: If the model's ``loss()`` does not call ``extract_feat()``.
             RuntimeError: If no teacher was attached.

@@ -42,7 +42,7 @@ class OwnSteps:
         raise NotImplementedError
 
     def moved(self, before: Tensor, size: Tensor, step: Tensor) -> Tensor:
-        """The parameter after a step.
+        """The parameter after a step; all tensors have its shape.
 
         Args:
             before: Its value before the step.
@@ -88,7 +88,7 @@ class RelativeSteps(OwnSteps):
         return parameter
 
     def moved(self, before: Tensor, size: Tensor, step: Tensor) -> Tensor:
-        """The old value times the exponential of the step."""
+        """The old value times the exponential of the step; all have the parameter's shape."""
         return before * step.exp()
 
 
@@ -130,5 +130,5 @@ class ProportionalSteps(OwnSteps):
         return rms.clamp_min(ZERO_BIAS).to(parameter.dtype)
 
     def moved(self, before: Tensor, size: Tensor, step: Tensor) -> Tensor:
-        """The old value plus the step times the size."""
+        """The old value plus the step times the size; all have the parameter's shape."""
         return before + step * size

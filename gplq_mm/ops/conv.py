@@ -34,7 +34,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return scale.reshape(self.out_channels, -1, 1, 1)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The convolution; zero padding has code 0."""
+        """The convolution, ``(B, C, H, W)`` -> ``(B, out, h, w)``; zero padding has code 0."""
         return convolve(self, x, weight, bias)
 
     @property
@@ -53,7 +53,7 @@ class QuantConv2d(QuantizedLayer, nn.Conv2d):
         return self.weight[0].numel()
 
     def input_columns(self, x: Tensor) -> Iterator[Tensor]:
-        """Unfolded input in strips of output rows, so that it stays small."""
+        """Unfolded input ``(groups, pixels, columns)`` in strips of output rows, to stay small."""
         x = x[None] if x.dim() == 3 else x
         mode = 'constant' if self.padding_mode == 'zeros' else self.padding_mode
         x = F.pad(x, padding_of_input(self), mode=mode)
@@ -103,7 +103,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
         return super().output_scale(weight_scale, input_scale)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The transposed convolution."""
+        """The transposed convolution, ``(B, C, H, W)`` -> ``(B, out, h, w)``."""
         return F.conv_transpose2d(
             x,
             weight,
@@ -152,7 +152,7 @@ class QuantConvTranspose2d(QuantizedLayer, nn.ConvTranspose2d):
         return rows.transpose(1, 2).reshape(self.weight.shape)
 
     def input_columns(self, x: Tensor) -> Iterator[Tensor]:
-        """Pixels of the input; each is multiplied with each kernel element once."""
+        """Pixels ``(groups, pixels, columns)``; each meets each element of the kernel once."""
         yield by_group(x.flatten(2).transpose(1, 2).flatten(0, 1), self.groups)
 
     def macs(self, inputs: Sequence[torch.Size], output: torch.Size) -> int:

@@ -10,7 +10,7 @@ class FloatMatMul(nn.Module):
     is_float = True
 
     def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
-        """The product itself."""
+        """``(..., N, K)`` times ``(..., K, M)``."""
         return lhs @ rhs
 
     def forward(self, lhs: Tensor, rhs: Tensor, lhs_scale: Tensor | None = None) -> Tensor:

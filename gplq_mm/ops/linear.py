@@ -73,7 +73,12 @@ class QuantizedLayer(Operation, _Base):
         return output.numel() * self.product_depth()
 
     def reference(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``product`` of the quantized input and the effective weight; ``bias`` stays float."""
+        """``product`` of the quantized input and the effective weight; ``bias`` stays float.
+
+        Args:
+            x: Tokens ``(..., C)`` or maps ``(B, C, H, W)``, see ``takes_tokens``.
+            bias: ``(out_channels,)``, or None.
+        """
         return self.product(self.input_quantizer(x), self.effective_weight(), bias)
 
     @property
@@ -100,7 +105,7 @@ class QuantizedLayer(Operation, _Base):
         return weight * self.input_scale_on_weight()
 
     def unfolded_weight(self, folded: Tensor) -> Tensor:
-        """Inverse of ``folded_weight``."""
+        """Inverse of ``folded_weight``; same shape."""
         if not self.folds_input_scale:
             return folded
         return folded / self.input_scale_on_weight()
@@ -115,8 +120,8 @@ class QuantizedLayer(Operation, _Base):
         """Factor between the integer sum and the real output, shaped to broadcast over it.
 
         Args:
-            weight_scale: Scale as it broadcasts over the weight.
-            input_scale: Scale as it broadcasts over the input.
+            weight_scale: Scale in a shape that broadcasts over the weight.
+            input_scale: Scale in a shape that broadcasts over the input.
         """
         factor = weight_scale.reshape(-1)
         if not self.folds_input_scale:
@@ -128,7 +133,7 @@ class QuantizedLayer(Operation, _Base):
         return values.view(-1, *[1] * (-1 - self.channel_axis))
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """The float layer's linear operation."""
+        """The float layer's linear operation; shapes as in ``reference``."""
         raise NotImplementedError
 
     def product_gradients(
@@ -137,7 +142,7 @@ class QuantizedLayer(Operation, _Base):
         """Gradients of ``product`` without bias.
 
         Args:
-            grad: Gradient of the output.
+            grad: Gradient of the output, same shape.
             x: Quantized input.
             weight: Weight that was multiplied.
             of_x: Whether to compute the gradient of ``x``.
@@ -165,7 +170,7 @@ class QuantizedLayer(Operation, _Base):
         return weight.reshape(groups, weight.shape[0] // groups, -1)
 
     def from_matrix(self, rows: Tensor) -> Tensor:
-        """Inverse of ``to_matrix``."""
+        """Inverse of ``to_matrix``: ``(groups, rows, columns)`` -> shape of the weight."""
         return rows.reshape(self.weight.shape)
 
     def input_columns(self, x: Tensor) -> Iterator[Tensor]:
@@ -186,13 +191,13 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return positive_scale(self.input_quantizer.scale).view(1, -1)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``x @ weight.T + bias``."""
+        """``x @ weight.T + bias``: ``(..., in)`` -> ``(..., out)``."""
         return F.linear(x, weight, bias)
 
     def product_gradients(
         self, grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """``grad @ weight`` and ``grad.T @ x``."""
+        """``grad @ weight`` ``(..., in)`` and ``grad.T @ x`` ``(out, in)``."""
         rows = grad.flatten(0, -2) if grad.dim() > 1 else grad.unsqueeze(0)
         grad_x = (rows @ weight).view(x.shape) if of_x else None
         return grad_x, rows.t() @ x.reshape(-1, x.shape[-1]) if of_weight else None
@@ -202,7 +207,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
         return self.in_features
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """The layer with another bias, for callers that assemble one (BEiT, Swin V2).
+        """The layer with another bias ``(out,)``, for callers that assemble one (BEiT, Swin V2).
 
         It calls the module, so hooks on the layer run.
         """

@@ -71,7 +71,7 @@ class QuantMatMul(Operation, nn.Module):
         return self.contract(self.lhs_quantizer(lhs), self.rhs_quantizer(rhs))
 
     def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
-        """The product itself."""
+        """``(..., N, K)`` times ``(..., K, M)``."""
         return lhs @ rhs
 
     def forward(self, lhs: Tensor, rhs: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class CodeProducts:
         return self.with_sums([torch.stack(sums).sum(0) for sums in parts])
 
     def with_sums(self, sums: list[Tensor]) -> 'CodeProducts':
-        """Copy with other sums, for the same layer and column ranges."""
+        """Copy with other sums of the same shape, for the same layer and column ranges."""
         other = copy.copy(self)
         other.sums = sums
         return other

@@ -139,5 +139,5 @@ def _related(quantized: Tensor, stage1: Tensor) -> bool:
 
 
 def codes_of(layer: QuantizedLayer, x: Tensor) -> Tensor:
-    """Centred integer codes of a layer's input, the factors of its weight codes."""
+    """Centred integer codes of a layer's input, shape of ``x``: factors of its weight codes."""
     return layer.input_quantizer.codes(x)[0]

@@ -90,8 +90,8 @@ class PackedForm(NamedTuple):
         """Scale and codes for a tensor.
 
         Args:
-            x: The tensor, float32.
-            parameter: Scale of the quantizer.
+            x: The tensor, float32, of any shape.
+            parameter: Scale of the quantizer, ``()`` or ``(size,)``.
         """
         share = positive_scale(parameter)
         if self.rows is None:
@@ -111,7 +111,7 @@ class PackedForm(NamedTuple):
         return steps.scale, zero_point if isinstance(zero_point, Tensor) else None
 
     def kept_steps(self, kept: Sequence[Tensor | None], parameter: Tensor) -> Steps:
-        """Inverse of ``kept``."""
+        """Inverse of ``kept``; ``parameter`` is the quantizer's scale, ``()`` or ``(size,)``."""
         scale, zero_point = kept
         if scale is None:
             return Steps(positive_scale(parameter).view(self.shape), self.grid)
@@ -236,7 +236,7 @@ class FakeQuantizer(QuantizerState):
         return centered_codes_ste(x, scale, zero_point, *bounds, self.slack), scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values of ``x`` on the grid, in the dtype of ``x``.
+        """Values of ``x`` on the grid, in the shape and dtype of ``x``.
 
         Raises:
             UncalibratedError: If an activation quantizer has no scale yet.
@@ -311,6 +311,9 @@ def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[
         >>> values, (packed,) = quantize_packed(torch.tensor([0.6, 9.0]), torch.tensor(0.5), grid)
         >>> values, (packed >> 4).tolist(), (packed & 15).tolist()  # residual 0.2: level 8 + 3
         (tensor([0.5000, 3.5000]), [1, 7], [11, 0])
+
+    Raises:
+        ValueError: For a logarithmic grid.
     """
     if grid.levels is not None:
         raise ValueError('logarithmic codes are recomputed, not packed')
@@ -319,7 +322,7 @@ def quantize_packed(x: Tensor, scale: Tensor, grid: Grid) -> tuple[Tensor, list[
 
 
 def quantize_values(x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """Values of ``x`` on the grid, bit for bit those of ``fake_quantize_ste``, without a graph."""
+    """Values of ``x``, same shape, bit for bit those of ``fake_quantize_ste``, without a graph."""
     return passes_for(x, scale).quantize(x, scale, grid)
 
 

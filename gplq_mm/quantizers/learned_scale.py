@@ -183,7 +183,7 @@ def level_codes_ste(x: Tensor, scale: Tensor, levels: Tensor) -> Tensor:
     """Integer levels of ``x / scale`` (``log_codes``), differentiable (straight-through).
 
     Args:
-        x: Real values from 0 on.
+        x: Real values from 0 on, any shape.
         scale: Positive, broadcastable to ``x``.
         levels: Table of integers, ascending from 0.
 
@@ -208,10 +208,10 @@ def fake_quantize_ste(
 
 
 def positive_scale_ste(scale: Tensor) -> Tensor:
-    """Scale bounded below by ``SCALE_EPS``, with a straight-through gradient."""
+    """Scale of any shape, at least ``SCALE_EPS``, with a straight-through gradient."""
     return _PositiveScale.apply(scale)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Identity in the forward pass; multiplies the gradient by ``factor``."""
+    """Identity on any shape in the forward pass; multiplies the gradient by ``factor``."""
     return _ScaledGradient.apply(x, factor)

@@ -112,7 +112,7 @@ def upper_bound(levels: Tensor) -> Tensor:
 
 
 def quantize_to_levels(ratio: Tensor, levels: Tensor) -> Tensor:
-    """Levels of ``x / scale``, float32; NaN stays NaN.
+    """Levels of ``x / scale``, same shape, float32; NaN stays NaN.
 
     Examples:
         >>> quantize_to_levels(torch.tensor([0.0, 0.9, 3.0]), torch.tensor([0, 1, 2, 4]))

@@ -18,7 +18,7 @@ def full_range_share(spec: QuantSpec, levels: Tensor | None = None) -> float:
 
     Args:
         spec: Bits, signedness, symmetry, kind of codes.
-        levels: Table of a logarithmic code; the default table if None.
+        levels: Table of a logarithmic code, ``(2 ** num_bits,)``; the default table if None.
 
     Examples:
         >>> full_range_share(QuantSpec(num_bits=4, signed=False, granularity=PerRow()))

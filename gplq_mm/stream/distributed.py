@@ -51,12 +51,12 @@ def synchronize_observer(quantizer: FakeQuantizer) -> None:
 
 
 def all_reduce_sum(total: Tensor) -> None:
-    """Sum a tensor over all ranks, in place; exact for integers and parts of an ``ExactSum``."""
+    """Sum a tensor of any shape over all ranks, in place; exact for integers and exact sums."""
     _reduce_in_place(total, dist.ReduceOp.SUM)
 
 
 def all_reduce_max(value: Tensor) -> Tensor:
-    """Largest values over all ranks."""
+    """Largest values over all ranks, same shape."""
     _reduce_in_place(value, dist.ReduceOp.MAX)
     return value
 
@@ -67,7 +67,7 @@ def on_all_ranks(fact: bool) -> bool:
 
 
 def broadcast_from_0(value: Tensor) -> Tensor:
-    """Broadcast rank 0's values; factorizations differ between ranks."""
+    """Broadcast rank 0's values, any shape; factorizations differ between ranks."""
     if world()[1] > 1:
         value = value.contiguous()
         dist.broadcast(value, 0)
@@ -107,7 +107,7 @@ def _all_reduce(
 
 
 def interleave(updates: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Tensors of all ranks in image order: rank r holds images r, r + world, ..."""
+    """Tensors of any shape of all ranks in image order: rank r holds images r, r + world, ..."""
     shares: list[list[Tensor]] = gather([u.cpu() for u in updates])
     longest = max(len(share) for share in shares)
     ordered = [s[i] for i in range(longest) for s in shares if i < len(s)]

@@ -55,7 +55,7 @@ class Nodes:
         self._operands.append((operand, value))
 
     def constant(self, array: np.ndarray | Tensor) -> Any:
-        """An array as a constant of the graph."""
+        """An array of any shape as a constant of the graph."""
         if isinstance(array, Tensor):
             array = array.detach().cpu().numpy()
         return self._marked(opset21.Constant(value=ir.tensor(np.ascontiguousarray(array))))

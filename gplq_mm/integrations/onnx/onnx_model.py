@@ -61,7 +61,7 @@ def run_with_outputs(proto: Any, names: Sequence[str], images: Tensor) -> dict[s
     Args:
         proto: ``onnx.ModelProto``; it is not changed.
         names: Values to return.
-        images: Its input.
+        images: Its input, ``(B, 3, H, W)``.
     """
     import onnx
 

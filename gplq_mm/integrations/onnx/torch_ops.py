@@ -62,7 +62,7 @@ def _(lhs: Tensor, rhs: Tensor, name: str) -> Tensor:
 
 
 def depth_of(operation: Any, x: Tensor) -> int:
-    """Number of products in a sum; ``LONGEST`` where it depends on the size of the image."""
+    """Number of products in a sum; ``LONGEST`` where the shape of ``x`` depends on the image."""
     if operation.kind != 'matmul':
         return operation.product_depth()
     return x.shape[-1] if isinstance(x.shape[-1], int) else LONGEST

@@ -80,7 +80,7 @@ class QuantShiftedWindowAttention(ShiftedWindows, ShiftedWindowAttention):
         return self.qkv(x)
 
     def logit_terms(self, q: Tensor, k: Tensor) -> tuple[Any, ...]:
-        """Scaled queries, keys, and the position bias."""
+        """Scaled queries, keys ``(B, heads, N, D)``, and the position bias."""
         scaled = q * q.shape[-1] ** -0.5
         return scaled, k, biased, (self.get_relative_position_bias(),)
 
@@ -97,7 +97,7 @@ class QuantShiftedWindowAttentionV2(ShiftedWindows, ShiftedWindowAttentionV2):
         return linear_with_bias(self.qkv, x, bias)
 
     def logit_terms(self, q: Tensor, k: Tensor) -> tuple[Any, ...]:
-        """Normalized queries and keys, a learned factor per head, and the position bias."""
+        """Normalized queries, keys ``(B, heads, N, D)``, a factor per head, the position bias."""
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
         factor = torch.clamp(self.logit_scale, max=MAX_LOG_SCALE).exp()
         return q, k, scaled_and_biased, (factor, self.get_relative_position_bias())

@@ -179,7 +179,7 @@ class QuantMultiheadAttention(nn.MultiheadAttention):
 
 
 def masked(logits: Tensor, *masks: Tensor) -> Tensor:
-    """Logits plus the sum of the masks; keys that the attention adds at the end are not masked."""
+    """Logits ``(B, heads, N, M)`` plus the sum of the masks; keys added at the end are unmasked."""
     if not masks:
         return logits
     mask = _sum_of(masks, logits.dtype)

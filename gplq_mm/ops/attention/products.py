@@ -79,7 +79,7 @@ whole."""
 
 
 def added(logits: Tensor, *terms: Tensor) -> Tensor:
-    """Logits plus float biases and masks; minus infinity where a bool mask is False."""
+    """Logits ``(..., N, M)`` plus float biases and masks; -inf where a bool mask is False."""
     for term in terms:
         if term.dtype == torch.bool:
             logits = logits.masked_fill(~term, float('-inf'))
@@ -89,7 +89,7 @@ def added(logits: Tensor, *terms: Tensor) -> Tensor:
 
 
 def multiplied(logits: Tensor, factor: Tensor | float) -> Tensor:
-    """Logits times a factor that broadcasts over them, such as a learned one per head."""
+    """Logits ``(..., N, M)`` times a factor that broadcasts over them, such as one per head."""
     return logits * factor
 
 
@@ -200,7 +200,7 @@ class Attention(Operation):
         return q if self.query_factor == 1 else q * self.query_factor
 
     def logits(self, q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
-        """Input of the softmax, from scaled q, transposed k and extras on their grids."""
+        """Input of the softmax ``(..., N, M)``, from scaled q, transposed k, extras on their grids."""
         return self.adjust(q @ k, *extras)
 
     def extras_on_grid(self) -> Sequence[Tensor]:

@@ -54,8 +54,8 @@ class SharedQueryMatMul(QuantMatMul):
         """Product with the quantized ``rhs``.
 
         Args:
-            lhs: Codes if ``lhs_scale`` is given, else values on the grid.
-            rhs: Right operand, not quantized yet.
+            lhs: ``(..., N, K)``; codes if ``lhs_scale`` is given, else values on the grid.
+            rhs: Right operand ``(..., K, M)``, not quantized yet.
             lhs_scale: Broadcasts over the product.
         """
         if lhs_scale is None:

@@ -118,7 +118,7 @@ class WindowAttention(_Base):
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
 
     def adjustment(self, mask: Tensor | None) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
-        """Arguments ``adjust`` and ``extras`` of ``quantized_attention``."""
+        """``adjust`` and ``extras`` of ``quantized_attention``; the mask is ``(windows, N, N)``."""
         bias = gathered_bias(self.relative_position_bias_table, self.relative_position_index)
         return biased, ((bias,) if mask is None else (bias, mask))
 

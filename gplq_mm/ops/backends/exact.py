@@ -71,7 +71,7 @@ def refusal(operation: Any, x: Tensor, *rest: Any) -> str:
 
 
 def linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
-    """``layer.reference(x, bias)`` as an integer sum, rescaled once."""
+    """``layer.reference(x, bias)``, shapes as there, as an integer sum, rescaled once."""
     codes = layer.codes(x)
     (left, input_scale), (right, weight_scale) = codes['input'], codes['weight']
     dtype = accumulator_dtype(layer.input_quantizer, layer.weight_quantizer, layer.product_depth())
@@ -83,7 +83,7 @@ def linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
-    """``operation.reference(lhs, rhs)`` as an integer sum, rescaled once."""
+    """``operation.reference(lhs, rhs)``, shapes as there, as an integer sum, rescaled once."""
     codes = operation.codes(lhs, rhs)
     (left, left_scale), (right, right_scale) = codes['lhs'], codes['rhs']
     dtype = accumulator_dtype(operation.lhs_quantizer, operation.rhs_quantizer, lhs.shape[-1])
@@ -92,7 +92,7 @@ def matmul(operation: Any, lhs: Tensor, rhs: Tensor) -> Tensor:
 
 
 def shared_query(operation: Any, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes of the query and their scale; the following products sum integers."""
+    """Codes of the query ``(..., N, D)`` and their scale; the products after it sum integers."""
     return operation.products[0].lhs_quantizer.codes(q)
 
 

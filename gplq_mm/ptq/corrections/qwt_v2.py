@@ -69,5 +69,5 @@ class QwTv2(UnitPTQ):
 
 
 def scale_of_channels(factor: torch.Tensor, scales: int) -> torch.Tensor:
-    """Factor of each channel; where channels share a scale, the mean of their factors."""
+    """Factor of each scale from ``(channels,)``: the mean where channels share a scale."""
     return factor.view(-1, scales).mean(0).repeat(len(factor) // scales)

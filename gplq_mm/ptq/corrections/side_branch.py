@@ -65,7 +65,7 @@ class LinearCompensation(LoadsState):
 
     @torch.no_grad()
     def set_values(self, weight: Tensor, bias: Tensor) -> None:
-        """Store ``weight`` (C, C) and ``bias`` (C,) and mark the branch fitted."""
+        """Store ``weight`` ``(C, C)`` and ``bias`` ``(C,)`` and mark the branch fitted."""
         self.weight.copy_(weight)
         self.bias.copy_(bias)
         self.fitted.fill_(True)
@@ -79,7 +79,7 @@ class LinearCompensation(LoadsState):
         self._is_fitted = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x @ weight.T + bias`` in the dtype of ``x``."""
+        """``x @ weight.T + bias`` in the dtype of ``x``, tokens ``(..., C)``."""
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
     def after_load(self, state_dict: dict[str, Any], prefix: str) -> None:
@@ -101,7 +101,7 @@ class CompensatedBlock(_Base):
     compensation: LinearCompensation
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward of the float class, plus the branch if it is fitted."""
+        """Forward of the float class, plus the branch if it is fitted; tokens ``(B, ..., C)``."""
         if not self.compensation.is_active:
             return super().forward(x, *args, **kwargs)
         side = self.compensation(x)

@@ -77,7 +77,7 @@ class FrozenSuffix(TargetFeatures):
         """Add gradients of ``weight`` times the mean error of some batches, equal on all ranks.
 
         Args:
-            parameters: Parameters whose gradients are increased.
+            parameters: Parameters of any shape whose gradients are increased.
             numbers: Indices of batches, below ``batches``.
             weight: Factor of the mean.
         """

@@ -162,7 +162,7 @@ class GPTQ(UnitPTQ):
 
         Args:
             layer: The layer; an existing range is kept if ``range`` is None.
-            weight: Float weight, not folded.
+            weight: Float weight, not folded, shape of the layer's.
             own: Products of its input codes.
             targets: Target of each column range; empty for the float weight.
         """
@@ -250,7 +250,10 @@ def not_worse(
     zero_point: Tensor,
     quant_range: tuple[int, int],
 ) -> Tensor:
-    """``codes``, with rows rounded to nearest where that has the smaller output error."""
+    """``codes``, with rows rounded to nearest where that has the smaller output error.
+
+    Arguments as in ``gptq_codes``; ``codes`` has the shape of ``rows``.
+    """
     nearest = nearest_codes(rows, scale, zero_point, quant_range)
     error, plain = (output_error(rows, c * scale, hessian) for c in (codes, nearest))
     return torch.where(error <= plain, codes, nearest)

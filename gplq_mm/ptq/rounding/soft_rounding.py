@@ -19,7 +19,7 @@ ZETA, GAMMA = 1.1, -0.1
 
 
 def rectified_sigmoid(v: Tensor) -> Tensor:
-    """Share of the upper code, 0 to 1; both ends are reached with a nonzero slope.
+    """Share of the upper code, 0 to 1, any shape; both ends are reached with a nonzero slope.
 
     Examples:
         >>> rectified_sigmoid(torch.tensor([-9.0, 0.0, 9.0]))
@@ -29,7 +29,7 @@ def rectified_sigmoid(v: Tensor) -> Tensor:
 
 
 def inverse_rectified_sigmoid(share: Tensor) -> Tensor:
-    """The ``v`` of a share; shares near 0 and 1, where the slope is zero, are clipped.
+    """The ``v`` of a share of any shape; shares near 0 and 1, where the slope is 0, are clipped.
 
     Examples:
         >>> rectified_sigmoid(inverse_rectified_sigmoid(torch.tensor([0.25, 1.0])))

@@ -45,7 +45,10 @@ class Target:
         return rows + change(rows, hessian, cross, strengths[best])
 
     def gain(self, rows: Tensor, damping: float) -> float:
-        """Decrease of the squared output error on the half of the images outside the fit."""
+        """Decrease of the squared output error on the half of the images outside the fit.
+
+        Arguments as in ``retargeted``.
+        """
         gain = 0.0
         for fitted, other in ((0, 1), (1, 0)):
             found = change(rows, self.hessians[fitted], self.crosses[fitted], damping)

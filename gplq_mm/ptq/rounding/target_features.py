@@ -120,7 +120,7 @@ class TrainedFeatures(TargetFeatures):
         """One pass: train on the first batches, then measure the held-out ones.
 
         Args:
-            parameters: Trained parameters; they get the same gradients on all ranks.
+            parameters: Trained parameters of any shape; they get the same gradients on all ranks.
             batches: Batches per step, over all ranks.
             step: Called on every rank, with gradients.
             more: Returns whether another step is required.

@@ -24,7 +24,7 @@ RESIDUAL_ERROR = 1 / (2 * torch_passes.FIELD_LEVELS)
 
 
 def unpack_values(packed: Sequence[Tensor], scale: Tensor, grid: Grid) -> Tensor:
-    """The quantized values, exactly, in float32."""
+    """The quantized values, exactly, in float32 and the shape of the codes."""
     return passes_for(packed[0], scale).unpack(packed[0], scale, grid)
 
 

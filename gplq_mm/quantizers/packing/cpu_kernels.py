@@ -73,14 +73,14 @@ class Kernels:
         return values, codes, field
 
     def quantize(self, x: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
-        """Values on the grid."""
+        """Values on the grid, shape of ``x``."""
         x = _dense(x)
         values = torch.empty_like(x)
         self._call('quantize', _Layout(x, scale, grid), x, values)
         return values
 
     def unpack(self, codes: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
-        """Values of packed codes."""
+        """Values of packed codes, same shape."""
         values = torch.empty_like(codes, dtype=torch.float32)
         self._call('unpack', _Layout(codes, scale, grid), codes, values)
         return values
@@ -186,7 +186,7 @@ class _Layout:
 
 
 def fits(x: Tensor, scale: Tensor) -> bool:
-    """Whether C supports the layout of a tensor and its scales."""
+    """Whether C supports the shape and layout of a tensor and its scales."""
     return _around(x, scale)[1][0] > 0
 
 

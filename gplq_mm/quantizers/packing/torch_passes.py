@@ -38,14 +38,14 @@ def pack(x: Tensor, scale: Tensor, grid: 'Grid') -> tuple[Tensor, Tensor, Tensor
 
 
 def quantize(x: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
-    """Values on the grid."""
+    """Values on the grid, shape of ``x``."""
     if grid.levels is not None:
         return quantize_to_levels(x / scale, grid.levels).mul_(scale)
     return _rounded(x / scale, grid).mul_(scale)
 
 
 def unpack(codes: Tensor, scale: Tensor, grid: 'Grid') -> Tensor:
-    """Values of packed codes."""
+    """Values of packed codes, same shape."""
     return _centred(codes, grid).mul_(scale)
 
 
@@ -94,7 +94,7 @@ def softmax_backward(
 
 
 def flat(x: Tensor) -> Tensor:
-    """A dense tensor flattened in memory order."""
+    """A dense tensor of any shape flattened in memory order, ``(elements,)``."""
     return x.as_strided((x.numel(),), (1,))
 
 

@@ -39,7 +39,11 @@ class MimicTerm(Section):
     )
 
     def check(self, path: str) -> None:
-        """Refuse keys that a term of this type does not use."""
+        """Refuse keys that a term of this type does not use.
+
+        Raises:
+            ValueError: Names the key and those of the type.
+        """
         idle = [key for key in self.given or () if key not in OF_TYPE[self.type]]
         if idle:
             raise ValueError(

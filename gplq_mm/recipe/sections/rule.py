@@ -49,7 +49,11 @@ class Rule(Section):
     optional: bool = setting('True: no error if nothing matches', False)
 
     def check(self, path: str) -> None:
-        """Refuse a rule that has no name and role, or no setting."""
+        """Refuse a rule that has no name and role, or no setting.
+
+        Raises:
+            ValueError: Says what is missing.
+        """
         if not {'name', 'role'} & set(self.given or ()):
             raise ValueError(
                 f"{path}: {self.as_dict()} names nothing; give name='*.pattern.*' or role='softmax'"

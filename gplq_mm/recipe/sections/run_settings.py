@@ -66,7 +66,11 @@ class OptimSettings(Section):
     )
 
     def check(self, path: str) -> None:
-        """Refuse a weight decay that relative steps would ignore."""
+        """Refuse a weight decay that relative steps would ignore.
+
+        Raises:
+            ValueError: Names the two keys.
+        """
         if self.scale_step == 'relative' and self.scale_weight_decay:
             raise ValueError(
                 f'{path}.scale_weight_decay={self.scale_weight_decay!r} has no effect on '

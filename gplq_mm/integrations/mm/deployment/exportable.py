@@ -24,7 +24,7 @@ class ExportedClassifier(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits."""
+        """``(B, 3, H, W)`` -> logits ``(B, classes)``."""
         return self.model(images, mode='tensor')
 
 
@@ -41,7 +41,7 @@ class ExportedBackbone(nn.Module):
         self.neck = model.neck if getattr(model, 'neck', None) is not None else nn.Identity()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps, from the largest to the smallest."""
+        """``(B, 3, H, W)`` -> feature maps ``(B, C, h, w)``, from the largest to the smallest."""
         maps = self.neck(self.backbone(images))
         return (maps,) if isinstance(maps, Tensor) else tuple(maps)
 

@@ -97,7 +97,7 @@ def verify(out: Path, images: Tensor, expected: Any) -> None:
 
     Args:
         out: The file.
-        images: Images.
+        images: ``(B, 3, H, W)``.
         expected: Output of the simulation, a tensor or a tuple.
 
     Raises:

@@ -11,7 +11,7 @@ def autocast_state(x: Tensor) -> dict[str, Any]:
     """Arguments of ``torch.autocast`` for the current state.
 
     Args:
-        x: Tensor on the device.
+        x: Tensor of any shape on the device.
 
     Examples:
         >>> autocast_state(torch.zeros(1))['enabled']

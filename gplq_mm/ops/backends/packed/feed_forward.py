@@ -30,7 +30,7 @@ def refusal(network: Any, x: Tensor) -> str:
 
 
 def recomputed_ffn(network: Any, x: Tensor) -> Tensor:
-    """``network.reference(x)``; saves the packed codes of ``x``."""
+    """``network.reference(x)`` for tokens ``(..., C)``; saves the packed codes of ``x``."""
     first, act, second = network.first, network.act, network.second
     hidden = torch.Size((*x.shape[:-1], first.out_features))
     forms = first.input_quantizer.packed_form(x.shape), second.input_quantizer.packed_form(hidden)

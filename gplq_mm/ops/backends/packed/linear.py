@@ -44,8 +44,8 @@ def packed_linear(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
 
     Args:
         layer: Layer with an active input quantizer.
-        x: Layer input.
-        bias: Added to the output, or None.
+        x: Layer input: tokens ``(..., C)``, or maps ``(B, C, H, W)``.
+        bias: Added to the output, ``(out_channels,)``, or None.
     """
     quantizer, weight = layer.input_quantizer, layer.effective_weight()
     form = quantizer.packed_form(x.shape)

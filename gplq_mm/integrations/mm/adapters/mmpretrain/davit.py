@@ -17,7 +17,7 @@ class QuantDaViTWindowMSA(WindowAttention, DaViTWindowMSA):
     """``DaViTWindowMSA`` with quantized matmuls."""
 
     def adjustment(self, mask: Tensor | None) -> tuple[Callable[..., Tensor], Sequence[Tensor]]:
-        """No position bias."""
+        """No position bias; the mask is ``(windows, N, N)`` or None."""
         return (added, ()) if mask is None else (masked, (mask,))
 
 
