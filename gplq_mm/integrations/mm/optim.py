@@ -25,6 +25,7 @@ from ...recipe import OptimSettings
 from ...registry import OPTIM_WRAPPER_CONSTRUCTORS
 from .checkpoints.run_checkpoint import unwrap
 from .cpu_amp import on_this_device
+from .runner_types import TrainingRunner
 
 _OF_RECIPE = 'lr_of_recipe'
 """Attribute of a wrapper whose learning rate comes from the recipe, not from the config."""
@@ -99,7 +100,7 @@ def _set_groups(built: OptimWrapper, ids: set[int], lr: float, decay: float) -> 
             group['lr'], group['weight_decay'] = lr, decay
 
 
-def shorten_lr_(runner: Any, network: Any) -> str | None:
+def shorten_lr_(runner: TrainingRunner, network: Any) -> str | None:
     """Lower the learning rate of a short stage 1: ``lr * sqrt(steps / lr_iterations)``.
 
     Near its optimum a model has to average out the noise of the steps, and a short run has too
@@ -108,7 +109,7 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     schedulers.
 
     Args:
-        runner: Runner before its training, checkpoints not yet resumed.
+        runner: TrainingRunner before its training, checkpoints not yet resumed.
         network: Converted model.
 
     Returns:
@@ -141,7 +142,7 @@ def shorten_lr_(runner: Any, network: Any) -> str | None:
     )
 
 
-def _longer(runner: Any, times: float) -> str:
+def _longer(runner: TrainingRunner, times: float) -> str:
     """The config line for a training that is longer by a factor."""
     loop = train_loop(runner)
     if isinstance(loop, EpochBasedTrainLoop):

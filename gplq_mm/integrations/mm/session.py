@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
-from mmengine.runner import Runner
 
 from ...analysis import model_bytes, write_json
 from ...analysis.start_error import as_float_model, float_state_of
@@ -43,6 +42,7 @@ from .run.start_check import check_start
 from .run.teacher import attach_teacher, check_mimic_images, pca_images
 from .run.teacher_outputs import attach_teacher_cache, check_teacher_cache
 from .run.weight_stage import apply_stage2, measure_final
+from .runner_types import TrainingRunner
 
 SOURCE_NAME = 'gplq_source.json'
 
@@ -51,14 +51,14 @@ class GPLQSession:
     """State of a run between the hook's calls.
 
     Args:
-        runner: Runner in training, loops built, weights not loaded yet.
+        runner: TrainingRunner in training, loops built, weights not loaded yet.
         resumed: Whether the runner resumes.
 
     Raises:
         ValueError: If the calibration images cannot be drawn.
     """
 
-    def __init__(self, runner: Runner, resumed: bool) -> None:
+    def __init__(self, runner: TrainingRunner, resumed: bool) -> None:
         self.runner = runner
         self.model = unwrap(runner.model)
         self.calibration = CalibrationSet.of_recipe(runner.cfg, self.recipe)

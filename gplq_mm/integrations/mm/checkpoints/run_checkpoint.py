@@ -10,7 +10,6 @@ from typing import Any
 
 import mmengine
 from mmengine.dist import barrier, is_main_process
-from mmengine.runner import Runner
 from torch import nn
 
 from ....analysis.added_bits import adopt_rules_
@@ -18,6 +17,7 @@ from ....analysis.start_error import quantization_keys
 from ....convert import quantizers, state_keys
 from ....recipe import Recipe, former_base, former_counterpart, recipe_difference
 from ....recipe.recorded import recorded_recipe
+from ..runner_types import TrainingRunner
 from .checkpoint_io import write_checkpoint
 
 KEY = 'gplq'
@@ -217,11 +217,11 @@ def record(model: nn.Module, stage: str, source: Mapping[str, Any]) -> dict[str,
     return {'recipe': _recipe(model).as_dict(), 'stage': stage, 'float_checkpoint': dict(source)}
 
 
-def save_resumable(runner: Runner, name: str) -> str:
+def save_resumable(runner: TrainingRunner, name: str) -> str:
     """Write the runner's full state atomically, as the checkpoint that ``--resume`` finds.
 
     Args:
-        runner: Runner in training, before its first iteration.
+        runner: TrainingRunner in training, before its first iteration.
         name: File name in the work dir.
 
     Returns:
@@ -241,11 +241,11 @@ def save_resumable(runner: Runner, name: str) -> str:
     return path
 
 
-def snapshot(runner: Runner, dataset: Any, through_hooks: bool) -> dict[str, Any]:
+def snapshot(runner: TrainingRunner, dataset: Any, through_hooks: bool) -> dict[str, Any]:
     """Weights and meta of the runner's model, in the layout of MMEngine's checkpoints.
 
     Args:
-        runner: Any runner.
+        runner: TrainingRunner runner.
         dataset: Its ``metainfo`` (classes, palette) is stored too.
         through_hooks: Let hooks edit it as they do when the runner saves (the EMA
             hook puts the averaged weights in).

@@ -7,35 +7,37 @@ from typing import Any
 import torch
 from mmengine.dist import is_main_process
 from mmengine.logging import print_log
-from mmengine.runner import Runner
 from mmengine.runner.amp import autocast
 
 from ..checkpoints.run_checkpoint import short_sha256
+from ..runner_types import DataLoop, TrainingRunner
 
 
 @torch.no_grad()
-def evaluate(runner: Runner, loop: Any, title: str) -> dict[str, float]:
+def evaluate(runner: TrainingRunner, loop: DataLoop, title: str) -> dict[str, float]:
     """Score the runner's model as a val or test loop does.
 
     Args:
-        runner: Runner whose model is scored.
+        runner: TrainingRunner whose model is scored.
         loop: A built ``ValLoop`` or ``TestLoop``: gives data, metric and fp16.
         title: Name of the model in the log.
 
     Returns:
         Metrics with the evaluator's own names, as plain numbers.
     """
-    was_training = runner.model.training
-    runner.model.eval()
+    model: Any = runner.model
+    was_training = model.training
+    model.eval()
     total = len(loop.dataloader)
     for index, batch in enumerate(loop.dataloader):
         with autocast(enabled=getattr(loop, 'fp16', False)):
-            outputs = runner.model.val_step(batch)
+            outputs = model.val_step(batch)
         loop.evaluator.process(data_samples=outputs, data_batch=batch)
         if is_main_process() and (index + 1) % max(total // 4, 1) == 0:
             print_log(f'{title}: evaluated {index + 1}/{total} batches', logger='current')
-    metrics = loop.evaluator.evaluate(len(loop.dataloader.dataset))
-    runner.model.train(was_training)
+    dataset: Any = loop.dataloader.dataset
+    metrics = loop.evaluator.evaluate(len(dataset))
+    model.train(was_training)
     return {name: float(value) for name, value in metrics.items() if _is_number(value)}
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmengine.logging import print_log
-from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ....analysis.gate.bit_steps import BitSteps
@@ -13,12 +12,13 @@ from ....analysis.gate.gate_check import check_gate
 from ....analysis.gate.gate_result import GateResult
 from ..checkpoints.run_checkpoint import unwrap
 from ..data.calibration_data import CalibrationSet
+from ..runner_types import TrainingRunner
 from .gate import gate_of_run
 from .run_report import RunReport
 
 
 def check_start(
-    runner: Runner,
+    runner: TrainingRunner,
     calibration: CalibrationSet,
     float_state: Mapping[str, Tensor],
     report: RunReport,
@@ -27,7 +27,7 @@ def check_start(
     """Compare the calibrated model with the float one before the first training step.
 
     Args:
-        runner: Runner in training; ``recipe.gate`` of its model says what to do.
+        runner: TrainingRunner in training; ``recipe.gate`` of its model says what to do.
         calibration: Images that the model was calibrated on.
         float_state: FP32 weights.
         report: Gets the figures as ``calibration.gate``, and the recipe with the added rules.
@@ -52,7 +52,7 @@ def check_start(
     check_gate(gate, add_bits, lambda found: report.update('calibration', gate=found), _log)
 
 
-def averaged_models(runner: Runner) -> list[nn.Module]:
+def averaged_models(runner: TrainingRunner) -> list[nn.Module]:
     """Copies of the model that hooks keep (EMA); their quantizers get the same bits."""
     averages = [getattr(hook, 'ema_model', None) for hook in runner.hooks]
     return [average.module for average in averages if average is not None]

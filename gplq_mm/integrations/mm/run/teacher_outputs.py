@@ -6,16 +6,16 @@ from typing import Any
 
 import torch
 from mmengine.logging import print_log
-from mmengine.runner import Runner
 from torch import nn
 
 from ....distillation.mimicking import Mimicking
 from ....distillation.teacher_cache import TeacherCache
+from ..runner_types import TrainingRunner
 
 _SAMPLES, _LOADS = 3, 6
 
 
-def check_teacher_cache(model: Any, runner: Runner) -> None:
+def check_teacher_cache(model: Any, runner: TrainingRunner) -> None:
     """Refuse ``engine.teacher_cache`` if the images differ between epochs.
 
     Checked by loading three images six times each.
@@ -35,7 +35,7 @@ def check_teacher_cache(model: Any, runner: Runner) -> None:
             "engine.teacher_cache: data_preprocessor's batch_augments mix images at random, so no "
             'image comes twice; remove them or the cache'
         )
-    dataset = runner.train_loop.dataloader.dataset
+    dataset: Any = runner.train_loop.dataloader.dataset
     for index in range(min(_SAMPLES, len(dataset))):
         images = [dataset[index]['inputs'] for _ in range(_LOADS)]
         if not all(image.shape == images[0].shape for image in images[1:]) or not all(

@@ -13,7 +13,6 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger, print_log
-from mmengine.runner import Runner
 
 from ....analysis import REPORT_NAME
 from ....analysis.start_error import as_float_model
@@ -32,6 +31,7 @@ from ..checkpoints.run_checkpoint import (
     unwrap,
 )
 from ..data.calibration_data import CalibrationSet
+from ..runner_types import TrainingRunner
 from .deployed_figures import report_deployed
 from .evaluate import evaluate, validation_key
 from .gate import gate_of_run
@@ -65,7 +65,7 @@ def stage2_set(cfg: Config, recipe: RecipeLike, calibration: CalibrationSet) -> 
 
 
 def apply_stage2(
-    runner: Runner, recipe: Recipe, calibration: CalibrationSet, report: RunReport
+    runner: TrainingRunner, recipe: Recipe, calibration: CalibrationSet, report: RunReport
 ) -> None:
     """Quantize the weights of the runner's stage-1 model and score it.
 
@@ -73,7 +73,7 @@ def apply_stage2(
     killed run resumes.
 
     Args:
-        runner: Runner whose model holds stage-1 weights and calibrated activations.
+        runner: TrainingRunner whose model holds stage-1 weights and calibrated activations.
         recipe: Resolved recipe.
         calibration: Images for algorithms that need data, unless the recipe asks for
             another number.
@@ -139,7 +139,7 @@ def measure_final(
 
 
 def run(
-    runner: Runner,
+    runner: TrainingRunner,
     ptq: PTQConfig | None = None,
     out: str | None = None,
     bits: int | None = None,
@@ -147,7 +147,7 @@ def run(
     """Stage 2 alone, on a runner that has loaded a stage-1 checkpoint.
 
     Args:
-        runner: Runner with the checkpoint loaded; no training is required.
+        runner: TrainingRunner with the checkpoint loaded; no training is required.
         ptq: Weight algorithms, joined by ``+``; the recipe's if None.
         out: Final checkpoint; ``gplq_final.pth`` in the work dir if None.
         bits: Weight bits; the recipe's if None.
@@ -251,11 +251,11 @@ def _more_images(model: Any, images: CalibrationSet, number: int) -> Callable[[]
     return images.sample(found, size, found, 'stage2').run_pass(model, 'stage 2, more images')
 
 
-def _packed_format(runner: Runner) -> str | None:
+def _packed_format(runner: TrainingRunner) -> str | None:
     """``GPLQHook(deploy=...)`` of the run."""
     return next((h.deploy for h in runner.hooks if hasattr(h, 'deploy')), None)
 
 
-def _source(runner: Runner) -> Mapping[str, Any]:
+def _source(runner: TrainingRunner) -> Mapping[str, Any]:
     """Identity of the FP32 checkpoint, as the hook read it from the stage-1 checkpoint."""
     return next((h.source for h in runner.hooks if hasattr(h, 'source')), {})
