@@ -51,8 +51,8 @@ def inspect_python() -> Finding:
     if sys.version_info >= OLDEST_PYTHON:
         return Finding('python', version, OK, sys.executable)
     oldest = '.'.join(map(str, OLDEST_PYTHON))
-    mend = 'python3.11 -m venv .venv'
-    return Finding('python', version, CLASHES, f'Python >= {oldest} is needed', mend)
+    fix = 'python3.11 -m venv .venv'
+    return Finding('python', version, CLASHES, f'Python >= {oldest} is needed', fix)
 
 
 def what_runs(findings: Sequence[Finding]) -> dict[str, bool]:
@@ -89,7 +89,7 @@ def as_table(findings: Sequence[Finding], runs: dict[str, bool]) -> str:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         lines.append('  '.join([*cells, row[-1]]).rstrip())
     lines += ['', *(f'{task}: {"can run" if can else "CANNOT RUN"}' for task, can in runs.items())]
-    mends = dict.fromkeys(f.mend for f in findings if f.mend)
-    if mends:
-        lines += ['', 'to fix it:', *(f'  {mend}' for mend in mends)]
+    fixes = dict.fromkeys(f.mend for f in findings if f.mend)
+    if fixes:
+        lines += ['', 'to fix it:', *(f'  {fix}' for fix in fixes)]
     return '\n'.join(lines)

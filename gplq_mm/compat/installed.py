@@ -147,7 +147,7 @@ COMPONENTS = (
 )
 
 
-def mending_line(message: str, default: str) -> str:
+def repair_command(message: str, default: str) -> str:
     """The pip command that satisfies an OpenMMLab version assertion.
 
     Args:
@@ -158,7 +158,7 @@ def mending_line(message: str, default: str) -> str:
         A shell command.
 
     Example:
-        >>> mending_line('MMEngine==1.0 is used. Please install mmengine>=0.7.1, <1.0.0.', '')
+        >>> repair_command('MMEngine==1.0 is used. Please install mmengine>=0.7.1, <1.0.0.', '')
         "pip install 'mmengine>=0.7.1,<1.0.0'"
     """
     found = _ASKS_FOR.search(message)
@@ -196,7 +196,7 @@ def _mend(component: Component, error: Exception) -> str:
         if root != component.name:
             installs = {c.name: c.install for c in COMPONENTS}
             return installs.get(root, f'pip install {_DISTRIBUTIONS.get(root, root)}')
-    return mending_line(str(error), default)
+    return repair_command(str(error), default)
 
 
 def _distribution_version(name: str) -> str:

@@ -165,7 +165,7 @@ def test_error_of_a_dependency_names_the_dependency(site: Path) -> None:
     assert parts['mmengine']['mend'] == "pip install 'setuptools<81'"
 
 
-def test_table_ends_with_what_mends_it(site: Path) -> None:
+def test_table_ends_with_what_fixes_it(site: Path) -> None:
     shutil.rmtree(site / 'mmpretrain')
     lines = doctor(site).stdout.splitlines()
     assert lines[0].split() == ['name', 'version', 'state', 'why']

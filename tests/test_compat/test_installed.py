@@ -53,8 +53,8 @@ def test_inspect_component(component: Component, state: str, why: str, mend: str
         ('undefined symbol', 'the default'),
     ],
 )
-def test_mending_line(message: str, line: str) -> None:
-    assert installed.mending_line(message, 'the default') == line
+def test_repair_command(message: str, line: str) -> None:
+    assert installed.repair_command(message, 'the default') == line
 
 
 def test_models_that_fail_beside_transformers_are_told_before_any_work(

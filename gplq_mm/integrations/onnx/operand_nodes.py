@@ -1,8 +1,8 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """ONNX nodes that bring an activation onto the integer grid of its quantizer.
 
-All divide truly and round half to even, as the simulation does: a value that is clipped to the ends
-of its grid before it is rounded has the same code as one that is clipped after it.
+They use true division and round half to even, as the simulation does: a value that is clipped to
+the ends of its grid before it is rounded has the same code as one that is clipped after it.
 """
 
 from typing import Any, NamedTuple

@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is a URL that MMEngine downloads: `https://`, `open-mmlab://`, ..."""
+    """Whether a path is a URL that MMEngine downloads: ``https://``, ``open-mmlab://``, ..."""
     return _URL.match(path) is not None
 
 
