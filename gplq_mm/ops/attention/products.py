@@ -196,11 +196,11 @@ class Attention(Operation):
         return None if terms is None else terms(*self.extras, **keywords)
 
     def scaled(self, q: Tensor) -> Tensor:
-        """Queries times ``query_factor``: the operand that is quantized."""
+        """Queries ``(..., N, D)`` times ``query_factor``: the operand that is quantized."""
         return q if self.query_factor == 1 else q * self.query_factor
 
     def logits(self, q: Tensor, k: Tensor, *extras: Tensor) -> Tensor:
-        """Input of the softmax ``(..., N, M)``, from scaled q, transposed k, extras on their grids."""
+        """Input of the softmax ``(..., N, M)``: scaled q, transposed k, extras on their grids."""
         return self.adjust(q @ k, *extras)
 
     def extras_on_grid(self) -> Sequence[Tensor]:
