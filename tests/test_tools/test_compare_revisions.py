@@ -90,11 +90,11 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     run.mkdir(parents=True)
     state = {'head.weight': torch.randn(3, 4), 'head.input_quantizer.scale': torch.rand(4)}
     torch.save({'meta': {'time': 'one'}, 'state_dict': state}, run / 'final.pth')
-    report = {'stage1': {'seconds': 1.5, 'metrics': {'accuracy/top1': 62.5}}}
+    report = {'stage1': {'seconds': 1.5, 'latency_ms': 1.5, 'metrics': {'accuracy/top1': 62.5}}}
     (run / 'gplq_report.json').write_text(json.dumps(report))
     shutil.copytree(tmp_path / 'old', tmp_path / 'new')
     torch.save({'meta': {'time': 'two'}, 'state_dict': state}, tmp_path / FINAL)
-    report['stage1']['seconds'] = 2.5
+    report['stage1'].update(seconds=2.5, latency_ms=3.5)
     (tmp_path / 'new/project/run/gplq_report.json').write_text(json.dumps(report))
     return tmp_path / 'old', tmp_path / 'new'
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 LEFT_OUT = {
     'seconds': 'timing',
+    'latency_ms': 'timing',
+    'latency_ratio': 'timing',
     'time': 'timing, date',
     'data_time': 'timing',
     'train/time': 'timing, in the history of MMEngine',
