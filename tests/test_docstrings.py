@@ -69,7 +69,7 @@ def test_public_docstrings_name_errors_and_shapes() -> None:
     found = [
         f'{p.relative_to(PACKAGE)}, {x}' for p in paths for x in problems(p.read_text('utf-8'))
     ]
-    assert not found, '\n'.join(found)
+    assert not found, '\n'.join(['write ``(B, N, C)`` or a section Raises:', *found])
 
 
 @pytest.mark.parametrize(

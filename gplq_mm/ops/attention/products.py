@@ -109,7 +109,7 @@ def _as_bias(term: Tensor) -> Tensor:
 
 
 def factor_term(factor: Tensor | float) -> Term:
-    """Term that multiplies logits by a factor."""
+    """Term that multiplies logits by a factor, which broadcasts to their shape."""
     return Term(torch.as_tensor(factor), multiplies=True)
 
 
@@ -188,7 +188,11 @@ class Attention(Operation):
         return (q.numel() + output.numel()) * k[-1]
 
     def terms(self, q: Tensor) -> list[Term] | None:
-        """Steps from the product of queries ``q`` and keys to logits; None if it has others."""
+        """Steps from the product of queries and keys to logits; None if it has others.
+
+        Args:
+            q: Queries, ``(B, heads, N, D)``.
+        """
         if isinstance(self.adjust, partial):
             terms, keywords = TERMS.get(self.adjust.func), self.adjust.keywords
         else:

@@ -201,7 +201,11 @@ class RelPosAttention(_Base):
         return self.with_positions(grid, rel_h, rel_w).flatten(4).flatten(2, 3)
 
     def quantized_query(self, q: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes and their scale if every product computes on codes, else values and None."""
+        """Codes and their scale if every product computes on codes, else values and None.
+
+        Args:
+            q: Queries, ``(B, heads, N, D)``.
+        """
         if not isinstance(self.qk_matmul, QuantMatMul):
             return q, None
         products = [self.qk_matmul]
