@@ -34,7 +34,6 @@ from tools.dev.precompiled_header import write_launcher  # noqa: E402  found by 
 
 REFERENCE = ROOT / 'requirements' / 'reference.txt'
 HASHED = ('requirements/*.txt', 'setup.py', 'gplq_mm/version.py', 'tools/dev/setup_env.py')
-LISTS = ('runtime', 'mminstall', 'deploy', 'tests', 'lint')
 NEEDED_BYTES = 12 * 2**30
 LINE_SECONDS = 30  # between two lines of progress if there is no terminal
 COMPILED_FILES = re.compile(r'^\s*\[(\d+)/(\d+)\]', re.MULTILINE)  # as ninja counts them
@@ -265,8 +264,9 @@ def pinned(*lines: str) -> tuple[str, ...]:
 
 
 def library_lines(environment: Environment) -> list[str]:
-    """List what is installed besides mmcv, each distribution once."""
-    lines = [line for name in LISTS for line in requirement_lines(name)]
+    """List what all files of `requirements/` need besides mmcv, each distribution once."""
+    names = sorted({path.stem for path in REFERENCE.parent.glob('*.txt')} - {REFERENCE.stem})
+    lines = [line for name in names for line in requirement_lines(name)]
     wanted = pinned('torchvision', *lines)
     kept = {'mmcv', *(name for name, other in ONEDL.items() if environment.has(other))}
     return [line for line in dict.fromkeys(wanted) if distribution_name(line) not in kept]
