@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools.dev import setup_env
-from tools.dev.setup_env import Environment, Step, library_lines, make_steps, pinned, progress
+from tools.dev.setup_env import Environment, Step, library_lines, make_steps, pinned
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -153,12 +153,6 @@ def test_ask_tells_failure_from_silence(tmp_path: Path) -> None:
     assert environment.ask('pass') == ''
     assert environment.ask('raise AssertionError') is None
     assert Environment(tmp_path / 'nowhere').ask('pass') is None
-
-
-def test_bar_shows_files_and_the_time_left() -> None:
-    assert progress('Building wheel', 65) == '      1 min 05 s'
-    text = progress('[1/77] c++ a.cpp\n  [11/77] c++ b.cpp\n', 22)
-    assert text == '      [##------------------] 11/77 files compiled, about 2 min 12 s left'
 
 
 def test_libraries_are_pinned_and_listed_once(tmp_path: Path) -> None:

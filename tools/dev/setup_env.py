@@ -30,13 +30,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tools.dev.precompiled_header import write_launcher  # noqa: E402  found by the line above
+from tools.dev.compile_progress import as_time, run_logged, say  # noqa: E402  by the line above
+from tools.dev.precompiled_header import write_launcher  # noqa: E402
 
 REFERENCE = ROOT / 'requirements' / 'reference.txt'
 HASHED = ('requirements/*.txt', 'setup.py', 'gplq_mm/version.py', 'tools/dev/setup_env.py')
 NEEDED_BYTES = 12 * 2**30
-LINE_SECONDS = 30  # between two lines of progress if there is no terminal
-COMPILED_FILES = re.compile(r'^\s*\[(\d+)/(\d+)\]', re.MULTILINE)  # as ninja counts them
 ONEDL = {'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection'}
 ONEDL |= {'mmengine': 'onedl-mmengine', 'mmpretrain': 'onedl-mmpretrain'}
 """Successors of OpenMMLab's packages, with the same modules: kept where they are installed."""
@@ -192,58 +191,13 @@ class Environment:
         sys.exit(f'compiled, but this does not run in {self.python}:\n{MMCV_FITS}')
 
     def run(self, command: list[str], environ: dict[str, str] | None = None) -> None:
-        """Run a command, log its output and show how many files it has compiled.
-
-        Raises:
-            SystemExit: The command failed; the end of its output has been shown.
-        """
+        """Run a command with the environment's tools first, its output in the log."""
         path = f'{self.venv / "bin"}{os.pathsep}{os.environ.get("PATH", "")}'
-        env = {**os.environ, **(environ or {}), 'PATH': path}
-        with self.log.open('w', encoding='utf-8') as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-        is_terminal = sys.stdout.isatty()
-        start = time.monotonic()
-        while process.poll() is None:
-            try:
-                process.wait(1 if is_terminal else LINE_SECONDS)
-            except subprocess.TimeoutExpired:
-                text = progress(self.read_log(), time.monotonic() - start)
-                print(f'\r{text:<79}' if is_terminal else text, end='', flush=True)
-                print(end='' if is_terminal else '\n', flush=True)
-        print(end=f'\r{"":<79}\r' if is_terminal else '', flush=True)
-        if process.returncode:
-            say('\n'.join(self.read_log().splitlines()[-30:]))
-            sys.exit(f'failed: {shlex.join(command)}\nthe whole output: {self.log}')
+        run_logged(command, self.log, {**os.environ, **(environ or {}), 'PATH': path})
 
     def read_log(self) -> str:
         """Return the output of the latest command so far."""
         return self.log.read_text(encoding='utf-8', errors='replace')
-
-
-def say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)
-
-
-def as_time(seconds: float) -> str:
-    """Write a duration: ``2 min 05 s``.
-
-    Examples:
-        >>> as_time(125)
-        '2 min 05 s'
-    """
-    return f'{int(seconds) // 60} min {int(seconds) % 60:02d} s'
-
-
-def progress(log: str, seconds: float) -> str:
-    """Write the elapsed time; as soon as files are compiled, a bar and the time left."""
-    found = COMPILED_FILES.findall(log)
-    if not found:
-        return f'      {as_time(seconds)}'
-    done, total = (int(number) for number in found[-1])
-    bar = '#' * (20 * done // total)
-    left = as_time(seconds / done * (total - done))
-    return f'      [{bar:-<20}] {done}/{total} files compiled, about {left} left'
 
 
 def distribution_name(line: str) -> str:
