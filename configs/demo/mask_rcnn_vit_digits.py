@@ -18,7 +18,7 @@ model = dict(
                                  num_classes=10, norm_cfg=dict(type='GN', num_groups=8))),
     train_cfg=dict(rpn_proposal=proposals, rcnn=dict(sampler=dict(num=32))),
     test_cfg=dict(rpn=proposals, rcnn=dict(max_per_img=30)))
-optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+optim_wrapper = dict(optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05, fused=True),
                      clip_grad=dict(max_norm=5))
 train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=max_epochs, val_interval=max_epochs)
 param_scheduler = [dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=100),
