@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tools.dev import setup_env
-from tools.dev.setup_env import Environment, Step, make_steps, pinned
+from tools.dev.setup_env import Environment, Step, library_lines, make_steps, pinned
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,105 +26,78 @@ def make_environment(folder: Path) -> Environment:
 
 
 class FakeEnvironment(Environment):
-    """Answers from lists, and writes down what would run."""
+    """Answers from a list whether mmcv fits, and writes down what would run."""
 
-    def __init__(self, folder: Path, works: list[bool], unmet: str, log: str = '') -> None:
+    def __init__(self, folder: Path, fits: list[bool], log: str = '') -> None:
         super().__init__(folder)
-        self.answers, self.unmet_text, self.log_text = works, unmet, log
+        self.fits, self.log_text = fits, log
         self.commands: list[list[str]] = []
-        self.forgotten = 0
+        self.environs: list[dict[str, str]] = []
 
-    def works(self, step: Step) -> bool:
-        return self.answers.pop(0)
-
-    def unmet(self, step: Step) -> str:
-        return self.unmet_text
+    def mmcv_fits(self) -> bool:
+        return self.fits.pop(0)
 
     def run(self, command: list[str], environ: dict[str, str] | None = None) -> None:
         self.commands.append(command)
-
-    def forget_wheels(self, step: Step) -> None:
-        self.forgotten += 1
-
-    def repair_opencv(self) -> None:
-        pass
+        self.environs.append(environ or {})
 
     def read_log(self) -> str:
         return self.log_text
 
 
-STEP = Step('a step', ('mmcv==2.1.0',), 'pass')
-
-
-def test_install_of_what_is_missing(tmp_path: Path) -> None:
-    environment = FakeEnvironment(tmp_path, [True, True], unmet='mmcv==2.1.0')
-    environment.install(STEP)
+def test_mmcv_is_compiled_by_the_launcher(tmp_path: Path) -> None:
+    environment = FakeEnvironment(tmp_path, [True])
+    environment.compile_mmcv()
     assert len(environment.commands) == 1
-    assert environment.commands[0][-1] == 'mmcv==2.1.0'
-    assert '--force-reinstall' not in environment.commands[0]
-    assert environment.forgotten == 0
+    assert environment.commands[0][-1] == pinned('mmcv')[0]
+    assert '--no-build-isolation' in environment.commands[0]
+    assert Path(environment.environs[0]['CXX']).name == 'c++'
+    assert environment.environs[0]['CFLAGS'].endswith('-g0')
 
 
-def test_what_is_there_and_broken_is_replaced(tmp_path: Path) -> None:
-    environment = FakeEnvironment(tmp_path, [True, True], unmet='')
-    environment.install(STEP)
-    assert '--force-reinstall' in environment.commands[0]
-    assert environment.forgotten == 1
-
-
-def test_kept_wheel_that_does_not_load_is_built_anew(tmp_path: Path) -> None:
+def test_cached_wheel_that_does_not_work_is_compiled_anew(tmp_path: Path) -> None:
     log = 'Using cached mmcv-2.1.0-cp311-cp311-linux_x86_64.whl'
-    environment = FakeEnvironment(tmp_path, [False, True], 'mmcv==2.1.0', log)
-    environment.install(STEP)
-    assert len(environment.commands) == 2
-    assert '--force-reinstall' in environment.commands[1]
-    assert environment.forgotten == 1
+    environment = FakeEnvironment(tmp_path, [False, True], log)
+    environment.pip = [sys.executable, '-c', 'pass']  # deletes nothing from the real cache
+    environment.compile_mmcv()
+    assert ['--force-reinstall' in command for command in environment.commands] == [False, True]
 
 
-def test_fresh_build_that_does_not_load_is_an_error(tmp_path: Path) -> None:
+def test_fresh_build_that_does_not_work_is_an_error(tmp_path: Path) -> None:
     log = 'Building wheel for mmcv (pyproject.toml): finished'
-    environment = FakeEnvironment(tmp_path, [False, False], 'mmcv==2.1.0', log)
-    with pytest.raises(SystemExit, match='installed, but this does not run'):
-        environment.install(STEP)
+    environment = FakeEnvironment(tmp_path, [False, False], log)
+    with pytest.raises(SystemExit, match='compiled, but this does not run'):
+        environment.compile_mmcv()
     assert len(environment.commands) == 1
 
 
-@pytest.mark.parametrize(
-    ('adopt', 'unmet', 'works', 'done'),
-    [
-        (False, '', True, True),
-        (False, '', False, False),
-        (False, 'mmcv==2.1.0', True, False),
-        (True, 'mmcv==2.1.0', True, True),  # another mmcv that fits is taken as it is
-        (True, '', False, False),
-    ],
-)
-def test_is_done(tmp_path: Path, adopt: bool, unmet: str, works: bool, done: bool) -> None:
-    step = Step('a step', ('mmcv==2.1.0',), 'pass', adopt=adopt)
-    assert FakeEnvironment(tmp_path, [works], unmet).is_done(step) is done
-
-
-def test_own_package_is_installed_again_whenever_the_stamp_is_stale(tmp_path: Path) -> None:
-    *others, own = make_steps()
-    assert own.requirements == ('gplq-mm',)
-    assert own.repeat
-    assert not any(step.repeat for step in others)
-    assert not FakeEnvironment(tmp_path, [True], unmet='').is_done(own)
-
-
-def test_only_undone_steps_run_and_the_stamp_ends_later_runs(tmp_path: Path, capsys) -> None:
-    steps = (
-        Step('first', ('pip>=1',), 'pass'),
-        Step('second', ('no-such-distribution',), 'open("../flag")'),
-    )
+def test_only_undone_steps_run_and_the_stamp_ends_later_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     environment = make_environment(tmp_path)
-    installed = []
-    environment.install = installed.append
+    done: list[str] = []
+    steps = (
+        Step('first', [], lambda: done.append('first'), lambda: True),
+        Step('second', [], lambda: done.append('second')),
+    )
+    monkeypatch.setattr(environment, 'mmcv_fits', lambda: True)
+    monkeypatch.setattr(setup_env, 'EVERYTHING_WORKS', 'pass')
     setup_env.build(environment, steps)
-    assert [step.title for step in installed] == ['second']
+    assert done == ['second']
     assert '[1/2] first: there\n[2/2] second ...' in capsys.readouterr().out
     assert environment.is_current()
     environment.python.unlink()
+    assert not environment.is_current()
+
+
+def test_environment_that_does_not_work_gets_no_stamp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = make_environment(tmp_path)
+    monkeypatch.setattr(environment, 'mmcv_fits', lambda: True)
+    monkeypatch.setattr(setup_env, 'EVERYTHING_WORKS', 'raise ImportError')
+    with pytest.raises(SystemExit, match='raise ImportError'):
+        setup_env.build(environment, ())
     assert not environment.is_current()
 
 
@@ -153,18 +125,27 @@ def test_second_run_takes_less_than_two_seconds(tmp_path: Path) -> None:
 def test_dry_run_prints_the_steps_and_touches_nothing(tmp_path: Path, capsys) -> None:
     assert setup_env.main(['--venv', str(tmp_path / 'new'), '--dry-run']) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:5] for line in lines[::2]] == [f'[{n}/7]' for n in range(1, 8)]
+    assert [line[:5] for line in lines[::2]] == [f'[{n}/4]' for n in range(1, 5)]
     assert all(line.endswith(': to do') for line in lines[::2])
-    assert '-v --no-build-isolation mmcv==' in lines[5]
+    assert 'torch==' in lines[3]
+    assert lines[5].endswith(pinned('mmcv')[0])
     assert not (tmp_path / 'new').exists()
 
 
-def test_unmet_requirements_of_a_real_environment() -> None:
+def test_incomplete_distributions_are_forgotten(tmp_path: Path) -> None:
+    for name, is_complete in (('whole', True), ('half', False)):
+        info = tmp_path / f'{name}-1.0.dist-info'
+        info.mkdir()
+        (tmp_path / f'{name}.py').write_text('')
+        (info / 'METADATA').write_text(f'Name: {name}\nVersion: 1.0\n')
+        (info / 'INSTALLER').write_text('uv')
+        record = f'{name}.py,,\n{name}.pyc,,\n{info.name}/METADATA,,\n'
+        (info / 'RECORD').write_text(record if is_complete else f'{record}lost.py,,\n')
+    here = f'import sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}\n'
     environment = Environment(Path(sys.prefix))
-    lines = ['pytest>=1', 'pytest<1', 'no-such-distribution', 'pip>=1']
-    answer = environment.ask(setup_env.UNMET, json.dumps(lines))
-    assert answer is not None
-    assert answer.split() == ['pytest<1', 'no-such-distribution']
+    assert environment.ask(here + setup_env.FORGET_INCOMPLETE) == 'half-1.0\n'
+    assert not (tmp_path / 'half-1.0.dist-info').exists()
+    assert (tmp_path / 'whole-1.0.dist-info').exists()
 
 
 def test_ask_tells_failure_from_silence(tmp_path: Path) -> None:
@@ -174,12 +155,28 @@ def test_ask_tells_failure_from_silence(tmp_path: Path) -> None:
     assert Environment(tmp_path / 'nowhere').ask('pass') is None
 
 
-def test_pinned_takes_the_reference() -> None:
-    pins = setup_env.requirement_lines('reference')
-    assert pinned('mmcv>=2.0.0,<2.2.0') == tuple(p for p in pins if p.startswith('mmcv=='))
+def test_libraries_are_pinned_and_listed_once(tmp_path: Path) -> None:
+    names = [setup_env.distribution_name(line) for line in library_lines(Environment(tmp_path))]
+    assert len(set(names)) == len(names)
+    assert {'torch', 'torchvision', 'mmdet', 'onnx', 'ruff'} <= set(names)
+    assert 'mmcv' not in names
     assert pinned('wheel') == ('wheel',)
-    wanted = [line for step in make_steps() for line in step.requirements]
-    assert {'torch', 'mmcv', 'mmdet'} <= {setup_env.distribution_name(line) for line in wanted}
+
+
+def test_installed_successor_of_a_library_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = Environment(tmp_path)
+    monkeypatch.setattr(environment, 'has', lambda name: name == 'onedl-mmdetection')
+    names = [setup_env.distribution_name(line) for line in library_lines(environment)]
+    assert 'mmdet' not in names
+    assert 'mmpretrain' in names
+
+
+def test_steps_end_with_the_package_itself(tmp_path: Path) -> None:
+    steps = make_steps(Environment(tmp_path))
+    assert steps[-1].command[-2:] == ['-e', str(ROOT)]
+    assert [step.is_done() for step in steps] == [False] * 4
 
 
 @pytest.mark.parametrize(
@@ -197,30 +194,3 @@ def test_cuda_operators_need_torch_and_nvcc(
     assert environ['FORCE_CUDA'] == forced
     assert environ['MMCV_WITH_OPS'] == '1'
     assert ('CUDA_VISIBLE_DEVICES' in environ) is (forced == '0')
-
-
-def test_machine_without_compiler_or_headers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, 'which', lambda name: None)
-    monkeypatch.setattr(setup_env.sysconfig, 'get_paths', lambda: {'include': str(tmp_path)})
-    monkeypatch.setattr(setup_env, 'NEEDED_BYTES', 2**70)
-    lacks = setup_env.missing_prerequisites(tmp_path / 'a' / 'b')
-    assert [item.split(' (')[0] for item in lacks[:2]] == ['a C++ compiler', "Python's headers"]
-    assert f'under {tmp_path}' in lacks[2]
-
-
-def test_run_shows_life_and_the_end_of_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
-    monkeypatch.setattr(setup_env, 'HEARTBEAT_SECONDS', 0.1)
-    environment = make_environment(tmp_path)
-    code = (
-        'import sys, time; print("[3/97] c++ -c a.cpp", flush=True); time.sleep(0.4); sys.exit(7)'
-    )
-    with pytest.raises(SystemExit, match=r'failed: .*\n.*gplq-env.log'):
-        environment.run([sys.executable, '-c', code])
-    out = capsys.readouterr().out
-    assert '... 0 min 00 s' in out
-    assert ', 3/97 files compiled' in out
-    assert out.rstrip().endswith('[3/97] c++ -c a.cpp')

@@ -1,9 +1,10 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Build the environment of `make env`, `make demo` and `make test`: standard library only.
 
-Needs Python >= 3.10 with venv and headers, and a C++ compiler. Every step first checks what is
-installed already, so an interrupted run continues where it stopped. After all steps have passed, a
-stamp file keyed on the requirements ends later runs at once.
+Needs Python >= 3.10 with venv and headers, and a C++ compiler. uv installs what the registry has
+built, pip where uv cannot; mmcv's operators are compiled, with torch's headers precompiled, unless
+an installed mmcv fits. An interrupted run continues where it stopped. After all steps have passed,
+a stamp file keyed on the requirements ends later runs at once.
 
 Example:
     python3 tools/dev/setup_env.py --venv .venv --dry-run
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import re
 import shlex
@@ -21,43 +21,51 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tools.dev.compile_progress import as_time, run_logged, say  # noqa: E402  by the line above
+from tools.dev.precompiled_header import write_launcher  # noqa: E402
+
 REFERENCE = ROOT / 'requirements' / 'reference.txt'
 HASHED = ('requirements/*.txt', 'setup.py', 'gplq_mm/version.py', 'tools/dev/setup_env.py')
-HEARTBEAT_SECONDS = 30
 NEEDED_BYTES = 12 * 2**30
-BUILD_PROGRESS = re.compile(r'^\s*\[(\d+/\d+)\]', re.MULTILINE)
+ONEDL = {'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection'}
+ONEDL |= {'mmengine': 'onedl-mmengine', 'mmpretrain': 'onedl-mmpretrain'}
+"""Successors of OpenMMLab's packages, with the same modules: kept where they are installed."""
 
-# Both run by the environment's own Python. The first prints the requirement lines not met.
-UNMET = """
-import json, sys
-from importlib.metadata import PackageNotFoundError, distribution
-from pip._vendor.packaging.requirements import Requirement
-for line in json.loads(sys.argv[1]):
-    required = Requirement(line)
-    try:
-        found = distribution(required.name)
-        complete = found.read_text('INSTALLER') and found.read_text('RECORD')
-        if not complete or not required.specifier.contains(found.version, prereleases=True):
-            print(line)
-    except PackageNotFoundError:
-        print(line)
+# These run in the environment. A package whose installation was interrupted is forgotten.
+FORGET_INCOMPLETE = """
+import shutil, sys, sysconfig
+from importlib.metadata import distributions
+for found in distributions(path=[sysconfig.get_path('purelib')]):
+    files = [file for file in found.files or () if file.suffix != '.pyc']
+    complete = found.read_text('INSTALLER') and files and all(f.locate().exists() for f in files)
+    if not complete and found._path.suffix == '.dist-info':
+        shutil.rmtree(found._path)
+        print(found._path.stem)
 """
-# A suitable mmcv: its operators load, mmdet accepts it, and it supports torch's device.
+INSTALLED = 'import importlib.metadata, sys; importlib.metadata.version({!r})'
+TOOLS_WORK = 'import setuptools, pkg_resources, pip, wheel, ninja'  # ninja needs setuptools first
+SEES_CUDA = 'import torch; print(int(torch.cuda.is_available()))'
+# mmdet itself checks mmcv's version when it is imported: 3.3.0 refuses 2.2 and later ones.
 MMCV_FITS = """
-import os, re
-import mmcv, mmcv.ops
-version = tuple(int(part) for part in re.findall(r'\\d+', mmcv.__version__)[:2])
-assert (2, 0) <= version < (2, 2), mmcv.__version__
+import os, mmcv, mmcv.ops, mmdet
 if os.environ['FORCE_CUDA'] == '1':
     assert mmcv.ops.get_compiling_cuda_version() != 'not available', 'no CUDA operators'
 """
-SEES_CUDA = 'import torch; print(int(torch.cuda.is_available()))'
+EVERYTHING_WORKS = f"""
+import hypothesis, matplotlib, mmdet, mmengine, mmpretrain, onnx, onnxruntime, onnxscript, openvino
+import pycocotools.mask, pytest, safetensors, sklearn, timm, torch, torchvision.ops, xdist
+import gplq_mm
+assert gplq_mm.__file__.startswith({str(ROOT)!r}), gplq_mm.__file__
+"""
 
 
 @dataclass(frozen=True)
@@ -66,21 +74,16 @@ class Step:
 
     Attributes:
         title: Description, with its duration.
-        requirements: Requirement lines that it installs.
-        smoke: Code that must run in the environment afterwards.
-        pip: Arguments of `pip install`; `requirements` if empty.
-        environ: Gives the variables for `pip` and `smoke`; called when the step runs.
-        adopt: Whether `smoke` alone decides, so that another version than the pinned one is kept.
-        repeat: Whether it always runs: only the stamp tells if its sources changed.
+        command: Its main command, for a dry run.
+        run: Does it.
+        is_done: Whether there is nothing to do. Commands that find this out themselves, in less
+            than a second, always run.
     """
 
     title: str
-    requirements: tuple[str, ...]
-    smoke: str
-    pip: tuple[str, ...] = ()
-    environ: Callable[[Environment], dict[str, str]] = lambda environment: {}
-    adopt: bool = False
-    repeat: bool = False
+    command: list[str]
+    run: Callable[[], None]
+    is_done: Callable[[], bool] = lambda: False
 
 
 class Environment:
@@ -93,6 +96,7 @@ class Environment:
     def __init__(self, venv: Path) -> None:
         self.venv = venv
         self.python = venv / 'bin' / 'python'
+        self.uv = venv / 'bin' / 'uv'
         self.stamp = venv / '.gplq-env'
         self.log = venv / 'gplq-env.log'
         self.pip = [str(self.python), '-m', 'pip']
@@ -111,12 +115,12 @@ class Environment:
             return False
         return self.stamp.read_text(encoding='utf-8') == self.digest()
 
-    def ask(self, code: str, *argv: str, environ: dict[str, str] | None = None) -> str | None:
+    def ask(self, code: str, environ: dict[str, str] | None = None) -> str | None:
         """Run code in the environment; return its output, or None if it failed."""
         if not self.python.exists():
             return None
         done = subprocess.run(
-            [str(self.python), '-W', 'ignore', '-c', code, *argv],
+            [str(self.python), '-W', 'ignore', '-c', code],
             capture_output=True,
             text=True,
             env={**os.environ, **(environ or {})},
@@ -124,100 +128,76 @@ class Environment:
         )
         return done.stdout if done.returncode == 0 else None
 
-    def unmet(self, step: Step) -> str | None:
-        """List the requirement lines that are not met; None if the environment does not run yet."""
-        return self.ask(UNMET, json.dumps(step.requirements))
+    def has(self, name: str) -> bool:
+        """Whether a distribution is installed."""
+        return self.ask(INSTALLED.format(name)) is not None
 
-    def works(self, step: Step) -> bool:
-        """Run a step's smoke code."""
-        return self.ask(step.smoke, environ=step.environ(self)) is not None
-
-    def is_done(self, step: Step) -> bool:
-        """Tell whether a step has nothing to do."""
-        met = step.adopt or self.unmet(step) == ''
-        return met and not step.repeat and self.works(step)
+    def mmcv_fits(self) -> bool:
+        """Whether the installed mmcv works, with mmdet and on torch's device."""
+        return self.ask(MMCV_FITS, mmcv_environ(self)) is not None
 
     def create(self) -> None:
-        """Create the environment's folder, or repair one without a working Python."""
+        """Create the environment, or repair one without a working Python; install build tools."""
         subprocess.run([sys.executable, '-m', 'venv', str(self.venv)], check=True)
+        self.run([*self.pip, 'install', *pinned('setuptools'), 'wheel', 'ninja'])
+        subprocess.run([*self.pip, 'install', '-q', 'uv'], check=False)  # pip does its work too
 
-    def pip_line(self, step: Step, *options: str) -> list[str]:
-        """Compose the command of a step."""
-        words = step.pip or step.requirements
-        return [*self.pip, 'install', '--no-input', '-c', str(REFERENCE), *options, *words]
+    def install_libraries(self) -> None:
+        """Install everything that the registry has built."""
+        for name in (self.ask(FORGET_INCOMPLETE) or '').split():
+            say(f'      {name} is incomplete: installing it again')
+        self.install(library_lines(self))
+        if self.has('opencv-python') and self.ask('import cv2') is None:  # servers, containers
+            say('      OpenCV does not load, libGL is missing: installing opencv-python-headless')
+            self.run([*self.pip, 'uninstall', '-y', 'opencv-python'])
+            self.install(['opencv-python-headless'])
 
-    def install(self, step: Step) -> None:
-        """Run a step and check its result.
+    def install(self, words: list[str]) -> None:
+        """Install by uv, with its own progress, or else by pip."""
+        tail = ['install', '-c', str(REFERENCE), *words]
+        if self.uv.exists():
+            environ = dict(os.environ)
+            if 'PIP_INDEX_URL' in environ:
+                environ.setdefault('UV_DEFAULT_INDEX', environ['PIP_INDEX_URL'])
+            command = [str(self.uv), 'pip', *tail, '--python', str(self.python)]
+            if subprocess.run(command, env=environ, check=False).returncode == 0:
+                return
+            say('      uv fails: pip tries the same')
+        command = [*self.pip, *tail, '--no-input']
+        if subprocess.run(command, check=False).returncode:
+            sys.exit(f'failed: {shlex.join(command)}')
 
-        A package that is installed and does not work is replaced. A cached wheel may have been
-        built for another torch or device: it is deleted and built again.
+    def compile_mmcv(self) -> None:
+        """Install mmcv with its operators.
+
+        A wheel that pip has cached may have been compiled for another torch or device: one that
+        does not work is deleted and compiled again.
 
         Raises:
-            SystemExit: pip failed, or what it installed does not work.
+            SystemExit: What was compiled does not work either.
         """
-        options = ['--force-reinstall'] if self.unmet(step) == '' else []
-        if options:
-            self.forget_wheels(step)
-        self.run(self.pip_line(step, *options), step.environ(self))
-        self.repair_opencv()
-        if not self.works(step) and 'Building wheel' not in self.read_log():
-            say('      a wheel cached by pip does not work here: building again')
-            self.forget_wheels(step)
-            self.run(self.pip_line(step, '--force-reinstall'), step.environ(self))
-            self.repair_opencv()
-        if not self.works(step):
-            sys.exit(f'installed, but this does not run in {self.python}:\n{step.smoke}')
-
-    def forget_wheels(self, step: Step) -> None:
-        """Delete the wheels that pip built for a step and cached."""
-        for line in step.requirements:
-            name = distribution_name(line)
-            subprocess.run([*self.pip, 'cache', 'remove', name], capture_output=True)
-
-    def repair_opencv(self) -> None:
-        """Install OpenCV's headless build if libGL is missing (servers, containers)."""
-        if self.ask(UNMET, '["opencv-python"]') != '' or self.ask('import cv2') is not None:
-            return
-        say('      OpenCV does not load, libGL is missing: installing opencv-python-headless')
-        self.run([*self.pip, 'uninstall', '-y', 'opencv-python'])
-        self.run([*self.pip, 'install', '-c', str(REFERENCE), 'opencv-python-headless'])
+        command = mmcv_command(self)
+        for options in ([], ['--force-reinstall']):
+            if options:
+                say('      the wheel of mmcv that pip has cached does not work: compiling it')
+                subprocess.run([*self.pip, 'cache', 'remove', 'mmcv'], capture_output=True)
+            with tempfile.TemporaryDirectory(prefix='gplq-mmcv-') as folder:
+                launcher = write_launcher(Path(folder), os.environ.get('CXX', 'c++'))
+                self.run([*command, *options], {**mmcv_environ(self), 'CXX': str(launcher)})
+            if self.mmcv_fits():
+                return
+            if 'Building wheel' in self.read_log():
+                break
+        sys.exit(f'compiled, but this does not run in {self.python}:\n{MMCV_FITS}')
 
     def run(self, command: list[str], environ: dict[str, str] | None = None) -> None:
-        """Run a command, log its output, print the elapsed time every `HEARTBEAT_SECONDS`.
-
-        Raises:
-            SystemExit: The command failed; the end of its output has been shown.
-        """
+        """Run a command with the environment's tools first, its output in the log."""
         path = f'{self.venv / "bin"}{os.pathsep}{os.environ.get("PATH", "")}'
-        env = {**os.environ, **(environ or {}), 'PATH': path}
-        with self.log.open('w', encoding='utf-8') as log:
-            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-        start = time.monotonic()
-        while process.poll() is None:
-            try:
-                process.wait(HEARTBEAT_SECONDS)
-            except subprocess.TimeoutExpired:
-                minutes, seconds = divmod(int(time.monotonic() - start), 60)
-                progress = build_progress(self.read_log())
-                say(f'      ... {minutes} min {seconds:02d} s{progress}')
-        if process.returncode:
-            say('\n'.join(self.read_log().splitlines()[-30:]))
-            sys.exit(f'failed: {shlex.join(command)}\nthe whole output: {self.log}')
+        run_logged(command, self.log, {**os.environ, **(environ or {}), 'PATH': path})
 
     def read_log(self) -> str:
         """Return the output of the latest command so far."""
         return self.log.read_text(encoding='utf-8', errors='replace')
-
-
-def say(text: str) -> None:
-    """Print at once, also into a pipe."""
-    print(text, flush=True)
-
-
-def build_progress(log: str) -> str:
-    """Number of compiled files, such as `, 12/97 files compiled`."""
-    done = BUILD_PROGRESS.findall(log)
-    return f', {done[-1]} files compiled' if done else ''
 
 
 def distribution_name(line: str) -> str:
@@ -237,6 +217,21 @@ def pinned(*lines: str) -> tuple[str, ...]:
     return tuple(pins.get(distribution_name(line), line) for line in lines)
 
 
+def library_lines(environment: Environment) -> list[str]:
+    """List what all files of `requirements/` need besides mmcv, each distribution once."""
+    names = sorted({path.stem for path in REFERENCE.parent.glob('*.txt')} - {REFERENCE.stem})
+    lines = [line for name in names for line in requirement_lines(name)]
+    wanted = pinned('torchvision', *lines)
+    kept = {'mmcv', *(name for name, other in ONEDL.items() if environment.has(other))}
+    return [line for line in dict.fromkeys(wanted) if distribution_name(line) not in kept]
+
+
+def mmcv_command(environment: Environment) -> list[str]:
+    """The command that compiles and installs mmcv; `-v` prints what is compiled."""
+    options = ['-v', '--no-input', '--no-build-isolation', '--no-deps']
+    return [*environment.pip, 'install', *options, *pinned('mmcv')]
+
+
 def mmcv_environ(environment: Environment) -> dict[str, str]:
     """Decide how mmcv's operators are built: for CUDA only if both torch and nvcc support it."""
     sees_cuda = (environment.ask(SEES_CUDA) or '').strip() == '1'
@@ -244,64 +239,46 @@ def mmcv_environ(environment: Environment) -> dict[str, str]:
     has_nvcc = shutil.which('nvcc') is not None or (home / 'bin' / 'nvcc').exists()
     jobs = os.environ.get('MAX_JOBS', str(os.cpu_count() or 1))
     environ = {'MMCV_WITH_OPS': '1', 'MAX_JOBS': jobs, 'FORCE_CUDA': '0'}
+    # Python's own flags ask for debug information: a third of the time of each file
+    environ['CFLAGS'] = f'{os.environ.get("CFLAGS", "")} -g0'.strip()
     if sees_cuda and has_nvcc:
         return {**environ, 'FORCE_CUDA': '1'}
     return {**environ, 'CUDA_VISIBLE_DEVICES': ''}
 
 
-def make_steps() -> tuple[Step, ...]:
+def make_steps(environment: Environment) -> tuple[Step, ...]:
     """List the steps in their order."""
-    mmcv = pinned('mmcv')
-    libraries = [line for line in requirement_lines('mminstall') if 'mmcv' not in line]
-    tools = pinned(*requirement_lines('tests'), *requirement_lines('lint'))
-    runtime = requirement_lines('runtime')
-    here = f'assert gplq_mm.__file__.startswith({str(ROOT)!r}), gplq_mm.__file__'
+    venv, pip = str(environment.venv), environment.pip
+    libraries = ['uv', 'pip', 'install', '-c', str(REFERENCE), *library_lines(environment)]
+    own = [*pip, 'install', '--no-input', '--no-build-isolation', '--no-deps', '-e', str(ROOT)]
     return (
         Step(
             'virtual environment with build tools',
-            ('pip>=24', *pinned('setuptools'), 'wheel', 'ninja'),
-            'import setuptools, pkg_resources',
+            [sys.executable, '-m', 'venv', venv],
+            environment.create,
+            lambda: environment.ask(TOOLS_WORK) is not None,
         ),
         Step(
-            'PyTorch (a download of about 3 GB) and MMEngine',
-            tuple(dict.fromkeys(pinned('torch', 'torchvision', 'mmengine', *runtime))),
-            'import torch, torchvision.ops, mmengine',
+            'libraries (PyTorch alone is a download of about 3 GB)',
+            libraries,
+            environment.install_libraries,
         ),
         Step(
-            'mmcv with its operators (about 15 minutes on two cores, once)',
-            mmcv,
-            MMCV_FITS,
-            ('-v', '--no-build-isolation', *mmcv),
-            mmcv_environ,
-            adopt=True,
+            'mmcv with its operators (about 3 minutes on two cores, once)',
+            mmcv_command(environment),
+            environment.compile_mmcv,
+            environment.mmcv_fits,
         ),
-        Step(
-            'mmdet and mmpretrain',
-            pinned(*libraries),
-            'import mmdet, mmpretrain, pycocotools.mask',
-        ),
-        Step(
-            'ONNX, ONNX Runtime, OpenVINO and safetensors',
-            pinned(*requirement_lines('deploy')),
-            'import onnx, onnxscript, onnxruntime, openvino, safetensors',
-        ),
-        Step('test and lint tools', tools, 'import hypothesis, matplotlib, pytest, sklearn, xdist'),
-        Step(
-            'gplq_mm itself, editable',
-            ('gplq-mm',),
-            f'import gplq_mm; {here}',
-            ('--no-build-isolation', '--no-deps', '-e', str(ROOT)),
-            repeat=True,
-        ),
+        Step('gplq_mm itself, editable', own, lambda: environment.run(own)),
     )
 
 
 def missing_prerequisites(venv: Path) -> list[str]:
     """List missing prerequisites of the machine, each with the way to install it."""
     lacks = []
-    compiler = os.environ.get('CXX', 'c++')
-    if not (shutil.which(compiler) or shutil.which('g++')):
-        lacks.append('a C++ compiler (Debian, Ubuntu: apt-get install g++)')
+    compiler = shlex.split(os.environ.get('CXX', 'c++'))[-1]
+    if not shutil.which(compiler):
+        lacks.append(f'a C++ compiler named {compiler} (Debian, Ubuntu: apt-get install g++)')
     if not Path(sysconfig.get_paths()['include'], 'Python.h').exists():
         lacks.append("Python's headers (Debian, Ubuntu: apt-get install python3-dev)")
     parent = next(folder for folder in (venv, *venv.parents) if folder.exists())
@@ -311,13 +288,11 @@ def missing_prerequisites(venv: Path) -> list[str]:
     return lacks
 
 
-def plan(environment: Environment, steps: tuple[Step, ...]) -> None:
+def plan(steps: tuple[Step, ...]) -> None:
     """Print what `build` would do."""
     for number, step in enumerate(steps, 1):
-        done = environment.is_done(step)
-        say(f'[{number}/{len(steps)}] {step.title}: {"there" if done else "to do"}')
-        if not done:
-            say(f'      {shlex.join(environment.pip_line(step))}')
+        say(f'[{number}/{len(steps)}] {step.title}: {"there" if step.is_done() else "to do"}')
+        say(f'      {shlex.join(step.command)}')
 
 
 def build(environment: Environment, steps: tuple[Step, ...]) -> None:
@@ -326,22 +301,23 @@ def build(environment: Environment, steps: tuple[Step, ...]) -> None:
     Raises:
         SystemExit: The machine lacks something, or a step failed.
     """
-    if not all(environment.works(step) for step in steps if step.adopt):
-        lacks = missing_prerequisites(environment.venv)
-        if lacks:
-            sys.exit('this machine lacks:\n' + '\n'.join(f'  {item}' for item in lacks))
-    if not environment.python.exists():
-        environment.create()
+    lacks = [] if environment.mmcv_fits() else missing_prerequisites(environment.venv)
+    if lacks:
+        sys.exit('this machine lacks:\n' + '\n'.join(f'  {item}' for item in lacks))
+    begin = time.monotonic()
     for number, step in enumerate(steps, 1):
         head = f'[{number}/{len(steps)}] {step.title}'
-        if environment.is_done(step):
+        if step.is_done():
             say(f'{head}: there')
             continue
         say(f'{head} ...')
         start = time.monotonic()
-        environment.install(step)
-        say(f'      done in {time.monotonic() - start:.0f} s')
+        step.run()
+        say(f'      done in {as_time(time.monotonic() - start)}')
+    if environment.ask(EVERYTHING_WORKS) is None:
+        sys.exit(f'installed, but this does not run in {environment.python}:\n{EVERYTHING_WORKS}')
     environment.stamp.write_text(environment.digest(), encoding='utf-8')
+    say(f'environment ready in {as_time(time.monotonic() - begin)}: {environment.venv}')
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -354,10 +330,9 @@ def main(argv: list[str] | None = None) -> int:
         parser.exit(1, f'Python >= 3.10 is needed, this is {sys.version.split()[0]}\n')
     environment = Environment((ROOT / args.venv).absolute())
     if args.dry_run:
-        plan(environment, make_steps())
+        plan(make_steps(environment))
     elif not environment.is_current():
-        build(environment, make_steps())
-        say(f'environment ready: {environment.venv}')
+        build(environment, make_steps(environment))
     return 0
 
 
