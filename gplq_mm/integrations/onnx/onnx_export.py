@@ -139,7 +139,7 @@ def translate(
     assert program is not None
     if edit is not None:
         edit(program.model)
-    finish(program.model)
+    finish(program.model, model, owner or model)
     proto = ir.to_proto(program.model)
     onnx.checker.check_model(proto)  # skips nodes of other domains than ONNX's
     return proto, [_described(name, known[name], style, refused) for name in known]

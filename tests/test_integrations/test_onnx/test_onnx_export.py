@@ -52,15 +52,41 @@ def test_batch_is_dynamic_and_the_dispatcher_as_before(file) -> None:
         assert 'export' not in explain(model.head, torch.zeros(1, 16), None)
 
 
-def test_a_float_operation_is_listed(tmp_path) -> None:
+def test_a_float_product_outside_the_scope_is_no_fault(tmp_path) -> None:
+    from gplq_mm.__main__ import main
+
     model = plain_vit()
     rule = {'name': 'head', 'enabled': False}
     gplq_mm.quantize(model, dict(base='w4a4_v1', rules=[rule]))
     gplq_mm.calibrate(model, [pixels()])
     gplq_mm.quantize_weights(model, [pixels()])
-    export(model, tmp_path / 'x.onnx', pixels(2))
-    floats = [p for p in precisions(tmp_path / 'x.onnx') if 'float32' in p.precision]
-    assert len(floats) == 1 and floats[0].kind in ('Gemm', 'MatMul')
+    path = tmp_path / 'x.onnx'
+    export(model, path, pixels(2))
+    (head,) = [p for p in precisions(path) if 'float32' in p.precision]
+    assert head.operation == 'head' and head.outside == 'turned off by a rule'
+    assert main(['inspect', str(path), '--strict']) == 0
+
+
+@torch.no_grad()
+def test_side_branches_of_qwt_run_in_float_and_are_no_fault(tmp_path) -> None:
+    from gplq_mm.__main__ import main
+    from gplq_mm.integrations.onnx.graph_passes import SIDE_BRANCH
+
+    model, images = plain_vit(), pixels()
+    gplq_mm.quantize(model, dict(base='w4a4', stage2=dict(compensation='qwt')))
+    gplq_mm.calibrate(model, [images])
+    gplq_mm.quantize_weights(model, [images])
+    model.eval()
+    path = tmp_path / 'x.onnx'
+    export(model, path, images[:2])
+    branches = {p.operation for p in precisions(path) if p.outside == SIDE_BRANCH}
+    assert branches == {'blocks.0.compensation'}  # the last block has none
+    assert main(['inspect', str(path), '--strict']) == 0
+    simulated = model(images)
+    error = (OnnxModel(path)(images)[0] - simulated).abs().mean() / simulated.abs().mean()
+    assert error <= 0.02
+    gplq_mm.save(model, tmp_path / 'x.pth', packed=True)
+    assert torch.equal(gplq_mm.load(tmp_path / 'x.pth', plain_vit())(images), simulated)
 
 
 def test_refuses_what_is_not_finished(tmp_path) -> None:
