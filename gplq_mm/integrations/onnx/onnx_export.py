@@ -21,6 +21,7 @@ from . import integer_style, qdq_style
 from .graph_passes import finish
 from .nodes import OPSET, Nodes
 from .torch_ops import captured_operations
+from .window_ops import TRANSLATIONS
 
 STYLES: dict[str, Any] = {'integer': integer_style, 'qdq': qdq_style}
 """Style -> module that writes its nodes."""
@@ -132,6 +133,7 @@ def translate(
                 custom_translation_table={
                     torch.ops.gplq_mm.layer.default: of_layer,
                     torch.ops.gplq_mm.product.default: of_product,
+                    **TRANSLATIONS,
                 },
             )
     finally:
