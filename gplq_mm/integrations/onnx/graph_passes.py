@@ -48,12 +48,16 @@ def name_nodes(graph: Any) -> None:
         operation = node.metadata_props.get(OPERATION)
         if operation is None:
             continue
-        name = f'{operation}/{node.op_type}'
-        used[name] = used.get(name, 0) + 1
-        node.name = name if used[name] == 1 else f'{name}_{used[name]}'
+        node.name = _numbered(f'{operation}/{node.op_type}', used)
         output = node.outputs[0]
         if GIVES in node.metadata_props and not output.is_graph_output():
-            output.name = f'{operation}/{node.metadata_props[GIVES]}'
+            output.name = _numbered(f'{operation}/{node.metadata_props[GIVES]}', used)
+
+
+def _numbered(name: str, used: dict[str, int]) -> str:
+    """The name, with a number from its second use on, as in a layer that is called twice."""
+    used[name] = used.get(name, 0) + 1
+    return name if used[name] == 1 else f'{name}_{used[name]}'
 
 
 def name_float_products(graph: Any, exported: nn.Module, owner: nn.Module) -> dict[str, str]:
@@ -72,6 +76,7 @@ def name_float_products(graph: Any, exported: nn.Module, owner: nn.Module) -> di
     places = {n: names[id(m)] for n, m in exported.named_modules() if id(m) in names}
     known, reasons = set(operations(owner)), _reasons(owner)
     outside: dict[str, str] = {}
+    used: dict[str, int] = {}
     for node in graph:
         if node.op_type not in FLOAT_PRODUCTS or OPERATION in node.metadata_props:
             continue
@@ -80,7 +85,7 @@ def name_float_products(graph: Any, exported: nn.Module, owner: nn.Module) -> di
         if not modules:
             continue
         name = modules[-1] or type(owner).__name__
-        node.name = f'{name}/{node.op_type}'
+        node.name = _numbered(f'{name}/{node.op_type}', used)
         if not node.outputs[0].is_graph_output():
             node.outputs[0].name = f'{name}/{node.outputs[0].name}'
         reason = next((reasons[m] for m in reversed(modules) if m in reasons), OUTSIDE_THE_SCOPE)

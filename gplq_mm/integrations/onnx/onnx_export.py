@@ -94,7 +94,8 @@ def translate(
     Args:
         model: See ``export``.
         example: See ``export``.
-        style: Module or object with ``refusal``, ``precision``, ``layer`` and ``product``.
+        style: Module or object with ``refusal``, ``precision``, ``layer`` and ``product``, and
+            with ``shared_product`` unless it refuses products with a shared left operand.
         dynamic: See ``export``.
         output_names: See ``export``.
         owner: See ``export``.
@@ -117,6 +118,9 @@ def translate(
     def of_product(lhs: Any, rhs: Any, name: str) -> Any:
         return style.product(Nodes(name), known[name], lhs, rhs)
 
+    def of_shared(codes: Any, rhs: Any, scale: Any, name: str) -> Any:
+        return style.shared_product(Nodes(name), known[name], codes, rhs, scale)
+
     was_training = model.training
     model.eval()
     try:
@@ -133,6 +137,7 @@ def translate(
                 custom_translation_table={
                     torch.ops.gplq_mm.layer.default: of_layer,
                     torch.ops.gplq_mm.product.default: of_product,
+                    torch.ops.gplq_mm.shared_product.default: of_shared,
                     **TRANSLATIONS,
                 },
             )
