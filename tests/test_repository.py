@@ -57,6 +57,7 @@ TESTED_IN = {
     'integrations/mm/converters/vitdet_checkpoint': 'test_integrations/test_mm/test_converters/test_vitdet_converter.py',  # noqa: E501
     'integrations/mm/cpu_amp': 'test_integrations/test_mm/test_knobs.py',
     'integrations/mm/data/model_outputs': 'test_integrations/test_mm/test_mixed_precision.py',
+    'integrations/mm/deployment/any_size': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/deployment/example_pass': 'test_cli/test_inspect.py',
     'integrations/mm/deployment/exportable': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/deployment/runtime_formats': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
@@ -74,6 +75,7 @@ TESTED_IN = {
     'integrations/onnx/packages': 'test_integrations/test_onnx/test_onnx_model.py',
     'integrations/onnx/precision': 'test_integrations/test_onnx/test_onnx_export.py',
     'integrations/onnx/torch_ops': 'test_integrations/test_onnx/test_onnx_export.py',
+    'integrations/onnx/window_ops': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/openvino/fake_quantize_style': 'test_integrations/test_openvino/test_openvino_export.py',  # noqa: E501
     'integrations/openvino/openvino_model': 'test_integrations/test_openvino/test_openvino_export.py',  # noqa: E501
     'integrations/timm/attention': 'test_integrations/test_timm_torchvision.py',

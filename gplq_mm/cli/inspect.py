@@ -126,10 +126,8 @@ def runtime_rows(path: str) -> Iterable[Row]:
     except ModuleNotFoundError as error:
         raise ValueError(f'{path}: {error}; write pip install {PACKAGES[name]}') from error
     for entry in found:
-        is_float = 'float' in entry.precision
-        outside = is_float and not getattr(entry, 'in_scope', True)  # a file may not say it
-        remark = 'outside the scope' if outside else ''
-        yield Row(entry.operation, entry.kind, entry.precision, remark, is_float and not outside)
+        is_float = 'float' in entry.precision and not entry.outside
+        yield Row(entry.operation, entry.kind, entry.precision, entry.outside, is_float)
 
 
 def torch_rows(args: argparse.Namespace) -> Iterable[Row]:

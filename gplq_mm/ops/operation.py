@@ -69,7 +69,8 @@ class Operation(EngineUser):
     """
 
     kind: ClassVar[str]
-    """``linear``, ``conv``, ``matmul``, ``attention``, ``ffn`` or ``shared_query``."""
+    """``linear``, ``conv``, ``matmul``, ``attention``, ``ffn``, ``shared_query``, or
+    ``shared_product``."""
 
     @property
     def quantizers(self) -> Sequence[FakeQuantizer]:

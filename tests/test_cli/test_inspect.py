@@ -13,6 +13,7 @@ pytest.importorskip('mmpretrain')
 
 from gplq_mm.__main__ import main
 from gplq_mm.cli.inspect import RED, Row, text_of, wants_colours
+from gplq_mm.integrations.onnx.packages import Precision
 from tests.helpers.checkpoint_fixtures import unpacked
 
 
@@ -31,19 +32,18 @@ def test_strict_fails_for_a_float_operation(monkeypatch, tmp_path, capsys) -> No
     path = tmp_path / 'a.onnx'
     path.touch()
     entries = [
-        SimpleNamespace(operation='a', kind='MatMulInteger', precision='uint8 x int8'),
-        SimpleNamespace(operation='b', kind='MatMul', precision='float32 x float32'),
+        Precision('a', 'MatMulInteger', 'uint8 x int8'),
+        Precision('b', 'MatMul', 'float32 x float32'),
     ]
-    for entry in entries:
-        entry.in_scope = True
     module = ModuleType('gplq_mm.integrations.onnx')
     module.precisions = lambda path: entries
     monkeypatch.setitem(sys.modules, 'gplq_mm.integrations.onnx', module)
     assert main(['inspect', str(path)]) == 0
     assert main(['inspect', str(path), '--strict']) == 1
     assert '1 operations of the scope run in float' in capsys.readouterr().out
-    entries[1].in_scope = False
+    entries[1] = entries[1]._replace(outside='outside the scope')
     assert main(['inspect', str(path), '--strict']) == 0
+    assert 'outside the scope' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,40 @@ def test_one_process_a_backend_gives_rows_chart_and_reasons(tool, tmp_path, monk
     assert len(again) == 1  # a run replaces the rows of its model, batch size and threads
 
 
+def test_a_stopped_run_goes_on_in_the_order_of_worth(tool, tmp_path, monkeypatch) -> None:
+    measured = []
+
+    class Group:
+        def __init__(self, folder, about, backends, threads, progress) -> None:
+            self.group = about['name'], threads
+
+        def run(self, rounds, check, score):
+            if len(measured) == 3:
+                raise KeyboardInterrupt
+            measured.append(self.group)
+            return {name: Measured(seconds={1: [0.1], 8: [0.8]}) for name in backends}
+
+    from inference_group import Measured
+
+    backends = ['torch', 'integer']
+    about = {'size': [8, 8], 'weights': 'random', 'task': 'classifier', 'config': None}
+    monkeypatch.setattr(tool, 'Group', Group)
+    monkeypatch.setattr(
+        tool, 'prepared', lambda name, a: (tmp_path, {**about, 'name': name, 'batches': [1, 8]})
+    )
+    command = ['vit_s_224', 'swin_t_224', '--threads', '1', '2', '--backends', *backends]
+    command += ['--out', str(tmp_path / 'rows.json'), '--resume']
+    with pytest.raises(KeyboardInterrupt):
+        tool.main(command)
+    assert measured == [('vit_s_224', 1), ('swin_t_224', 1), ('vit_s_224', 2)]
+    measured.clear()
+    tool.main(command)
+    assert measured == [('swin_t_224', 2)]
+    assert len(json.loads((tmp_path / 'rows.json').read_text())['rows']) == 16
+    with pytest.raises(SystemExit, match='--out FILE'):
+        tool.main(['vit_s_224', '--resume'])
+
+
 def test_a_failing_process_becomes_a_reason(tool, tmp_path) -> None:
     from inference_group import Group
 

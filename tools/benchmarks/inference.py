@@ -3,12 +3,15 @@
 
     python tools/benchmarks/inference.py vit_s_224 swin_t_224 --threads 1 2
     python tools/benchmarks/inference.py --config CONFIG --checkpoint gplq_final.pth --data DIR
+    python tools/benchmarks/inference.py vit_s_224 mask_rcnn_swin_t --out rows.json --resume
     python tools/benchmarks/inference.py --table --out docs/benchmarks/inference.json
 
 Every backend gets the same images and runs in a process of its own. The processes take turns, so
 that a change of the machine's speed reaches all of them alike. A backend that cannot run gives a
-row with the reason. The built-in models have random weights, and their rows say so. Rows replace
-those of the same model, batch size and threads in `--out`; a bar chart is written next to it.
+row with the reason. The built-in models have random weights, and their rows say so. Models come in
+the given order, all of them with the first number of threads before the next. Rows replace those of
+the same model, batch size and threads in `--out`; with `--resume` they are kept instead, so a run
+that was stopped goes on. A bar chart is written next to the rows.
 """
 
 import argparse
@@ -54,6 +57,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument('--reuse', action='store_true', help='keep files of an earlier run')
     parser.add_argument('--out', type=Path, help='JSON to add the rows to')
+    parser.add_argument(
+        '--resume', action='store_true', help='leave out what --out has rows of; keeps files too'
+    )
     parser.add_argument('--table', action='store_true', help='print the rows of --out and draw')
     return parser.parse_args(argv)
 
@@ -74,6 +80,8 @@ def check(args: argparse.Namespace) -> None:
             raise SystemExit(f'{path} does not exist')
     if not (args.models or args.config or args.table):
         raise SystemExit(f'name a model: {", ".join(MODELS_BY_NAME)}, or --config and --checkpoint')
+    if args.resume and not args.out:
+        raise SystemExit('--resume goes on with the rows of --out FILE: write it')
     if args.table and not (args.out and args.out.is_file()):
         raise SystemExit('--table prints the rows of --out FILE, which must exist')
     least = [*(args.batch or []), *args.threads, args.rounds, args.images]
@@ -91,27 +99,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     check(args)
     names = [*args.models, *([Path(args.config).stem] if args.config else [])]
     report: dict[str, Any] = read_json(args.out) if args.out else {}
-    started, groups, done = time.monotonic(), len(names) * len(args.threads), 0
-    for name in names:
-        folder, about = prepared(name, args)
-        for threads in args.threads:
-            where = f'[{done + 1}/{groups}] {name}, {threads} thread(s)'
-            say = Progress(where, started, done, groups)
-            group = Group(folder, about, args.backends, threads, say)
-            scored = bool(about['config']) and not args.no_score and threads == args.threads[0]
-            measured = group.run(args.rounds, not args.no_check, scored)
-            rows = rows_of(about, measured, threads, isa(processor_flags()))
-            report['rows'] = merged(report.get('rows', []), rows)
-            done += 1
-            if args.out:
-                report['torch'] = torch.__version__
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                write_json(args.out, report)
-            print(f'{table(rows)}\n{footnote(rows)}', flush=True)
+    processor = isa(processor_flags())
+    known = set() if not args.resume else measured_groups(report, args.backends, processor)
+    todo = [
+        (name, threads)
+        for threads in args.threads
+        for name in names
+        if not all((name, batch, threads) in known for batch in batches_of(name, args))
+    ]
+    cases: dict[str, tuple[Path, dict[str, Any]]] = {}
+    started = time.monotonic()
+    for done, (name, threads) in enumerate(todo):
+        if name not in cases:
+            cases[name] = prepared(name, args)
+        folder, about = cases[name]
+        where = f'[{done + 1}/{len(todo)}] {name}, {threads} thread(s)'
+        say = Progress(where, started, done, len(todo))
+        group = Group(folder, about, args.backends, threads, say)
+        scored = bool(about['config']) and not args.no_score and threads == args.threads[0]
+        measured = group.run(args.rounds, not args.no_check, scored)
+        rows = rows_of(about, measured, threads, processor)
+        report['rows'] = merged(report.get('rows', []), rows)
+        if args.out:
+            report['torch'] = torch.__version__
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            write_json(args.out, report)
+        print(f'{table(rows)}\n{footnote(rows)}', flush=True)
     if args.table:
         print(f'{table(report["rows"])}\n{footnote(report["rows"])}')
     if args.out:
         draw(report['rows'], args.out.with_suffix('.png'))
+
+
+def measured_groups(
+    report: dict[str, Any], backends: Sequence[str], processor: str
+) -> set[tuple[str, int, int]]:
+    """Model, batch size and threads of which a report has a row of every backend.
+
+    Args:
+        report: Content of `--out`.
+        backends: Backends of this run.
+        processor: Its instruction sets; rows of another processor do not count.
+    """
+    found: dict[tuple[str, int, int], set[str]] = {}
+    for row in report.get('rows', []):
+        if row['isa'] == processor:
+            group = row['model'], row['batch'], row['threads']
+            found.setdefault(group, set()).add(row['backend'])
+    return {group for group, names in found.items() if names >= set(backends)}
+
+
+def batches_of(name: str, args: argparse.Namespace) -> list[int]:
+    """Batch sizes that are measured of a model."""
+    return sorted(args.batch or (MODELS_BY_NAME[name][3] if name in MODELS_BY_NAME else (1,)))
 
 
 class Progress:
@@ -133,11 +173,11 @@ def prepared(name: str, args: argparse.Namespace) -> tuple[Path, dict[str, Any]]
     """Folder of a model's files, written in a process of its own, and their description."""
     folder: Path = args.work_dir / name
     own = args.config is not None and name == Path(args.config).stem
-    batches = args.batch or list(MODELS_BY_NAME[name][3] if not own else (1,))
+    batches = batches_of(name, args)
     about: dict[str, Any] = {
         'name': name,
         'recipe': args.recipe,
-        'batches': sorted(batches),
+        'batches': batches,
         'images': max(args.images, *batches),
         'config': args.config if own else None,
         'checkpoint': args.checkpoint if own else None,
@@ -146,7 +186,11 @@ def prepared(name: str, args: argparse.Namespace) -> tuple[Path, dict[str, Any]]
         'files': list(dict.fromkeys(n for b in args.backends for n in BACKENDS[b].needs)),
     }
     known = read_json(folder / 'case.json')
-    if args.reuse and 'reasons' in known and all(known.get(k) == v for k, v in about.items()):
+    if (
+        (args.reuse or args.resume)
+        and 'reasons' in known
+        and all(known.get(k) == v for k, v in about.items())
+    ):
         return folder, known
     folder.mkdir(parents=True, exist_ok=True)
     for file in [f for f in folder.iterdir() if f.is_file()]:

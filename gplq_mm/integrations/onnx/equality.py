@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import operations
+from ...ops.attention.relative_position import by_pairs
 from ...ops.backends import exact
 from . import integer_style
 from .nodes import GIVES, OPERATION, READS
@@ -67,7 +68,9 @@ def compare(
             "file that export(model, ..., style='integer') wrote"
         )
     names = [value for own in parts.values() for value in own.values()]
-    values = run_with_outputs(proto, names, images)
+    constants = {x.name: onnx.numpy_helper.to_array(x) for x in proto.graph.initializer}
+    values = run_with_outputs(proto, [n for n in names if n not in constants], images)
+    values.update({n: constants[n].copy() for n in names if n in constants})
     simulated = _simulated_codes(model, {name: known[name] for name in parts}, images)
     return [
         _agreement(name, known[name], {k: values[v] for k, v in own.items()}, simulated[name])
@@ -97,9 +100,13 @@ def _parts(proto: onnx.ModelProto) -> dict[str, dict[str, str]]:
     producers = {output: node for node in proto.graph.node for output in node.output}
     for node in reversed(proto.graph.node):
         if node.op_type in ('MatMulInteger', 'ConvInteger') and (own := _owned(node, parts)):
-            is_product = _kind(node.input[1], producers) == 'QuantizeLinear'
+            right = _before_transpose(node.input[1], producers)
+            is_product = 'factor' in own or _kind(right, producers) == 'QuantizeLinear'
             sides = ('lhs', 'rhs') if is_product else ('input',)
-            for side, codes in zip(sides, node.input, strict=False):
+            if 'factor' in own and 'rhs' not in own:  # a table of relative positions is a constant
+                own['rhs.table'], sides = node.input[1], ('lhs',)
+            for side, value in zip(sides, node.input, strict=False):
+                codes = _before_transpose(value, producers)
                 own.setdefault(f'{side}.codes', codes)
                 if side not in own:
                     own[side] = _source(codes, producers)
@@ -108,6 +115,11 @@ def _parts(proto: onnx.ModelProto) -> dict[str, dict[str, str]]:
 
 def _kind(value: str, producers: Mapping[str, onnx.NodeProto]) -> str:
     return producers[value].op_type if value in producers else ''
+
+
+def _before_transpose(value: str, producers: Mapping[str, onnx.NodeProto]) -> str:
+    is_transposed = _kind(value, producers) == 'Transpose'
+    return producers[value].input[0] if is_transposed else value
 
 
 def _marks(node: onnx.NodeProto) -> dict[str, str]:
@@ -134,7 +146,10 @@ def _simulated_codes(
 
     def watch(name: str) -> Any:
         def hook(operation: Any, inputs: Sequence[Any]) -> None:
-            codes[name] = _codes(operation, [x for x in inputs if isinstance(x, Tensor)])
+            tensors = [x for x in inputs if isinstance(x, Tensor)]
+            codes[name] = _codes(operation, tensors)
+            if len(tensors) == 3 and operation.kind == 'matmul':  # codes, and their scale
+                codes[name]['lhs'] = tensors[0].cpu().numpy().astype(np.int64)
 
         return hook
 
@@ -160,6 +175,8 @@ def _codes(operation: Any, inputs: Sequence[Tensor]) -> dict[str, np.ndarray]:
 def _agreement(
     name: str, operation: Any, values: Mapping[str, np.ndarray], simulated: Mapping[str, np.ndarray]
 ) -> Agreement:
+    if 'factor' in values:
+        return _shared_agreement(name, operation, values, simulated)
     operands = [n for n, operand in operation.operands().items() if operand.weight is None]
     inputs = [torch.from_numpy(values[n]) for n in operands]
     expected = _codes(operation, inputs)
@@ -178,3 +195,27 @@ def _agreement(
         out = exact.linear(operation, inputs[0], bias)
     equal = np.array_equal(out.numpy(), values['output'])
     return Agreement(name, num_codes, flips, of_model, equal)
+
+
+def _shared_agreement(
+    name: str, operation: Any, values: Mapping[str, np.ndarray], simulated: Mapping[str, np.ndarray]
+) -> Agreement:
+    """The same for a product whose left operand is given as codes."""
+    quantizer = operation.rhs_quantizer
+    left = torch.from_numpy(values['lhs'])
+    of_model = int((values['lhs'] != simulated['lhs']).sum())
+    if 'rhs.table' in values:
+        expected = by_pairs(torch.from_numpy(simulated['rhs']))
+        stored = values['rhs.table'].transpose(0, 2, 1)
+    else:
+        expected = quantizer.codes(torch.from_numpy(values['rhs']))[0].long()
+        stored = values['rhs.codes']
+    found = integer_style.centred(quantizer, stored, None)
+    lhs = integer_style.centred(operation.lhs_quantizer, values['lhs.codes'], None)
+    flips = int((found != expected.numpy()).sum() + (lhs != values['lhs']).sum())
+    if 'rhs.table' not in values:
+        of_model += int((found != simulated['rhs']).sum())
+    total = operation.total(left, expected.to(left.dtype))
+    out = total * torch.from_numpy(values['factor'])
+    equal = np.array_equal(out.numpy(), values['output'])
+    return Agreement(name, found.size + lhs.size, flips, of_model, equal)

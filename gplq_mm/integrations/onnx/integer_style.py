@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ...ops import Operation, QuantMatMul
+from ...ops.attention.relative_position import SharedQueryMatMul
 from ...quantizers import FakeQuantizer
 from ...quantizers.fake_quantizer import broadcast_shape
 from ...quantizers.functional import positive_scale
@@ -26,6 +27,8 @@ PAIR_LIMIT = (1 << 15) - 1
 SUM_LIMIT = (1 << 31) - 1
 """Largest magnitude of a sum in this style."""
 BYTE = 255
+COLUMNS = 'bnhwc,wkc->bnhwk'
+"""Product of queries and a table of relative positions along the columns of the image."""
 
 
 class ByteTensor(NamedTuple):
@@ -132,6 +135,53 @@ def product(nodes: Nodes, product: Any, lhs: Any, rhs: Any) -> Any:
     return nodes.named(out, 'output')
 
 
+def shared_product(nodes: Nodes, product: Any, codes: Any, rhs: Any, scale: Any) -> Any:
+    """Nodes of a product whose left operand has codes already.
+
+    Args:
+        nodes: Of the operation.
+        product: A product with the keys, or with a table of relative positions.
+        codes: Value of the graph, centred codes in float32.
+        rhs: Value of the graph.
+        scale: Value of the graph, scale of the codes.
+    """
+    left, right = product.quantizers
+    zero = np.asarray(-centred_bounds(left)[0], np.uint8)
+    nodes.reads('lhs', codes)
+    first = nodes.named(nodes('QuantizeLinear', codes, float_array(1.0), zero), 'lhs.codes')
+    nodes.reads('rhs', rhs)
+    grid = clipped(nodes, right, rhs, len(rhs.shape))
+    second = _bytes(nodes, grid, _rhs_type(_largest_byte(left), right))
+    values = nodes.named(second.bytes, 'rhs.codes')
+    equation = getattr(product, 'equation', '')
+    along_columns = equation == COLUMNS
+    if equation:
+        values = _table(nodes, values, rhs)
+    if along_columns:
+        first = nodes('Transpose', first, perm=[0, 1, 3, 2, 4])
+    total = nodes('MatMulInteger', first, values, zero, second.zero_point)
+    if along_columns:
+        total = nodes('Transpose', total, perm=[0, 1, 3, 2, 4])
+    axis, factor = np.asarray([0], np.int64), nodes('Mul', scale, second.scale)
+    nodes.reads('factor', factor)
+    total = nodes('Cast', nodes('Unsqueeze', total, axis), to=1)  # the axis: see product
+    return nodes.named(nodes('Squeeze', nodes('Mul', factor, total), axis), 'output')
+
+
+def _table(nodes: Nodes, values: Any, table: Any) -> Any:
+    """Bytes of a table of relative positions as a right operand, ``(S, K, S)``.
+
+    Args:
+        nodes: Of the operation.
+        values: Bytes of the table.
+        table: The table, a value of the graph: ``(2 * S - 1, K)``, or ``(S, S, K)``.
+    """
+    if len(table.shape) == 2:
+        steps = np.arange((table.shape[0] + 1) // 2)
+        values = nodes('Gather', values, steps[:, None] - steps[None, :] + len(steps) - 1)
+    return nodes('Transpose', values, perm=[0, 2, 1])
+
+
 def centred(quantizer: FakeQuantizer, stored: np.ndarray, high: np.ndarray | None) -> np.ndarray:
     """Centred codes, or levels, of the bytes that a file of this style computes; int64.
 
@@ -231,10 +281,11 @@ def _layer_refusal(layer: Any) -> str:
 
 def _product_refusal(product: Any) -> str:
     lhs, rhs = product.quantizers
-    if type(product).forward is not QuantMatMul.forward:
-        return 'the product shares its quantized left operand'
-    if rhs.spec.is_log:
-        return 'logarithmic codes on the right'
+    is_shared = isinstance(product, SharedQueryMatMul)
+    if not is_shared and type(product).forward is not QuantMatMul.forward:
+        return f'{type(product).__name__} computes its product in its own way'
+    if rhs.spec.is_log or (is_shared and lhs.spec.is_log):
+        return 'logarithmic codes on the right, or of a shared left operand'
     for quantizer in (lhs, rhs):
         low, high = centred_bounds(quantizer)
         if not quantizer.spec.is_log and high - low > BYTE:

@@ -21,6 +21,7 @@ from . import integer_style, qdq_style
 from .graph_passes import finish
 from .nodes import OPSET, Nodes
 from .torch_ops import captured_operations
+from .window_ops import TRANSLATIONS
 
 STYLES: dict[str, Any] = {'integer': integer_style, 'qdq': qdq_style}
 """Style -> module that writes its nodes."""
@@ -93,7 +94,8 @@ def translate(
     Args:
         model: See ``export``.
         example: See ``export``.
-        style: Module or object with ``refusal``, ``precision``, ``layer`` and ``product``.
+        style: Module or object with ``refusal``, ``precision``, ``layer`` and ``product``, and
+            with ``shared_product`` unless it refuses products with a shared left operand.
         dynamic: See ``export``.
         output_names: See ``export``.
         owner: See ``export``.
@@ -116,6 +118,9 @@ def translate(
     def of_product(lhs: Any, rhs: Any, name: str) -> Any:
         return style.product(Nodes(name), known[name], lhs, rhs)
 
+    def of_shared(codes: Any, rhs: Any, scale: Any, name: str) -> Any:
+        return style.shared_product(Nodes(name), known[name], codes, rhs, scale)
+
     was_training = model.training
     model.eval()
     try:
@@ -132,6 +137,8 @@ def translate(
                 custom_translation_table={
                     torch.ops.gplq_mm.layer.default: of_layer,
                     torch.ops.gplq_mm.product.default: of_product,
+                    torch.ops.gplq_mm.shared_product.default: of_shared,
+                    **TRANSLATIONS,
                 },
             )
     finally:
@@ -139,7 +146,7 @@ def translate(
     assert program is not None
     if edit is not None:
         edit(program.model)
-    finish(program.model)
+    finish(program.model, model, owner or model)
     proto = ir.to_proto(program.model)
     onnx.checker.check_model(proto)  # skips nodes of other domains than ONNX's
     return proto, [_described(name, known[name], style, refused) for name in known]

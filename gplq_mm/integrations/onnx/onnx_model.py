@@ -18,7 +18,8 @@ class OnnxModel:
     Args:
         path: ``.onnx`` file with one input.
         threads: Threads of onnxruntime; torch's number if None.
-        optimized: Writes the graph that is executed to this file.
+        optimized: Writes the graph to this file, fused and with folded constants as it is executed;
+            without the last step, which reorders the memory of convolutions and their names.
 
     Attributes:
         shape: Shape of the images; a name where any size is accepted: ``('batch', 3, 224, 224)``.
@@ -108,6 +109,8 @@ def _session(model: bytes, name: str, threads: int | None, optimized: str | Path
     options.log_severity_level = 3
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+        fused = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.graph_optimization_level = fused
     try:
         return onnxruntime.InferenceSession(model, options, providers=['CPUExecutionProvider'])
     except Exception as error:  # onnxruntime has no common base class of its errors

@@ -7,9 +7,9 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
-from .nodes import OPERATION
+from .graph_passes import OUTSIDE
 from .onnx_model import OnnxModel
-from .packages import Precision
+from .packages import Precision, outside_of, precision_of
 
 PRODUCTS = {
     'ConvInteger': (0, 1),
@@ -52,21 +52,15 @@ def precisions(path: str | Path) -> list[Precision]:
         optimized = Path(folder) / 'optimized.onnx'
         OnnxModel(path, optimized=optimized)
         graph = onnx.load(optimized, load_external_data=False).graph
-    types = _types(graph)
-    found = []
+    about = onnx.load(path, load_external_data=False).metadata_props
+    outside = outside_of(next((p.value for p in about if p.key == OUTSIDE), ''))
+    types, found = _types(graph), []
     for node in graph.node:
         if node.op_type not in PRODUCTS:
             continue
         names = (node.input[i] for i in PRODUCTS[node.op_type])
-        operation, slash, _ = node.name.partition('/')
-        marked = any(p.key == OPERATION for p in node.metadata_props)
-        found.append(
-            Precision(
-                operation if slash or marked else node.name,
-                node.op_type,
-                ' x '.join(types.get(name, _UNKNOWN) for name in names),
-            )
-        )
+        multiplied = ' x '.join(types.get(name, _UNKNOWN) for name in names)
+        found.append(precision_of([node.name, *node.output], node.op_type, multiplied, outside))
     return found
 
 

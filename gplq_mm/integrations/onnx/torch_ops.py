@@ -61,6 +61,26 @@ def _(lhs: Tensor, rhs: Tensor, name: str) -> Tensor:
     return _OPERATIONS.get()[name].contract(lhs, rhs)
 
 
+@torch.library.custom_op('gplq_mm::shared_product', mutates_args=())
+def shared_product(codes: Tensor, rhs: Tensor, scale: Tensor, name: str) -> Tensor:
+    """A product of a query that other products share.
+
+    Args:
+        codes: Centred codes of the query, ``(..., N, K)``, float32.
+        rhs: Right operand of the product, real values.
+        scale: Of the codes, broadcasts over the product.
+        name: Name of the product in the model.
+    """
+    operation = _OPERATIONS.get()[name]
+    right, rhs_scale = operation.rhs_quantizer.codes(rhs)
+    return operation.total(codes, right) * (scale * rhs_scale)
+
+
+@shared_product.register_fake
+def _(codes: Tensor, rhs: Tensor, scale: Tensor, name: str) -> Tensor:
+    return _OPERATIONS.get()[name].contract(codes, rhs)
+
+
 def depth_of(operation: Any, x: Tensor) -> int:
     """Number of products in a sum; ``LONGEST`` where the shape of ``x`` depends on the image."""
     if operation.kind != 'matmul':
@@ -94,6 +114,12 @@ def captured_operations(
             return on_codes(operation, x, *rest)
         return custom_op(x, *rest, name)
 
+    def compute_shared(operation: Any, codes: Tensor, rhs: Tensor, scale: Tensor) -> Tensor:
+        name = names.get(id(operation.product))
+        if name is None or refusal(name, depth_of(operation.product, codes)):
+            return operation.reference(codes, rhs, scale)
+        return shared_product(codes, rhs, scale, name)
+
     for kinds, custom_op, on_codes in (
         (['linear', 'conv'], layer, exact.linear),
         (['matmul'], product, exact.matmul),
@@ -102,6 +128,7 @@ def captured_operations(
         register_backend(BACKEND, 'inference', kinds, exact.refusal, computed)
     shared = exact.shared_query
     register_backend(BACKEND, 'inference', ['shared_query'], exact.refusal, shared)
+    register_backend(BACKEND, 'inference', ['shared_product'], exact.refusal, compute_shared)
     token = _OPERATIONS.set(known)
     try:
         with torch.no_grad():

@@ -11,9 +11,11 @@ import numpy as np
 import onnx
 from torch import Tensor, nn
 
+from ..onnx import graph_passes
 from ..onnx.onnx_export import ExportedOperation, translate
 from ..onnx.packages import require
 from .fake_quantize_style import FAKE_QUANTIZE, LEVELS, WEIGHT, FakeQuantizeStyle, StoredWeight
+from .openvino_model import OUTSIDE
 
 DOMAIN = 'org.openvinotoolkit'
 """Domain of FakeQuantize that OpenVINO's reader of ONNX knows."""
@@ -66,6 +68,8 @@ def export(
         source, written = Path(folder) / 'model.onnx', Path(folder) / path.name
         onnx.save(proto, source)
         converted = openvino.convert_model(source)
+        outside = next(p.value for p in proto.metadata_props if p.key == graph_passes.OUTSIDE)
+        converted.set_rt_info(outside, OUTSIDE)
         openvino.save_model(converted, written, compress_to_fp16=False)
         for file in (written.with_suffix('.bin'), written):
             file.replace(path.with_suffix(file.suffix))

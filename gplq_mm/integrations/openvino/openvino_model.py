@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from ..onnx.onnx_model import check_size
-from ..onnx.packages import Precision, require
+from ..onnx.packages import Precision, outside_of, precision_of, require
 
+OUTSIDE = 'gplq_mm_outside'
+"""Name of the runtime information with the content of ``graph_passes.OUTSIDE``."""
 PRODUCTS = ('FullyConnected', 'MatMul', 'Convolution', 'GroupConvolution', 'Deconvolution', 'Gemm')
 """Types of layers of the executed graph that multiply matrices."""
 _NAMES = {'f32': 'float32', 'f16': 'float16', 'bf16': 'bfloat16', 'i8': 'int8', 'u8': 'uint8'}
@@ -24,6 +26,7 @@ class OpenVinoModel:
 
     Attributes:
         shape: Shape of the images; a name where any size is accepted.
+        outside: What ``export`` says of float products outside the recipe's scope; else empty.
 
     Raises:
         ModuleNotFoundError: If openvino is missing.
@@ -44,10 +47,14 @@ class OpenVinoModel:
             'INFERENCE_PRECISION_HINT': 'f32',
             'PERFORMANCE_HINT': 'LATENCY',
         }
+        core = openvino.Core()
         try:
-            self.compiled = openvino.Core().compile_model(self.path, 'CPU', options)
+            model = core.read_model(self.path)
+            self.compiled = core.compile_model(model, 'CPU', options)
         except RuntimeError as error:
             raise ValueError(f'{path} cannot be loaded by OpenVINO: {error}') from error
+        info = model.get_rt_info()
+        self.outside = str(info[OUTSIDE].astype(str)) if OUTSIDE in info else ''
         shape = self.compiled.input(0).get_partial_shape()
         self.shape: tuple[Any, ...] = tuple(
             'any' if size.is_dynamic else size.get_length() for size in shape
@@ -82,19 +89,16 @@ def precisions(path: str | Path) -> list[Precision]:
         FileNotFoundError: If one of the two files is missing.
         ValueError: If the file cannot be read.
     """
+    model = OpenVinoModel(path)
+    outside = outside_of(model.outside)
     found = []
-    for node in OpenVinoModel(path).compiled.get_runtime_model().get_ordered_ops():
+    for node in model.compiled.get_runtime_model().get_ordered_ops():
         info = node.get_rt_info()
         kind = str(info['layerType'].astype(str)) if 'layerType' in info else ''
         if kind not in PRODUCTS:
             continue
         precision = str(info['runtimePrecision'].astype(str))
-        operation, slash, _ = node.get_friendly_name().partition('/')
-        found.append(
-            Precision(
-                operation if slash else node.get_friendly_name(),
-                kind,
-                _NAMES.get(precision.lower(), precision),
-            )
-        )
+        layers = str(info['originalLayersNames'].astype(str)).split(',')
+        names = [node.get_friendly_name(), *layers]
+        found.append(precision_of(names, kind, _NAMES.get(precision.lower(), precision), outside))
     return found

@@ -47,6 +47,23 @@ def resized_table(table: Tensor, size: int) -> Tensor:
     return resized.reshape(-1, length).permute(1, 0)
 
 
+def by_pairs(table: Tensor) -> Tensor:
+    """Entry of a relative position table for each pair of positions, ``(S, S, D)``.
+
+    Args:
+        table: ``(2 * S - 1, D)``; or ``(S, S, D)``, which is returned.
+
+    Examples:
+        >>> by_pairs(torch.arange(3)[:, None])[..., 0].tolist()
+        [[1, 0], [2, 1]]
+    """
+    if table.dim() == 3:
+        return table
+    size = (table.shape[0] + 1) // 2
+    steps = torch.arange(size, device=table.device)
+    return table[steps[:, None] - steps[None, :] + size - 1]
+
+
 class SharedQueryMatMul(QuantMatMul):
     """``lhs @ rhs`` whose left operand the caller has quantized with ``lhs_quantizer``."""
 
@@ -60,10 +77,35 @@ class SharedQueryMatMul(QuantMatMul):
         """
         if lhs_scale is None:
             return self.contract(lhs, self.rhs_quantizer(rhs))
-        codes, rhs_scale = self.rhs_quantizer.codes(rhs)
+        return compute(_SharedProduct(self), lhs, rhs, lhs_scale)
+
+    def total(self, lhs: Tensor, rhs: Tensor) -> Tensor:
+        """Product of the codes of both operands as exact integers, in the type of ``rhs``."""
         dtype = accumulator_dtype(self.lhs_quantizer, self.rhs_quantizer, lhs.shape[-1])
-        total = exact_total(self.contract(lhs.to(dtype), codes.to(dtype)), codes.dtype)
-        return (total * (lhs_scale * rhs_scale)).to(rhs.dtype)
+        return exact_total(self.contract(lhs.to(dtype), rhs.to(dtype)), rhs.dtype)
+
+
+class _SharedProduct(Operation):
+    """A product whose left operand is given as codes.
+
+    Args:
+        product: The product.
+    """
+
+    kind = 'shared_product'
+
+    def __init__(self, product: SharedQueryMatMul) -> None:
+        self.product = product
+        self.engine = product.engine
+
+    def operands(self) -> dict[str, Operand]:
+        """Those of the product."""
+        return self.product.operands()
+
+    def reference(self, codes: Tensor, rhs: Tensor, scale: Tensor) -> Tensor:
+        """The product, rescaled once; arguments as for ``SharedQueryMatMul.forward``."""
+        right, rhs_scale = self.product.rhs_quantizer.codes(rhs)
+        return (self.product.total(codes, right) * (scale * rhs_scale)).to(rhs.dtype)
 
 
 class _RelPosContract:
@@ -76,9 +118,7 @@ class _RelPosContract:
 
     def contract(self, lhs: Tensor, rhs: Tensor) -> Tensor:
         """``(B, heads, H, W, S)``."""
-        if rhs.dim() == 2:
-            steps = torch.arange((len(rhs) + 1) // 2, device=rhs.device)
-            rhs = rhs[steps[:, None] - steps[None, :] + len(steps) - 1]
+        rhs = by_pairs(rhs)
         return torch.einsum(self.equation, lhs, rhs)
 
 

@@ -60,7 +60,7 @@ def masked(logits: Tensor, mask: Tensor) -> Tensor:
         Shape of ``logits``.
     """
     _, heads, N, _ = logits.shape
-    logits = logits.view(-1, len(mask), heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
+    logits = logits.view(-1, mask.shape[0], heads, N, N) + mask.unsqueeze(1).unsqueeze(0)
     return logits.view(-1, heads, N, N)
 
 

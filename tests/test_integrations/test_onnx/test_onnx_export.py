@@ -52,15 +52,28 @@ def test_batch_is_dynamic_and_the_dispatcher_as_before(file) -> None:
         assert 'export' not in explain(model.head, torch.zeros(1, 16), None)
 
 
-def test_a_float_operation_is_listed(tmp_path) -> None:
-    model = plain_vit()
+@torch.no_grad()
+def test_side_branches_of_qwt_and_layers_turned_off_run_in_float_and_are_no_fault(tmp_path) -> None:
+    from gplq_mm.__main__ import main
+    from gplq_mm.integrations.onnx.graph_passes import SIDE_BRANCH
+
+    model, images = plain_vit(), pixels()
     rule = {'name': 'head', 'enabled': False}
-    gplq_mm.quantize(model, dict(base='w4a4_v1', rules=[rule]))
-    gplq_mm.calibrate(model, [pixels()])
-    gplq_mm.quantize_weights(model, [pixels()])
-    export(model, tmp_path / 'x.onnx', pixels(2))
-    floats = [p for p in precisions(tmp_path / 'x.onnx') if 'float32' in p.precision]
-    assert len(floats) == 1 and floats[0].kind in ('Gemm', 'MatMul')
+    gplq_mm.quantize(model, dict(base='w4a4', rules=[rule], stage2=dict(compensation='qwt')))
+    gplq_mm.calibrate(model, [images])
+    gplq_mm.quantize_weights(model, [images])
+    model.eval()
+    path = tmp_path / 'x.onnx'
+    export(model, path, images[:2])
+    floats = {p.operation: p.outside for p in precisions(path) if 'float32' in p.precision}
+    # the last block has no branch
+    assert floats == {'head': 'turned off by a rule', 'blocks.0.compensation': SIDE_BRANCH}
+    assert main(['inspect', str(path), '--strict']) == 0
+    simulated = model(images)
+    error = (OnnxModel(path)(images)[0] - simulated).abs().mean() / simulated.abs().mean()
+    assert error <= 0.02
+    gplq_mm.save(model, tmp_path / 'x.pth', packed=True)
+    assert torch.equal(gplq_mm.load(tmp_path / 'x.pth', plain_vit())(images), simulated)
 
 
 def test_refuses_what_is_not_finished(tmp_path) -> None:

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from gplq_mm.__main__ import main
 from tests.helpers.exported import finished_vit
 from tests.helpers.plain_vit import pixels
 
@@ -11,6 +12,7 @@ pytest.importorskip('onnxruntime', reason='needs onnxruntime')
 
 from gplq_mm.integrations.onnx.onnx_export import export  # noqa: E402
 from gplq_mm.integrations.onnx.onnx_model import OnnxModel  # noqa: E402
+from gplq_mm.integrations.onnx.precision import precisions  # noqa: E402
 
 
 @torch.no_grad()
@@ -28,3 +30,8 @@ def test_codes_are_symmetric_int8_and_outputs_agree(tmp_path) -> None:
     out = OnnxModel(tmp_path / 'x.onnx')(images)[0]
     torch.testing.assert_close(out, model(images), atol=1e-5, rtol=1e-5)
     assert [e.operation for e in exported if e.reason] == ['patch_embed']  # 8 bits, asymmetric
+    floats = {
+        p.operation: p.outside for p in precisions(tmp_path / 'x.onnx') if 'float' in p.precision
+    }
+    assert floats['patch_embed'] == '' and not any(floats.values())  # all are in the scope
+    assert main(['inspect', str(tmp_path / 'x.onnx'), '--strict']) == 1

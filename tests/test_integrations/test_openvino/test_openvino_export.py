@@ -41,6 +41,7 @@ def test_products_run_in_int8_and_outputs_agree(recipe, tmp_path) -> None:
     assert floats == {'patch_embed'}  # 8 bits saturate
     found = openvino.precisions(path)
     named = {p.operation: p.precision for p in found}
+    assert not any(p.outside for p in found)
     expected = set(operations(model)) - floats
     assert expected <= named.keys()
     assert {named[name] for name in expected} <= {'int8', 'uint8'}
@@ -54,6 +55,14 @@ def test_products_run_in_int8_and_outputs_agree(recipe, tmp_path) -> None:
     path.with_suffix('.bin').unlink()
     with pytest.raises(FileNotFoundError, match=r'x\.bin'):
         openvino.OpenVinoModel(path)
+
+
+def test_a_truncated_file_is_refused(tmp_path) -> None:
+    pytest.importorskip('openvino', reason='needs openvino')
+    (tmp_path / 'x.xml').write_text('<?xml version="1.0"?><net name="x" version="11"><lay')
+    (tmp_path / 'x.bin').touch()
+    with pytest.raises(ValueError, match='cannot be loaded by OpenVINO'):
+        openvino.OpenVinoModel(tmp_path / 'x.xml')
 
 
 def test_refuses_another_suffix(tmp_path) -> None:

@@ -12,12 +12,20 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from ....api.checkpoint_file import SAFETENSORS
 from ....convert import quantizers
+from ....convert.model_facts import facts_of
 from ....deployment.packed_file import ABOUT, packed_checkpoint
 from ....deployment.packed_weights import finished_layers
 from ..checkpoints.checkpoint_io import read_checkpoint, write_checkpoint
 from ..checkpoints.run_checkpoint import KEY
 from .finished_model import build_finished
+
+INFERENCER = (
+    "mmdet's DetInferencer reads .safetensors after import gplq_mm.integrations.mm.builder, or "
+    "with custom_imports = dict(imports=['gplq_mm.integrations.mm.builder']) in the config; a "
+    '.pth file needs neither'
+)
 
 
 def write_packed(model: nn.Module, cfg: Config, args: Namespace, out: Path) -> list[Path]:
@@ -49,6 +57,8 @@ def write_packed(model: nn.Module, cfg: Config, args: Namespace, out: Path) -> l
     finally:
         unverified.unlink(missing_ok=True)
     _log(checkpoint[KEY][ABOUT])
+    if out.suffix == SAFETENSORS and facts_of(model).is_detector:
+        print_log(INFERENCER)
     return [out]
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import gplq_mm
+from gplq_mm.integrations.mm.deployment.any_size import any_size
 from gplq_mm.integrations.mm.deployment.exportable import exportable, integer_batch
 from gplq_mm.integrations.mm.launch.preflight import ConfigError
 from gplq_mm.registry import MODELS
@@ -77,13 +78,53 @@ def test_refuses_another_file_or_runtime(tmp_path) -> None:
         MODELS.build(dict(type='gplq_mm.DeployedBackbone', file=str(tmp_path / 'x.onnx')))
 
 
-def test_a_size_has_to_be_given_where_none_else_works(detector, tmp_path) -> None:
+@torch.no_grad()
+def test_swin_takes_images_of_any_size(detector, tmp_path) -> None:
     from gplq_mm.integrations.mm.deployment.runtime_formats import write_onnx
 
-    args = Namespace(onnx_style=None, sizes=None)
+    path = tmp_path / 'x.onnx'
+    write_onnx(detector, None, Namespace(onnx_style=None, sizes=None), path)
+    deployed = MODELS.build(dict(type='gplq_mm.DeployedBackbone', file=str(path)))
+    for shape in ((1, 3, 32, 32), (2, 3, 37, 51)):
+        images = torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+        for x, y in zip(deployed(images), exportable(detector)(images), strict=True):
+            assert x.shape == y.shape
+            assert (x - y).abs().mean() <= 0.02 * y.abs().mean()
+
+
+def test_a_size_has_to_be_given_where_none_else_works(detector, tmp_path, monkeypatch) -> None:
+    from gplq_mm.integrations.mm.deployment import runtime_formats
+
+    def export(*args, **options):
+        raise torch.onnx.OnnxExporterError('guard on a size')
+
+    def other_size(out, images, expected) -> None:
+        if images.shape[-2:] == runtime_formats.ANOTHER_SIZE:
+            raise RuntimeError('x.onnx does not run')
+
+    out = tmp_path / 'x.onnx'
     with pytest.raises(ConfigError, match='write --sizes H W'):
-        write_onnx(detector, None, args, tmp_path / 'x.onnx')
+        runtime_formats.write(detector, None, out, export)
+    monkeypatch.setattr(runtime_formats, 'verify', other_size)
+    with pytest.raises(ConfigError, match='write --sizes H W'):  # a size became a number
+        runtime_formats.write(detector, None, out, lambda *args, **options: [])
+    attention = next(m for m in detector.modules() if hasattr(m, 'window_reverse'))
+    monkeypatch.setattr(attention, 'pad_small_map', False, raising=False)
+    with pytest.raises(ConfigError, match=r'attn has pad_small_map=False: .*write --sizes H W'):
+        runtime_formats.write(detector, None, out, export)
     assert not list(tmp_path.iterdir())
+
+
+@torch.no_grad()
+def test_any_size_changes_no_value(detector) -> None:
+    part = exportable(detector)
+    for size in ((32, 48), (37, 51), (30, 70)):
+        images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+        expected = part(images)
+        with any_size(detector):
+            found = part(images)
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    assert not any('forward' in vars(m) for m in detector.modules())
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,6 +143,20 @@ def test_init_detector_and_inferencer_take_it(detector: Deployed, suffix: str) -
     assert tuple(model.dataset_meta['classes']) == tuple(classes)
     inferencer = DetInferencer(detector.config, detector.file(suffix), device='cpu')
     assert same_outputs(inferencer.model, detector.model)
+
+
+def test_the_inferencer_takes_safetensors_in_a_new_process(detector: Deployed) -> None:
+    config = detector.folder / 'imports.py'
+    module = 'gplq_mm.integrations.mm.builder'
+    config.write_text(f"_base_ = './config.py'\ncustom_imports = dict(imports=['{module}'])\n")
+    code = (
+        'import sys; from mmdet.apis import DetInferencer; assert "gplq_mm" not in sys.modules; '
+        'model = DetInferencer(*sys.argv[1:], device="cpu").model; print(type(model).__name__)'
+    )
+    command = [sys.executable, '-c', code, str(config), detector.file('safetensors')]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == type(detector.model).__name__
 
 
 @pytest.mark.parametrize('suffix', SUFFIXES)
