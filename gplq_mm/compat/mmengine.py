@@ -7,9 +7,11 @@ for each function here, which fails if MMEngine changes.
 
 import re
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -79,3 +81,15 @@ def load_files_with_suffix(suffix: str, loader: Callable[..., dict[str, Any]]) -
         loader: A function named ``load_from_...``: MMEngine logs the part after ``load_from_``.
     """
     CheckpointLoader.register_scheme(rf'.*{re.escape(suffix)}$', loader, force=True)
+
+
+def is_empty_data_set(frame: FrameType) -> bool:
+    """Whether a function in which an error was raised is a data set that has no images.
+
+    MMEngine's data set serializes its list of images, and NumPy refuses an empty one. The list
+    alone tells nothing: it is empty before it is read, and again after it is serialized.
+    """
+    dataset = frame.f_locals.get('self')
+    if not isinstance(dataset, BaseDataset) or frame.f_code.co_name != '_serialize_data':
+        return False
+    return not dataset.data_list

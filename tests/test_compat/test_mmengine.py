@@ -11,6 +11,7 @@ import mmengine
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
@@ -158,6 +159,16 @@ class NoteWeight(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.kept.append(float(runner.model.weight.detach()))
+
+
+def test_a_data_set_still_serializes_its_images(tmp_path: Path) -> None:
+    assert hasattr(BaseDataset, '_serialize_data'), message('BaseDataset', '_serialize_data')
+    path = tmp_path / 'images.json'
+    for text, is_empty in (('{"metainfo": {}, "data_list": []}', True), ('{"metainfo"', False)):
+        path.write_text(text)
+        with pytest.raises(ValueError) as caught:
+            BaseDataset(str(path))
+        assert compat.is_empty_data_set(caught.traceback[-1].frame.raw) is is_empty
 
 
 def wrapper_of(batches: int) -> OptimWrapper:

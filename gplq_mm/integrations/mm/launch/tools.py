@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
-from mmengine.dataset import BaseDataset
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ....compat.installed import check_versions
 from ....quantizers import UncalibratedError
 from ..checkpoints.resume import resumable_checkpoint
+from ..data.data_errors import explain_data_error
 from .config import apply_cfg_options
 from .cpu_launch import prepare_cpu_launch
 from .cpu_memory import keep_freed_memory
@@ -170,34 +170,12 @@ def run_tool(main: Callable[[], None]) -> int:
     try:
         main()
     except (*_MISTAKES, ImportError) as error:
-        empty = empty_data_set(error)
-        if not (empty or is_refusal(error)):
+        of_data = explain_data_error(error)
+        if not (of_data or is_refusal(error)):
             raise
-        sys.stderr.write(f'error: {empty or error}\n')
+        sys.stderr.write(f'error: {of_data or error}\n')
         return USER_ERROR
     return 0
-
-
-def empty_data_set(error: BaseException) -> str | None:
-    """Explain the NumPy error that MMEngine raises for a data set without images.
-
-    Args:
-        error: What a tool raised.
-
-    Returns:
-        The explanation; None if the error is another.
-    """
-    trace = error.__traceback__
-    while trace is not None:
-        dataset = trace.tb_frame.f_locals.get('self')
-        if isinstance(dataset, BaseDataset) and not getattr(dataset, 'data_list', True):
-            where = dataset.ann_file or dataset.data_prefix
-            return (
-                f'{type(dataset).__name__} has no images: {where}; compare metainfo.classes with '
-                'the names in the annotations, and check filter_cfg and indices'
-            )
-        trace = trace.tb_next
-    return None
 
 
 def is_refusal(error: BaseException) -> bool:

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
 
 from gplq_mm.convert import resolve_recipe
 from gplq_mm.integrations.mm.launch import tools
@@ -155,17 +154,6 @@ def test_what_nobody_refused_keeps_its_traceback(fail: object) -> None:
 
 def test_success_is_exit_code_0() -> None:
     assert run_tool(lambda: None) == 0
-
-
-def test_a_data_set_without_images_is_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / 'empty.json'
-    path.write_text('{"metainfo": {}, "data_list": []}')
-    assert run_tool(lambda: BaseDataset(str(path))) == USER_ERROR  # type: ignore[func-returns-value]
-    error = capsys.readouterr().err
-    assert error.startswith(f'error: BaseDataset has no images: {path}; ')
-    assert 'metainfo.classes' in error
 
 
 def test_a_library_that_the_model_names_must_be_there(
