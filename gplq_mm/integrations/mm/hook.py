@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
@@ -14,6 +14,7 @@ from ...compat.mmengine import is_resumed, load_path, start_from, train_loop
 from ...deployment.packed_file import unpack_checkpoint_
 from ...registry import HOOKS
 from .checkpoints.former_recipe import take_former_form_
+from .checkpoints.kept_checkpoints import keep_while_writing_, remove_replaced
 from .checkpoints.resume import resumable_checkpoint
 from .checkpoints.run_checkpoint import (
     check_quantized,
@@ -67,6 +68,7 @@ class GPLQHook(Hook):
         self.stage = 'calibrated'
         self.random_state: RandomState | None = None
         self.mimic: dict[str, Any] = {}
+        self.single: list[CheckpointHook] = []
 
     def before_run(self, runner: Runner) -> None:
         """Check config, checkpoint and data before long work.
@@ -88,6 +90,7 @@ class GPLQHook(Hook):
         shortened = shorten_lr_(runner, unwrap(runner.model))
         if shortened:
             print_log(shortened, logger='current')
+        self.single = keep_while_writing_(runner.hooks)
         self.session = GPLQSession(runner, resumed=is_resumed(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
@@ -124,6 +127,10 @@ class GPLQHook(Hook):
         seed_epoch(runner.train_dataloader, runner.seed, runner.epoch)
         self.session.start_epoch()
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Delete a checkpoint that a newer one has replaced."""
+        remove_replaced(self.single)
+
     def after_fast_forward(self, runner: Runner) -> None:
         """Restore the random state of the checkpoint that an epoch is resumed from."""
         if self.random_state is not None:
@@ -142,6 +149,7 @@ class GPLQHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Stage 2, final score, report."""
         assert self.session is not None
+        remove_replaced(self.single)
         self.session.finish(self.source, self.deploy)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:

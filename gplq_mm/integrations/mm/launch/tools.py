@@ -115,7 +115,7 @@ def set_resume(cfg: Config, resume: str | None) -> str | None:
         A warning if there was nothing to resume.
 
     Raises:
-        ConfigError: If the checkpoint to resume from does not exist.
+        ConfigError: If the checkpoint to resume from does not exist or cannot be read.
     """
     if resume is None:
         return None
@@ -124,31 +124,13 @@ def set_resume(cfg: Config, resume: str | None) -> str | None:
             raise ConfigError(f'--resume: no checkpoint at {Path(resume).absolute()}')
         cfg.resume, cfg.load_from = True, resume
         return None
-    latest = latest_checkpoint(cfg.work_dir)
+    latest = resumable_checkpoint(cfg.work_dir)
     if latest is None:
         cfg.resume = False
         start = cfg.get('load_from') or 'random weights'
         return f'--resume: no checkpoint in {cfg.work_dir}; starting from {start}'
-    cfg.resume, cfg.load_from = True, str(latest)
+    cfg.resume, cfg.load_from = True, latest
     return None
-
-
-def latest_checkpoint(work_dir: str | Path) -> Path | None:
-    """Latest checkpoint of a work dir, even if the folder was moved; None if there is none.
-
-    Raises:
-        ConfigError: If ``last_checkpoint`` names a file that does not exist.
-    """
-    named = resumable_checkpoint(work_dir)
-    if not named:
-        return None
-    for path in (Path(named), Path(work_dir, Path(named).name)):
-        if path.is_file():
-            return path
-    raise ConfigError(
-        f'--resume: {Path(work_dir, "last_checkpoint")} names {named}, which does not exist; '
-        'write --resume CHECKPOINT'
-    )
 
 
 def build_runner(cfg: Config) -> Runner:
