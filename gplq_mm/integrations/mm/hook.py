@@ -23,6 +23,7 @@ from .checkpoints.run_checkpoint import (
     record,
     unwrap,
 )
+from .checkpoints.same_training import require_same_training
 from .launch.cpu_memory import keep_freed_memory
 from .launch.preflight import check_float_checkpoint
 from .optim import shared_lr_warning, shorten_lr_, slow_average_warning
@@ -97,8 +98,9 @@ class GPLQHook(Hook):
         """Refuse weights that do not fit the model.
 
         Raises:
-            ValueError: See ``load_float_`` and ``check_quantized``; or if a training resumes
-                from a file without training state, or begins with quantized weights.
+            ValueError: See ``load_float_``, ``check_quantized`` and ``require_same_training``; or
+                if a training resumes from a file without training state, or begins with quantized
+                weights.
         """
         model = unwrap(runner.model)
         unpack_checkpoint_(checkpoint)
@@ -108,6 +110,8 @@ class GPLQHook(Hook):
             if self.session is None:
                 take_former_form_(model, checkpoint)
             check_quantized(model, checkpoint)
+            if self.session is not None:
+                require_same_training(checkpoint, runner.cfg, model.gplq.recipe.as_dict())
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
             self.random_state = checkpoint['gplq'].get('random_state')
             self.mimic = checkpoint['gplq'].get('mimic', {})
