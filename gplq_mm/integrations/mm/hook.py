@@ -4,7 +4,7 @@
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
@@ -26,6 +26,7 @@ from .checkpoints.run_checkpoint import (
 from .checkpoints.same_training import require_same_training
 from .launch.cpu_memory import keep_freed_memory
 from .launch.preflight import check_float_checkpoint
+from .launch.work_dir_lock import lock_work_dir
 from .optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from .run.deployed_figures import check_format
 from .run.teacher import mimic_state
@@ -70,17 +71,20 @@ class GPLQHook(Hook):
         self.random_state: RandomState | None = None
         self.mimic: dict[str, Any] = {}
         self.single: list[CheckpointHook] = []
+        self.lock: IO[str] | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Check config, checkpoint and data before long work.
 
         Raises:
-            ValueError: If there is no FP32 checkpoint, or calibration cannot work.
+            ValueError: If there is no FP32 checkpoint, calibration cannot work, or another run
+                writes to the work dir.
         """
         unwrap(runner.model)
         keep_freed_memory()
         if train_loop(runner) is None:
             return
+        self.lock = lock_work_dir(runner.work_dir)
         self._choose_weights(runner)
         for warning in (
             shared_lr_warning(runner.optim_wrapper, unwrap(runner.model)),
@@ -155,6 +159,11 @@ class GPLQHook(Hook):
         assert self.session is not None
         remove_replaced(self.single)
         self.session.finish(self.source, self.deploy)
+
+    def after_run(self, runner: Runner) -> None:
+        """Release the work dir."""
+        if self.lock is not None:
+            self.lock.close()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Store the recipe and the FP32 checkpoint's identity in the checkpoint."""
