@@ -25,8 +25,13 @@ def train_loop(runner: Runner) -> BaseLoop | None:
     ``runner.train_loop`` would build the loop, and with it the training data set, which is not
     needed for a test.
     """
-    loop = getattr(runner, '_train_loop', None)
-    return loop if isinstance(loop, BaseLoop) else None
+    return built_loops(runner).get('train')
+
+
+def built_loops(runner: Runner) -> dict[str, BaseLoop]:
+    """Loops of a runner that are built already: ``train``, ``val`` and ``test``."""
+    loops = {name: getattr(runner, f'_{name}_loop', None) for name in ('train', 'val', 'test')}
+    return {name: loop for name, loop in loops.items() if isinstance(loop, BaseLoop)}
 
 
 def is_resumed(runner: Runner) -> bool:

@@ -81,7 +81,9 @@ def runner(tmp_path: Path) -> Runner:
     return make_runner(tmp_path)
 
 
-@pytest.mark.parametrize('name', ['_train_loop', '_resume', '_load_from'])
+@pytest.mark.parametrize(
+    'name', ['_train_loop', '_val_loop', '_test_loop', '_resume', '_load_from']
+)
 def test_runner_still_has(runner: Runner, name: str) -> None:
     assert hasattr(runner, name), message('Runner', name)
 
@@ -119,6 +121,7 @@ def test_train_loop_is_none_until_it_is_built(runner: Runner) -> None:
     assert compat.train_loop(runner) is None
     built = runner.train_loop
     assert compat.train_loop(runner) is built
+    assert compat.built_loops(runner) == {'train': built}
 
 
 def test_count_epoch_ends_a_training(runner: Runner) -> None:

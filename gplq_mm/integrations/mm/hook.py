@@ -10,7 +10,7 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from ...compat.mmengine import is_resumed, load_path, start_from, train_loop
+from ...compat.mmengine import built_loops, is_resumed, load_path, start_from
 from ...deployment.packed_file import unpack_checkpoint_
 from ...registry import HOOKS
 from .checkpoints.former_recipe import take_former_form_
@@ -24,6 +24,7 @@ from .checkpoints.run_checkpoint import (
     unwrap,
 )
 from .checkpoints.same_training import require_same_training
+from .data.class_check import check_classes
 from .launch.cpu_memory import keep_freed_memory
 from .launch.preflight import check_float_checkpoint
 from .launch.work_dir_lock import lock_work_dir
@@ -82,7 +83,9 @@ class GPLQHook(Hook):
         """
         unwrap(runner.model)
         keep_freed_memory()
-        if train_loop(runner) is None:
+        datasets = {name: loop.dataloader.dataset for name, loop in built_loops(runner).items()}
+        check_classes(unwrap(runner.model), datasets)
+        if 'train' not in datasets:
             return
         self.lock = lock_work_dir(runner.work_dir)
         self._choose_weights(runner)
