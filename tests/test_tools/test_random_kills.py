@@ -34,7 +34,7 @@ def test_killed_runs_end_as_the_whole_one(
 ) -> None:
     seconds = whole_run(count, tmp_path / 'whole')
     assert seconds > STEPS * 0.01
-    runs = kill_and_resume(count, tmp_path, kills=6, seconds=seconds / 2, seed=0)
+    runs = list(kill_and_resume(count, tmp_path, kills=6, seconds=seconds, seed=0))
     expected = (tmp_path / 'whole' / 'lines.txt').read_text()
     assert all((run / 'lines.txt').read_text() == expected for run in runs)
     assert capsys.readouterr().out.count('kill ') == 6
@@ -44,7 +44,7 @@ def test_a_run_that_fails_ends_the_tool(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match='exit code 3'):
         whole_run(fail, tmp_path / 'whole')
     with pytest.raises(SystemExit, match='killed_0 ended with exit code 3'):
-        kill_and_resume(fail, tmp_path, kills=1, seconds=60, seed=0)
+        list(kill_and_resume(fail, tmp_path, kills=1, seconds=60, seed=0))
 
 
 def work_dir(folder: Path, weight: float = 1.0, score: float = 0.5) -> Path:

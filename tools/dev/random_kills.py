@@ -15,7 +15,10 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import get_context
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 FILES = ('gplq_stage1.pth', 'gplq_final.pth')
@@ -25,39 +28,20 @@ Start = Callable[[Path, bool], int]
 """Runs in a child process: work dir, whether to resume -> exit code."""
 
 
-def fork(start: Start, work_dir: Path, resume: bool) -> int:
-    """Start a run in a child process, its output appended to ``WORK_DIR.log``; return its id."""
+def begin(start: Start, work_dir: Path, resume: bool) -> ForkProcess:
+    """Start a run in a child process that has its own group; it logs to ``WORK_DIR.log``."""
     sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        os.setsid()
-        log = os.open(f'{work_dir}.log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = start(work_dir, resume)
-    finally:
-        os._exit(code)
+    process = get_context('fork').Process(target=_child, args=(start, work_dir, resume))
+    process.start()
+    return process
 
 
-def wait(child: int, seconds: float | None = None) -> int | None:
-    """Exit code of a child; None if it still runs after so many seconds.
-
-    Args:
-        child: Its process id.
-        seconds: None waits without limit.
-    """
-    if seconds is None:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        found, status = os.waitpid(child, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.005)
-    return None
+def _child(start: Start, work_dir: Path, resume: bool) -> None:
+    os.setsid()
+    log = os.open(f'{work_dir}.log', os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    sys.exit(start(work_dir, resume))
 
 
 def differences(one: Path, two: Path) -> list[str]:
@@ -84,49 +68,55 @@ def whole_run(start: Start, work_dir: Path) -> float:
     Raises:
         SystemExit: If it fails.
     """
-    begin = time.monotonic()
-    code = wait(fork(start, work_dir, False))
-    if code:
-        sys.exit(f'the uninterrupted run ended with exit code {code}: {work_dir}.log')
-    return time.monotonic() - begin
+    started = time.monotonic()
+    process = begin(start, work_dir, False)
+    process.join()
+    if process.exitcode:
+        sys.exit(f'the uninterrupted run ended with exit code {process.exitcode}: {work_dir}.log')
+    return time.monotonic() - started
 
 
 def kill_and_resume(
     start: Start, folder: Path, kills: int, seconds: float, seed: int
-) -> list[Path]:
+) -> Iterator[Path]:
     """Kill runs until the number is reached, and let each one end.
 
     Args:
         start: The run.
         folder: Folder of the work dirs.
         kills: Number of kills over all runs.
-        seconds: Length of an uninterrupted run, in seconds; a kill comes at a moment between 0
-            and this, counted from each start and resume.
+        seconds: Length of an uninterrupted run, in seconds. A kill comes within it, counted from
+            the start, and within half of it once there is a checkpoint to resume from.
         seed: Seed of the moments.
 
-    Returns:
-        Work dirs of the finished runs.
+    Yields:
+        The work dir of each finished run.
 
     Raises:
         SystemExit: If a resumed run fails.
     """
-    moments, done, finished = random.Random(seed), 0, []
-    while not finished or done < kills:
-        work_dir, code = folder / f'killed_{len(finished)}', None
+    moments, done, number = random.Random(seed), 0, 0
+    while not number or done < kills:
+        work_dir, code = folder / f'killed_{number}', None
         while code is None:
-            moment = moments.uniform(0, seconds) if done < kills else None
-            child = fork(start, work_dir, True)
-            code = wait(child, moment)
+            span = seconds / 2 if any(work_dir.glob('*.pth')) else seconds
+            moment = moments.uniform(0, span) if done < kills else None
+            process = begin(start, work_dir, True)
+            process.join(moment)
+            code = process.exitcode
             if code is None:
-                os.killpg(child, signal.SIGKILL)
-                wait(child)
+                assert process.pid is not None
+                process.kill()
+                with suppress(ProcessLookupError):  # killed before it had a group
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.join()
                 done += 1
                 left = ', '.join(sorted(p.name for p in work_dir.glob('*.pth'))) or 'no checkpoint'
                 print(f'kill {done} in {work_dir.name} after {moment:.1f} s: {left}', flush=True)
         if code:
             sys.exit(f'{work_dir.name} ended with exit code {code}: {work_dir}.log')
-        finished.append(work_dir)
-    return finished
+        number += 1
+        yield work_dir
 
 
 def training(config: str) -> Start:
@@ -159,11 +149,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.work_dir.mkdir(parents=True, exist_ok=True)
     seconds = whole_run(start, args.work_dir / 'whole')
     print(f'uninterrupted: {seconds:.1f} s', flush=True)
-    runs = kill_and_resume(start, args.work_dir, args.kills, seconds, args.seed)
-    found = {run.name: differences(args.work_dir / 'whole', run) for run in runs}
-    for name, lines in found.items():
-        print(f'{name}: {"equal" if not lines else "; ".join(lines[:5])}')
-    print(f'{args.kills} kills in {len(runs)} runs, {sum(map(bool, found.values()))} differ')
+    found = {}
+    for run in kill_and_resume(start, args.work_dir, args.kills, seconds, args.seed):
+        found[run.name] = differences(args.work_dir / 'whole', run)
+        print(f'{run.name}: {"; ".join(found[run.name][:5]) or "equal"}', flush=True)
+    print(f'{args.kills} kills in {len(found)} runs, {sum(map(bool, found.values()))} differ')
     return int(any(found.values()))
 
 
