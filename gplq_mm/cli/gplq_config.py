@@ -22,6 +22,9 @@ HOOK = "dict(type='gplq_mm.GPLQHook')"
 MOST_EPOCHS = 20
 """Largest number of epochs, for a classifier with very few images; ten were measured
 (``docs/accuracy_trials.md``)."""
+PLAIN_LOOP = 'EpochBasedTrainLoop'
+MOST_BETWEEN = 1000
+"""Largest number of iterations between two checkpoints, as in ``configs/gplq``."""
 
 
 def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path) -> str:
@@ -75,13 +78,15 @@ def _label_lines(cfg: Config) -> list[str]:
 def _schedule_lines(cfg: Config, recipe: str) -> list[str]:
     """Stage 1 with a cosine schedule, in the project's unit: epochs or iterations.
 
-    The cosine ends with the training, so a longer run changes one number.
+    The cosine ends with the training, so a longer run changes one number. Checkpoints are saved
+    within an epoch too, so that a killed run loses a tenth of stage 1 at most.
     """
     repeats = is_classifier(cfg) and as_recipe(recipe).optim.lr_iterations == AUTO
     if not is_iteration_based(cfg):
-        epochs, why = epochs_of_stage1(cfg) if repeats else (1, '')
+        one, unread = length_of_epoch(cfg)
+        epochs, why = epochs_of_stage1(one, unread) if repeats else (1, '')
         return [
-            f'train_cfg = dict(max_epochs={epochs}, val_interval={epochs}){why and f"  # {why}"}',
+            *_epoch_lines(cfg, epochs, why, one and one * epochs),
             "param_scheduler = [dict(type='CosineAnnealingLR', convert_to_iter_based=True)]",
         ]
     one = iterations_of_one_epoch(cfg)
@@ -89,7 +94,32 @@ def _schedule_lines(cfg: Config, recipe: str) -> list[str]:
     why = 'one epoch' if iters == one else f'one epoch has {one}'
     return [
         f'train_cfg = dict(max_iters={iters}, val_interval={iters})  # {why}',
+        *_checkpoint_lines(cfg, iters),
         "param_scheduler = [dict(type='CosineAnnealingLR', by_epoch=False)]",
+    ]
+
+
+def _epoch_lines(cfg: Config, epochs: int, why: str, iterations: int | None) -> list[str]:
+    """`train_cfg` and the checkpoint hook; a loop of the project's own stays as it is."""
+    numbers, comment = f'max_epochs={epochs}, val_interval={epochs}', why and f'  # {why}'
+    kind = cfg.train_cfg.get('type', PLAIN_LOOP)
+    if str(getattr(kind, '__name__', kind)).rpartition('.')[2] != PLAIN_LOOP:
+        return [f'train_cfg = dict({numbers}){comment}']
+    return [
+        f"train_cfg = dict(_delete_=True, type='gplq_mm.ResumableEpochLoop', {numbers}){comment}",
+        *_checkpoint_lines(cfg, iterations),
+    ]
+
+
+def _checkpoint_lines(cfg: Config, iterations: int | None) -> list[str]:
+    """The checkpoint hook: ten times in a training, and every 1000 iterations of a long one."""
+    given = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    kind = given.get('type', 'CheckpointHook')
+    every = min(math.ceil(iterations / 10), MOST_BETWEEN) if iterations else MOST_BETWEEN
+    return [
+        'default_hooks = dict(checkpoint=dict(',
+        f'    type={getattr(kind, "__name__", kind)!r}, by_epoch=False, interval={every}, '
+        'max_keep_ckpts=2))',
     ]
 
 
@@ -98,18 +128,27 @@ def is_classifier(cfg: Config) -> bool:
     return cfg.get('default_scope') == 'mmpretrain'
 
 
-def epochs_of_stage1(cfg: Config) -> tuple[int, str]:
+def length_of_epoch(cfg: Config) -> tuple[int | None, str]:
+    """Iterations of an epoch; None, and why, if the training set cannot be read."""
+    try:
+        return iterations_of_one_epoch(cfg, download=False), ''
+    except Exception as error:  # a project's data set may raise anything: init needs no data
+        return None, type(error.__cause__ or error).__name__
+
+
+def epochs_of_stage1(iterations: int | None, unread: str) -> tuple[int, str]:
     """Number of epochs of a classifier, with the reason: one, or enough for a few hundred steps.
 
     A detector has thousands of tokens per image; a classifier with few images has to see them
     repeatedly (measured: ``docs/accuracy_trials.md``).
+
+    Args:
+        iterations: Length of an epoch; None if it is not known.
+        unread: Why it is not known.
     """
-    try:
-        iterations = iterations_of_one_epoch(cfg, download=False)
-    except Exception as error:  # a project's data set may raise anything: init needs no data
-        why = type(error.__cause__ or error).__name__
+    if iterations is None:
         few = f'more if an epoch has far fewer than {MEASURED_ITERATIONS} iterations'
-        return 1, f'training set not read ({why}): {few}'
+        return 1, f'training set not read ({unread}): {few}'
     epochs = min(max(1, round(MEASURED_ITERATIONS / iterations)), MOST_EPOCHS)
     return epochs, f'of {iterations} iterations' if epochs > 1 else ''
 

@@ -7,9 +7,11 @@ for each function here, which fails if MMEngine changes.
 
 import re
 from collections.abc import Callable, Mapping
+from types import FrameType
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.logging import HistoryBuffer
 from mmengine.optim import OptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, Runner
@@ -23,8 +25,13 @@ def train_loop(runner: Runner) -> BaseLoop | None:
     ``runner.train_loop`` would build the loop, and with it the training data set, which is not
     needed for a test.
     """
-    loop = getattr(runner, '_train_loop', None)
-    return loop if isinstance(loop, BaseLoop) else None
+    return built_loops(runner).get('train')
+
+
+def built_loops(runner: Runner) -> dict[str, BaseLoop]:
+    """Loops of a runner that are built already: ``train``, ``val`` and ``test``."""
+    loops = {name: getattr(runner, f'_{name}_loop', None) for name in ('train', 'val', 'test')}
+    return {name: loop for name, loop in loops.items() if isinstance(loop, BaseLoop)}
 
 
 def is_resumed(runner: Runner) -> bool:
@@ -79,3 +86,15 @@ def load_files_with_suffix(suffix: str, loader: Callable[..., dict[str, Any]]) -
         loader: A function named ``load_from_...``: MMEngine logs the part after ``load_from_``.
     """
     CheckpointLoader.register_scheme(rf'.*{re.escape(suffix)}$', loader, force=True)
+
+
+def is_empty_data_set(frame: FrameType) -> bool:
+    """Whether a function in which an error was raised is a data set that has no images.
+
+    MMEngine's data set serializes its list of images, and NumPy refuses an empty one. The list
+    alone tells nothing: it is empty before it is read, and again after it is serialized.
+    """
+    dataset = frame.f_locals.get('self')
+    if not isinstance(dataset, BaseDataset) or frame.f_code.co_name != '_serialize_data':
+        return False
+    return not dataset.data_list

@@ -62,7 +62,10 @@ def test_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cfg.model.backbone == theirs.model.backbone
     assert cfg.train_dataloader == theirs.train_dataloader
     assert cfg.load_from == 'float.pth'
-    assert (cfg.train_cfg.type, cfg.train_cfg.max_epochs) == ('EpochBasedTrainLoop', 1)
+    loop = dict(type='gplq_mm.ResumableEpochLoop', max_epochs=1, val_interval=1)
+    assert cfg.train_cfg == loop  # a kill within the epoch loses a tenth of it at most
+    hook = dict(type='CheckpointHook', by_epoch=False, interval=2, max_keep_ckpts=2)
+    assert {k: cfg.default_hooks.checkpoint[k] for k in hook} == hook  # 18 iterations
     assert cfg.optim_wrapper == dict(constructor='gplq_mm.GPLQOptimWrapperConstructor')
     assert cfg.custom_hooks == [dict(type='gplq_mm.GPLQHook')]
 
@@ -93,6 +96,19 @@ def test_iteration_based_loop(classifier: TinyProject, tmp_path: Path) -> None:
     assert cfg.train_cfg == dict(type='IterBasedTrainLoop', max_iters=200, val_interval=200)
     assert 'one epoch has 10' in out.read_text()
     assert cfg.param_scheduler == [dict(type='CosineAnnealingLR', by_epoch=False)]
+    assert cfg.default_hooks.checkpoint.interval == 20
+
+
+def test_a_loop_of_the_project_stays(classifier: TinyProject, tmp_path: Path) -> None:
+    config = classifier.config.with_name('loop.py')
+    loop = "dict(_delete_=True, type='mine.Loop', max_epochs=9, val_interval=3)"
+    config.write_text(f"_base_ = './vit_classifier.py'\ntrain_cfg = {loop}\n")
+    out = tmp_path / 'out.py'
+    words = ('--checkpoint', 'float.pth', '--recipe', 'gplq_w4a4_paper', '-o', str(out))
+    assert init(str(config), *words) == 0
+    cfg = Config.fromfile(out)
+    assert cfg.train_cfg == dict(type='mine.Loop', max_epochs=1, val_interval=1)
+    assert cfg.default_hooks.checkpoint == Config.fromfile(config).default_hooks.checkpoint
 
 
 @pytest.mark.parametrize(
@@ -116,7 +132,11 @@ def test_a_classifier_with_few_images_sees_them_more_than_once(
     assert init(str(config), '--checkpoint', 'float.pth', '--recipe', recipe, '-o', str(out)) == 0
     cfg = Config.fromfile(out)
     assert cfg.train_cfg.max_epochs == cfg.train_cfg.val_interval == epochs
-    assert ('more if an epoch has far fewer than 390' in out.read_text()) != there
+    iterations = -(-40 // batch) * epochs
+    expected = (epochs, -(-iterations // 10)) if there else (1, 1000)
+    assert (cfg.train_cfg.max_epochs, cfg.default_hooks.checkpoint.interval) == expected
+    unread = 'more if an epoch has far fewer than 390' in out.read_text()
+    assert unread == (not there and recipe == 'w4a4')
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import mmengine
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset
 from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel
@@ -80,7 +81,9 @@ def runner(tmp_path: Path) -> Runner:
     return make_runner(tmp_path)
 
 
-@pytest.mark.parametrize('name', ['_train_loop', '_resume', '_load_from'])
+@pytest.mark.parametrize(
+    'name', ['_train_loop', '_val_loop', '_test_loop', '_resume', '_load_from']
+)
 def test_runner_still_has(runner: Runner, name: str) -> None:
     assert hasattr(runner, name), message('Runner', name)
 
@@ -118,6 +121,7 @@ def test_train_loop_is_none_until_it_is_built(runner: Runner) -> None:
     assert compat.train_loop(runner) is None
     built = runner.train_loop
     assert compat.train_loop(runner) is built
+    assert compat.built_loops(runner) == {'train': built}
 
 
 def test_count_epoch_ends_a_training(runner: Runner) -> None:
@@ -158,6 +162,16 @@ class NoteWeight(Hook):
 
     def before_train(self, runner: Runner) -> None:
         self.kept.append(float(runner.model.weight.detach()))
+
+
+def test_a_data_set_still_serializes_its_images(tmp_path: Path) -> None:
+    assert hasattr(BaseDataset, '_serialize_data'), message('BaseDataset', '_serialize_data')
+    path = tmp_path / 'images.json'
+    for text, is_empty in (('{"metainfo": {}, "data_list": []}', True), ('{"metainfo"', False)):
+        path.write_text(text)
+        with pytest.raises(ValueError) as caught:
+            BaseDataset(str(path))
+        assert compat.is_empty_data_set(caught.traceback[-1].frame.raw) is is_empty
 
 
 def wrapper_of(batches: int) -> OptimWrapper:

@@ -4,16 +4,17 @@
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
-from mmengine.hooks import Hook
+from mmengine.hooks import CheckpointHook, Hook
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from ...compat.mmengine import is_resumed, load_path, start_from, train_loop
+from ...compat.mmengine import built_loops, is_resumed, load_path, start_from
 from ...deployment.packed_file import unpack_checkpoint_
 from ...registry import HOOKS
 from .checkpoints.former_recipe import take_former_form_
+from .checkpoints.kept_checkpoints import keep_while_writing_, remove_replaced
 from .checkpoints.resume import resumable_checkpoint
 from .checkpoints.run_checkpoint import (
     check_quantized,
@@ -22,8 +23,11 @@ from .checkpoints.run_checkpoint import (
     record,
     unwrap,
 )
+from .checkpoints.same_training import require_same_training
+from .data.class_check import check_classes
 from .launch.cpu_memory import keep_freed_memory
 from .launch.preflight import check_float_checkpoint
+from .launch.work_dir_lock import lock_work_dir
 from .optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from .run.deployed_figures import check_format
 from .run.teacher import mimic_state
@@ -67,17 +71,23 @@ class GPLQHook(Hook):
         self.stage = 'calibrated'
         self.random_state: RandomState | None = None
         self.mimic: dict[str, Any] = {}
+        self.single: list[CheckpointHook] = []
+        self.lock: IO[str] | None = None
 
     def before_run(self, runner: Runner) -> None:
         """Check config, checkpoint and data before long work.
 
         Raises:
-            ValueError: If there is no FP32 checkpoint, or calibration cannot work.
+            ValueError: If there is no FP32 checkpoint, calibration cannot work, or another run
+                writes to the work dir.
         """
         unwrap(runner.model)
         keep_freed_memory()
-        if train_loop(runner) is None:
+        datasets = {name: loop.dataloader.dataset for name, loop in built_loops(runner).items()}
+        check_classes(unwrap(runner.model), datasets)
+        if 'train' not in datasets:
             return
+        self.lock = lock_work_dir(runner.work_dir)
         self._choose_weights(runner)
         for warning in (
             shared_lr_warning(runner.optim_wrapper, unwrap(runner.model)),
@@ -88,14 +98,16 @@ class GPLQHook(Hook):
         shortened = shorten_lr_(runner, unwrap(runner.model))
         if shortened:
             print_log(shortened, logger='current')
+        self.single = keep_while_writing_(runner.hooks)
         self.session = GPLQSession(runner, resumed=is_resumed(runner))
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Refuse weights that do not fit the model.
 
         Raises:
-            ValueError: See ``load_float_`` and ``check_quantized``; or if a training resumes
-                from a file without training state, or begins with quantized weights.
+            ValueError: See ``load_float_``, ``check_quantized`` and ``require_same_training``; or
+                if a training resumes from a file without training state, or begins with quantized
+                weights.
         """
         model = unwrap(runner.model)
         unpack_checkpoint_(checkpoint)
@@ -105,6 +117,8 @@ class GPLQHook(Hook):
             if self.session is None:
                 take_former_form_(model, checkpoint)
             check_quantized(model, checkpoint)
+            if self.session is not None:
+                require_same_training(checkpoint, runner.cfg, model.gplq.recipe.as_dict())
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
             self.random_state = checkpoint['gplq'].get('random_state')
             self.mimic = checkpoint['gplq'].get('mimic', {})
@@ -124,6 +138,10 @@ class GPLQHook(Hook):
         seed_epoch(runner.train_dataloader, runner.seed, runner.epoch)
         self.session.start_epoch()
 
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Delete a checkpoint that a newer one has replaced."""
+        remove_replaced(self.single)
+
     def after_fast_forward(self, runner: Runner) -> None:
         """Restore the random state of the checkpoint that an epoch is resumed from."""
         if self.random_state is not None:
@@ -142,7 +160,13 @@ class GPLQHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Stage 2, final score, report."""
         assert self.session is not None
+        remove_replaced(self.single)
         self.session.finish(self.source, self.deploy)
+
+    def after_run(self, runner: Runner) -> None:
+        """Release the work dir."""
+        if self.lock is not None:
+            self.lock.close()
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Store the recipe and the FP32 checkpoint's identity in the checkpoint."""

@@ -39,6 +39,26 @@ def describe(model: nn.Module) -> ModelFacts:
     )
 
 
+def class_counts(model: Any) -> dict[str, int]:
+    """Number of classes of each head that predicts the classes of a data set, by its name.
+
+    Empty for a model that reads the names of classes as text.
+    """
+    if hasattr(model, 'language_model'):
+        return {}
+    names = ('head', 'bbox_head', 'mask_head', 'panoptic_head', 'decode_head', 'roi_head.bbox_head')
+    counts = {}
+    for name in names:
+        head: Any = model
+        for part in name.split('.'):
+            head = getattr(head, part, None)
+        for one in head if isinstance(head, nn.ModuleList) else [head]:
+            number = getattr(one, 'num_classes', None)
+            if isinstance(number, int):
+                counts[name] = number
+    return counts
+
+
 class ClassifierHead(ScoreHead):
     """Head of mmpretrain's classifiers; its ``pre_logits`` gives the penultimate feature.
 

@@ -24,8 +24,19 @@ class ResumableEpochLoop(EpochBasedTrainLoop):
     """
 
     def run_epoch(self) -> None:
-        """Run one epoch, or the rest of it."""
-        done = self.iter - self.epoch * len(self.dataloader)
+        """Run one epoch, or the rest of it.
+
+        Raises:
+            ValueError: If the epochs of the checkpoint that is resumed from had another length.
+        """
+        batches_of_epoch = len(self.dataloader)
+        done = self.iter - self.epoch * batches_of_epoch
+        if not 0 <= done <= batches_of_epoch:
+            raise ValueError(
+                f'iteration {self.iter} is not in epoch {self.epoch + 1} of {batches_of_epoch} '
+                'batches: the training set, the batch size or the number of processes differs from '
+                'those of the interrupted run; resume with the same ones'
+            )
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         batches = enumerate(self.dataloader)

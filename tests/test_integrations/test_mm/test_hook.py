@@ -142,7 +142,9 @@ def test_a_float_model_under_the_hook_is_refused(project: TinyProject, tmp_path:
 def loading(finished: FinishedRun, resume: bool, name: str) -> GPLQHook:
     hook = GPLQHook()
     hook.session = object()  # type: ignore[assignment]
-    runner: Any = SimpleNamespace(model=finished.runner.model, _resume=resume)
+    runner: Any = SimpleNamespace(
+        model=finished.runner.model, cfg=finished.runner.cfg, _resume=resume
+    )
     hook.after_load_checkpoint(runner, read_checkpoint(finished.work_dir / name))
     return hook
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import mmengine
 from mmengine.dist import barrier, is_main_process
-from torch import nn
+from torch import Tensor, nn
 
 from ....analysis.added_bits import adopt_rules_
 from ....analysis.start_error import quantization_keys
@@ -118,7 +118,8 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
 
     Raises:
         ValueError: If it was not written by a GPLQ run, is uncalibrated, was made with
-            another recipe or for another model; the message names the difference.
+            another recipe or for another model, or a weight, scale or statistic is NaN or infinite;
+            the message names the difference.
     """
     if not is_quantized_checkpoint(checkpoint):
         raise ValueError(
@@ -143,6 +144,10 @@ def check_quantized(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             f'{len(uncalibrated)} quantizers of the checkpoint were never calibrated, first '
             f'{uncalibrated[0]}; run tools/train.py with this config'
         )
+    broken = _broken(model, state)
+    if broken:
+        remedy = 'give an earlier checkpoint of the run, or run tools/train.py again'
+        _refuse(model, 'NaN or infinity in', broken, remedy)
 
 
 def recipe_differences(checkpoint: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[str]:
@@ -290,6 +295,17 @@ def _other_shapes(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
         f'{k} {tuple(state[k].shape)}, model {tuple(own[k].shape)}'
         for k in own
         if k in state and state[k].shape != own[k].shape
+    ]
+
+
+def _broken(model: nn.Module, state: Mapping[str, Any]) -> list[str]:
+    """Names of tensors with NaN, or with infinity where no mask can have it."""
+    finite = {*quantization_keys(model), *(name for name, _ in model.named_parameters())}
+    return [
+        name
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+        and not bool((value.isfinite() if name in finite else ~value.isnan()).all())
     ]
 
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mmengine.config import Config, DictAction
-from mmengine.dataset import BaseDataset
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from ....compat.installed import check_versions
 from ....quantizers import UncalibratedError
 from ..checkpoints.resume import resumable_checkpoint
+from ..data.data_errors import explain_data_error
 from .config import apply_cfg_options
 from .cpu_launch import prepare_cpu_launch
 from .cpu_memory import keep_freed_memory
@@ -115,7 +115,7 @@ def set_resume(cfg: Config, resume: str | None) -> str | None:
         A warning if there was nothing to resume.
 
     Raises:
-        ConfigError: If the checkpoint to resume from does not exist.
+        ConfigError: If the checkpoint to resume from does not exist or cannot be read.
     """
     if resume is None:
         return None
@@ -124,31 +124,13 @@ def set_resume(cfg: Config, resume: str | None) -> str | None:
             raise ConfigError(f'--resume: no checkpoint at {Path(resume).absolute()}')
         cfg.resume, cfg.load_from = True, resume
         return None
-    latest = latest_checkpoint(cfg.work_dir)
+    latest = resumable_checkpoint(cfg.work_dir)
     if latest is None:
         cfg.resume = False
         start = cfg.get('load_from') or 'random weights'
         return f'--resume: no checkpoint in {cfg.work_dir}; starting from {start}'
-    cfg.resume, cfg.load_from = True, str(latest)
+    cfg.resume, cfg.load_from = True, latest
     return None
-
-
-def latest_checkpoint(work_dir: str | Path) -> Path | None:
-    """Latest checkpoint of a work dir, even if the folder was moved; None if there is none.
-
-    Raises:
-        ConfigError: If ``last_checkpoint`` names a file that does not exist.
-    """
-    named = resumable_checkpoint(work_dir)
-    if not named:
-        return None
-    for path in (Path(named), Path(work_dir, Path(named).name)):
-        if path.is_file():
-            return path
-    raise ConfigError(
-        f'--resume: {Path(work_dir, "last_checkpoint")} names {named}, which does not exist; '
-        'write --resume CHECKPOINT'
-    )
 
 
 def build_runner(cfg: Config) -> Runner:
@@ -170,34 +152,12 @@ def run_tool(main: Callable[[], None]) -> int:
     try:
         main()
     except (*_MISTAKES, ImportError) as error:
-        empty = empty_data_set(error)
-        if not (empty or is_refusal(error)):
+        of_data = explain_data_error(error)
+        if not (of_data or is_refusal(error)):
             raise
-        sys.stderr.write(f'error: {empty or error}\n')
+        sys.stderr.write(f'error: {of_data or error}\n')
         return USER_ERROR
     return 0
-
-
-def empty_data_set(error: BaseException) -> str | None:
-    """Explain the NumPy error that MMEngine raises for a data set without images.
-
-    Args:
-        error: What a tool raised.
-
-    Returns:
-        The explanation; None if the error is another.
-    """
-    trace = error.__traceback__
-    while trace is not None:
-        dataset = trace.tb_frame.f_locals.get('self')
-        if isinstance(dataset, BaseDataset) and not getattr(dataset, 'data_list', True):
-            where = dataset.ann_file or dataset.data_prefix
-            return (
-                f'{type(dataset).__name__} has no images: {where}; compare metainfo.classes with '
-                'the names in the annotations, and check filter_cfg and indices'
-            )
-        trace = trace.tb_next
-    return None
 
 
 def is_refusal(error: BaseException) -> bool:

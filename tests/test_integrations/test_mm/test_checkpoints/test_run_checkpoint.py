@@ -3,6 +3,7 @@
 
 import copy
 import hashlib
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,6 +172,23 @@ def test_quantized_weights_of_another_model_are_named(edit: Any, message: str) -
     edit(checkpoint['state_dict'])
     with pytest.raises(ValueError, match=message):
         check_quantized(converted(), checkpoint)
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+@pytest.mark.parametrize('name', ['bbox_head.1.weight', 'backbone.attn.qkv.input_quantizer.scale'])
+def test_weights_and_scales_that_are_no_numbers_are_named(name: str, value: float) -> None:
+    checkpoint = quantized_checkpoint(converted())
+    checkpoint['state_dict'][name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=f'NaN or infinity in: {re.escape(name)}; give an earlier'):
+        check_quantized(converted(), checkpoint)
+
+
+def test_infinity_in_a_mask_is_no_reason_to_refuse() -> None:
+    model, other = converted(), converted()
+    for network in (model, other):
+        network.register_buffer('mask', torch.full((2,), float('-inf')))
+    check_quantized(model, quantized_checkpoint(other))
+    assert not model.mask.isfinite().any()
 
 
 def test_added_keys_are_the_quantizers() -> None:

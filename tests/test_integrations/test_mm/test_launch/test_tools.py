@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.dataset import BaseDataset
 
 from gplq_mm.convert import resolve_recipe
 from gplq_mm.integrations.mm.launch import tools
@@ -13,7 +12,6 @@ from gplq_mm.integrations.mm.launch.preflight import ConfigError
 from gplq_mm.integrations.mm.launch.tools import (
     USER_ERROR,
     add_arguments,
-    latest_checkpoint,
     load_config,
     read_config,
     run_tool,
@@ -80,11 +78,9 @@ def test_a_config_that_cannot_be_read_is_one_line(
 
 
 def test_resume_finds_the_latest_checkpoint_also_after_a_move(folder: Path) -> None:
-    assert latest_checkpoint('w') is None
     (folder / 'w').mkdir()
-    (folder / 'w' / 'epoch_1.pth').touch()
+    torch.save({'state_dict': {}}, folder / 'w' / 'epoch_1.pth')
     (folder / 'w' / 'last_checkpoint').write_text('/was/there/epoch_1.pth')
-    assert latest_checkpoint('w') == Path('w/epoch_1.pth')
     cfg = Config(dict(work_dir='w', load_from='fp32.pth'))
     assert set_resume(cfg, 'auto') is None
     assert (cfg.resume, cfg.load_from) == (True, 'w/epoch_1.pth')
@@ -108,7 +104,7 @@ def test_resume_from_what_is_gone_is_refused(folder: Path) -> None:
         set_resume(Config(dict(work_dir='w')), 'x.pth')
     (folder / 'w').mkdir()
     (folder / 'w' / 'last_checkpoint').write_text('w/epoch_1.pth')
-    with pytest.raises(ConfigError, match='which does not exist; write --resume CHECKPOINT'):
+    with pytest.raises(ConfigError, match='which does not exist; .* write --resume CHECKPOINT'):
         set_resume(Config(dict(work_dir='w')), 'auto')
 
 
@@ -155,17 +151,6 @@ def test_what_nobody_refused_keeps_its_traceback(fail: object) -> None:
 
 def test_success_is_exit_code_0() -> None:
     assert run_tool(lambda: None) == 0
-
-
-def test_a_data_set_without_images_is_explained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = tmp_path / 'empty.json'
-    path.write_text('{"metainfo": {}, "data_list": []}')
-    assert run_tool(lambda: BaseDataset(str(path))) == USER_ERROR  # type: ignore[func-returns-value]
-    error = capsys.readouterr().err
-    assert error.startswith(f'error: BaseDataset has no images: {path}; ')
-    assert 'metainfo.classes' in error
 
 
 def test_a_library_that_the_model_names_must_be_there(
