@@ -276,16 +276,20 @@ def make_steps() -> tuple[Step, ...]:
             adopt=True,
         ),
         Step(
-            'mmdet and mmpretrain',
+            'mmdet and mmpretrain, and what the HTML report is made with',
             pinned(*libraries),
-            'import mmdet, mmpretrain, pycocotools.mask',
+            'import jinja2, mmdet, mmpretrain, pycocotools.mask, vl_convert',
         ),
         Step(
             'ONNX, ONNX Runtime, OpenVINO and safetensors',
             pinned(*requirement_lines('deploy')),
             'import onnx, onnxscript, onnxruntime, openvino, safetensors',
         ),
-        Step('test and lint tools', tools, 'import hypothesis, matplotlib, pytest, sklearn, xdist'),
+        Step(
+            'test and lint tools',
+            tools,
+            'import hypothesis, matplotlib, playwright, pytest, sklearn, xdist',
+        ),
         Step(
             'gplq_mm itself, editable',
             ('gplq-mm',),
