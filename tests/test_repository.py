@@ -63,6 +63,9 @@ TESTED_IN = {
     'integrations/mm/deployment/runtime_formats': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/launch/cpu_launch': 'test_integrations/test_mm/test_distributed.py',
     'integrations/mm/necks/layer_norm_2d': 'test_integrations/test_mm/test_necks/test_simple_feature_pyramid.py',  # noqa: E501
+    'integrations/mm/predictions/plain_prediction': 'test_integrations/test_mm/test_predictions/test_example_search.py',  # noqa: E501
+    'integrations/mm/predictions/prediction_log': 'test_integrations/test_mm/test_predictions/test_example_search.py',  # noqa: E501
+    'integrations/mm/predictions/thumbnail': 'test_integrations/test_mm/test_predictions/test_example_search.py',  # noqa: E501
     'integrations/mm/resumable_loop': 'test_integrations/test_mm/test_end_to_end.py',
     'integrations/mm/roi_features': 'test_integrations/test_mm/test_adapters/test_units.py',
     'integrations/mm/run/output_probe': 'test_integrations/test_mm/test_studies/test_ptq_comparison.py',  # noqa: E501

@@ -3,14 +3,14 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..analysis.report import REPORT_NAME, read_json
 
-SCALARS = '*/vis_data/scalars.json'
+SCALARS = 'vis_data/scalars.json'
 """MMEngine's local visualizer backend: a line of JSON for each logged iteration."""
 _WARNING = re.compile(r'^[\d/: -]+mmengine - (WARNING|ERROR) - (.*)$', re.MULTILINE)
 # Said by MMEngine to every run; they are about its own code.
@@ -93,14 +93,26 @@ def read_run(report: Path) -> RunFiles:
     return RunFiles(
         name=folder.resolve().name if report.name == REPORT_NAME else report.stem,
         report=content,
-        scalars=[line for path in sorted(folder.glob(SCALARS)) for line in _scalars(path)],
-        warnings=list(dict.fromkeys(_warnings(folder)))[-MOST_WARNINGS:],
+        scalars=[line for logs in log_folders(folder, content) for line in _scalars(logs)],
+        warnings=list(dict.fromkeys(_warnings(folder, content)))[-MOST_WARNINGS:],
         examples=read_json(examples_path(report)),
     )
 
 
-def _scalars(path: Path) -> Iterator[dict[str, Any]]:
+def log_folders(work_dir: Path, report: Mapping[str, Any]) -> list[Path]:
+    """Log folders of a run's processes in order; of a report that does not tell them, all.
+
+    Another run may have used the work dir before.
+    """
+    names = report.get('logs') or sorted(path.parent.name for path in work_dir.glob('*/*.log'))
+    return [work_dir / name for name in dict.fromkeys(names)]
+
+
+def _scalars(logs: Path) -> Iterator[dict[str, Any]]:
     """Training iterations of one process; a line that is being written is left out."""
+    path = logs / SCALARS
+    if not path.is_file():
+        return
     for line in path.read_text(encoding='utf-8').splitlines():
         try:
             found = json.loads(line)
@@ -110,8 +122,9 @@ def _scalars(path: Path) -> Iterator[dict[str, Any]]:
             yield found
 
 
-def _warnings(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.glob('*/*.log')):
+def _warnings(folder: Path, report: Mapping[str, Any]) -> Iterator[str]:
+    paths = [path for logs in log_folders(folder, report) for path in sorted(logs.glob('*.log'))]
+    for path in paths:
         text = path.read_text(encoding='utf-8', errors='replace')
         for level, message in _WARNING.findall(text):
             if not message.startswith(_NOISE):

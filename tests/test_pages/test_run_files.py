@@ -25,6 +25,17 @@ def test_a_report_of_another_name_has_that_name(tmp_path: Path) -> None:
     assert run.examples == {}
 
 
+def test_logs_of_an_earlier_run_in_the_work_dir_are_left_out(tmp_path: Path) -> None:
+    report = write_work_dir(tmp_path / 'my_run', logs=['20260102_030405', '20260102_040000'])
+    earlier = report.parent / '20250101_000000'
+    (earlier / 'vis_data').mkdir(parents=True)
+    (earlier / 'vis_data' / 'scalars.json').write_text('{"loss": 9.0, "iter": 99}')
+    (earlier / 'x.log').write_text('2025/01/01 00:00:00 - mmengine - WARNING - old')
+    run = read_run(report)
+    assert [line['iter'] for line in run.scalars] == [1, 2, 3, 4, 5]
+    assert run.warnings == ['<b>the learning rate</b> is shared']
+
+
 def test_warnings_are_bounded(tmp_path: Path) -> None:
     report = write_work_dir(tmp_path / 'my_run')
     lines = [f'2026/01/02 03:04:05 - mmengine - ERROR - number {i}' for i in range(50)]
