@@ -86,6 +86,7 @@ if __name__ == '__main__':
         package_data={
             'gplq_mm.quantizers.packing': ['csrc/*.c'],
             'gplq_mm.ops.backends.integer': ['csrc/*.c'],
+            'gplq_mm.pages': ['templates/*'],
         },
         python_requires='>=3.10',
         install_requires=read_requirements('runtime'),

@@ -13,6 +13,7 @@ from gplq_mm.version import __version__
 COMMANDS = {
     'init': 'write a GPLQ config for a trained float model',
     'recipe': 'print a preset with a comment for each key, or a JSON schema of recipes',
+    'report': 'write the HTML report of a run anew, or compare runs',
     'inspect': 'list every operation of a deployed model with its real precision',
     'doctor': 'list the installed libraries, conflicts, and the command that fixes each',
 }

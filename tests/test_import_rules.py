@@ -38,6 +38,7 @@ FLOORS = {
     'api': 10,
     'compat.mmengine': 11,
     'compat.timm': 11,
+    'pages': 11,
     'registry': 11,
     'integrations': 12,
     'cli': 13,
@@ -113,9 +114,7 @@ class Module:
 
 def walk(node: ast.AST) -> Iterator[ast.AST]:
     """All descendants."""
-    children = ast.walk(node)
-    next(children)
-    return children
+    return (child for child in ast.walk(node) if child is not node)
 
 
 def is_delayed(node: ast.AST) -> bool:

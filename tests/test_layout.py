@@ -29,6 +29,7 @@ SHARED_NAMES = {
     'linear': 'the operation; its packed and its integer backend',
     'matmul': 'the operation; its packed and its integer backend',
     'recipe': 'the recipe; the command that prints it',
+    'report': 'the JSON report and its table; the command that draws its page',
     'window': 'handlers of one library each; the window attention that they share',
 }
 

@@ -22,7 +22,7 @@ TESTED_IN = {
     'analysis/gate/bit_steps': 'test_integrations/test_mm/test_run/test_start_check.py',
     'analysis/gate/gate_check': 'test_integrations/test_mm/test_run/test_gate.py',
     'analysis/output_metrics': 'test_analysis/test_sensitivity.py',
-    'analysis/sensitivity_page': 'test_integrations/test_mm/test_mixed_precision.py',
+    'analysis/sensitivity_table': 'test_integrations/test_mm/test_mixed_precision.py',
     'api/calibrating': 'test_api/test_steps.py',
     'api/checkpoint_file': 'test_integrations/test_mm/test_checkpoints/test_checkpoint_io.py',
     'api/inputs': 'test_api/test_steps.py',
@@ -34,6 +34,7 @@ TESTED_IN = {
     'api/weights': 'test_api/test_steps.py',
     'calibration/float_weights': 'test_ptq/test_corrections/test_folded_corrections.py',
     'cli/gplq_config': 'test_cli/test_init.py',
+    'compat/cache_folder': 'test_pages/test_vega.py',
     'distillation/losses/pca_mimic': 'test_distillation/test_losses/test_losses.py',
     'distillation/losses/relative_feature': 'test_distillation/test_losses/test_losses.py',
     'distillation/losses/soft_logits': 'test_distillation/test_losses/test_losses.py',
@@ -63,6 +64,9 @@ TESTED_IN = {
     'integrations/mm/deployment/runtime_formats': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/launch/cpu_launch': 'test_integrations/test_mm/test_distributed.py',
     'integrations/mm/necks/layer_norm_2d': 'test_integrations/test_mm/test_necks/test_simple_feature_pyramid.py',  # noqa: E501
+    'integrations/mm/predictions/plain_prediction': 'test_integrations/test_mm/test_predictions/test_example_search.py',  # noqa: E501
+    'integrations/mm/predictions/prediction_log': 'test_integrations/test_mm/test_predictions/test_example_search.py',  # noqa: E501
+    'integrations/mm/predictions/thumbnail': 'test_integrations/test_mm/test_predictions/test_example_search.py',  # noqa: E501
     'integrations/mm/resumable_loop': 'test_integrations/test_mm/test_end_to_end.py',
     'integrations/mm/roi_features': 'test_integrations/test_mm/test_adapters/test_units.py',
     'integrations/mm/run/output_probe': 'test_integrations/test_mm/test_studies/test_ptq_comparison.py',  # noqa: E501
@@ -85,6 +89,10 @@ TESTED_IN = {
     'ops/backends/integer/layer_weight': 'test_ops/test_backends/test_integer/test_linear.py',
     'ops/backends/packed/autocast': 'test_ops/test_backends/test_packed/test_attention.py',
     'ops/float_matmul': 'test_ops/test_attention/test_window.py',
+    'pages/charts': 'test_pages/test_run_page.py',
+    'pages/layer_rows': 'test_pages/test_run_page.py',
+    'pages/rendering': 'test_pages/test_run_page.py',
+    'pages/sensitivity_page': 'test_integrations/test_mm/test_mixed_precision.py',
     'ptq/algorithms': 'test_ptq/test_weight_ptq.py',
     'ptq/corrections/bias_correction': 'test_ptq/test_corrections/test_folded_corrections.py',
     'ptq/corrections/output_statistics': 'test_ptq/test_corrections/test_folded_corrections.py',

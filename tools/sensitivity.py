@@ -17,7 +17,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 
 from gplq_mm.analysis.operands import KINDS
-from gplq_mm.analysis.sensitivity_page import comparison_table, sensitivity_page, worst_table
+from gplq_mm.analysis.sensitivity_table import comparison_table, worst_table
 from gplq_mm.integrations.mm.launch.preflight import (
     ConfigError,
     check_checkpoint,
@@ -32,6 +32,9 @@ from gplq_mm.integrations.mm.studies.measured_sensitivity import (
     prepare,
 )
 from gplq_mm.integrations.mm.studies.mixed_recipe import Budget
+from gplq_mm.pages.rendering import write_page
+from gplq_mm.pages.sensitivity_page import sensitivity_page
+from gplq_mm.pages.vega import MissingPackagesError
 
 PAGE_NAME = 'sensitivity.html'
 RECIPE_NAME = 'mixed_recipe.py'
@@ -135,9 +138,13 @@ def finish(run: SensitivityRun, args: argparse.Namespace, recipe: object) -> Non
         run.data['assignment'] = {'budget': str(budget), 'bits': bits, 'settings': rows}
         run.write()
     if is_main_process():
-        page = run.path.with_name(PAGE_NAME)
-        page.write_text(sensitivity_page(run.data, bits, rows, str(budget)), encoding='utf-8')
-        log(f'wrote {run.path} and {page}')
+        log(f'wrote {run.path}')
+        try:
+            page = run.path.with_name(PAGE_NAME)
+            write_page(page, sensitivity_page(run.data, bits, rows, str(budget)))
+            log(f'wrote {page}')
+        except MissingPackagesError as error:
+            log(f'no {PAGE_NAME}: {error}')
         if bits is not None:
             out = Path(args.out) if args.out else run.path.with_name(RECIPE_NAME)
             mixed = mixed_recipe.mixed_recipe(recipe, run, bits)

@@ -2,7 +2,7 @@
 """Exact size and operations of a (partly) quantized model."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..ops import Operation, operations
 from ..ptq.corrections.side_branch import compensated_blocks
 from ..quantizers import FakeQuantizer
+from .operands import KINDS, find_operands
 
 FLOAT_BITS = 32
 
@@ -92,6 +93,26 @@ def bit_operations(model: nn.Module, count: MacCount) -> int:
     )
     outside = max(count.total - sum(count.layers.values()), 0)
     return inside + outside * FLOAT_BITS * FLOAT_BITS
+
+
+def mean_code_bits(model: nn.Module, elements: Mapping[str, int]) -> dict[str, float]:
+    """Mean bits by kind over all values of the operands that a recipe quantizes.
+
+    Args:
+        model: Converted model; an operand whose quantizer is not active has 32 bits.
+        elements: Result of ``count_elements``: values of each activation in one forward pass.
+
+    Returns:
+        ``weight`` and ``activation``; a kind without operands is left out.
+    """
+    totals = {kind: [0, 0] for kind in KINDS}
+    for key, operand in find_operands(model).items():
+        size = operand.weights or elements.get(key, 0)
+        quantizer = model.get_submodule(operand.path)
+        bits = operand.num_bits if quantizer.is_active else FLOAT_BITS
+        totals[operand.kind][0] += size * bits
+        totals[operand.kind][1] += size
+    return {kind: bits / size for kind, (bits, size) in totals.items() if size}
 
 
 def _counter(name: str, layers: dict[str, int]) -> Callable[..., None]:

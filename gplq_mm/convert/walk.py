@@ -49,6 +49,10 @@ class CoverageReport:
             'scope': list(self.scope),
         }
 
+    def as_tree_dict(self) -> dict[str, Any]:
+        """``as_dict`` with the names of the quantized operations by kind, ``quantized``."""
+        return {**self.as_dict(), 'quantized': self.quantized}
+
 
 class _Conversion:
     """State of a conversion; implements ``handlers.Context``."""

@@ -23,6 +23,7 @@ from .corrections.side_branch import attach_compensation, compensation_cost
 from .stage2_recipe import resolve_compensation
 from .task import PTQTask, WeightPTQ, write_nearest
 from .weight_error import LayerResult, mean_weight_mse, measure_weight_error, summarize
+from .weight_histogram import weight_histogram, worst_layers
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Stage2Result:
         side_flops: Float operations of the branches per calibration image (mean;
             a multiply-accumulate counts 2).
         notes: Limitations that the algorithms report, one line each.
+        histograms: ``weight_histogram`` of the layers with the largest relative error.
     """
 
     layers: dict[str, LayerResult]
@@ -45,6 +47,7 @@ class Stage2Result:
     side_params: int = 0
     side_flops: int = 0
     notes: list[str] = field(default_factory=list)
+    histograms: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -58,6 +61,7 @@ class Stage2Result:
                 **self.summary,
                 'mean_mse': mean_weight_mse(self.layers),
                 'layers': {n: r.as_dict() for n, r in self.layers.items()},
+                'histograms': self.histograms,
             },
             'compensation': {n: r.as_dict() for n, r in self.blocks.items()},
             'seconds': self.seconds,
@@ -146,6 +150,9 @@ def run_stage2(
                 for n, layer in layers.items()
             }
         )
+        result.histograms = {
+            n: weight_histogram(layers[n], weights[n]) for n in worst_layers(result.layers)
+        }
         if options is not None and run_pass is not None:
             attach_compensation(model, options.pop('blocks'))
             qwt = QwT(model, rest, weights, biases=biases, norms=norms, **options)

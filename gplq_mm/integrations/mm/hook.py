@@ -3,7 +3,7 @@
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
 from mmengine.hooks import CheckpointHook, Hook
@@ -151,6 +151,28 @@ class GPLQHook(Hook):
         """Stop the clock."""
         assert self.session is not None
         self.session.end_epoch()
+
+    def after_train_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: dict[str, Any] | None = None,
+    ) -> None:
+        """Refresh the run's page now and then."""
+        assert self.session is not None
+        self.session.report.refresh_page()
+
+    def after_val_iter(
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Sequence[Any] | None = None,
+    ) -> None:
+        """Count right and wrong images by class."""
+        if self.session is not None and outputs is not None:
+            self.session.watch(data_batch, outputs)
 
     def after_val_epoch(self, runner: Runner, metrics: Mapping[str, float] | None = None) -> None:
         """Keep the latest stage-1 metrics."""

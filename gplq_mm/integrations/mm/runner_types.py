@@ -46,6 +46,10 @@ class TrainingRunner(Protocol):
         """Name of the run."""
 
     @property
+    def timestamp(self) -> str:
+        """Start of this process, the name of its folder of logs in the work dir."""
+
+    @property
     def seed(self) -> int:
         """Seed of the run."""
 

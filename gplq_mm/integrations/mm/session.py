@@ -12,6 +12,7 @@ from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 
 from ...analysis import model_bytes, write_json
+from ...analysis.scale_changes import scale_changes
 from ...analysis.start_error import as_float_model, float_state_of
 from ...calibration.activation_ranges import (
     calibrate_activations,
@@ -20,7 +21,9 @@ from ...calibration.activation_ranges import (
 )
 from ...calibration.layerwise import calibrate_layerwise, layerwise_images
 from ...convert import quantizers, set_quantization
+from ...pages.run_files import examples_path
 from ...recipe import Recipe
+from .checkpoints.checkpoint_io import read_checkpoint
 from .checkpoints.run_checkpoint import (
     CALIBRATED_NAME,
     FINAL_NAME,
@@ -33,6 +36,7 @@ from .checkpoints.run_checkpoint import (
     unwrap,
 )
 from .data.calibration_data import CalibrationSet
+from .predictions.prediction_log import ClassAccuracy, PredictionLog, all_or_log, classes_of
 from .run.deployed_figures import report_deployed
 from .run.evaluate import evaluate, validation_key
 from .run.progress import ProgressLog
@@ -66,6 +70,7 @@ class GPLQSession:
         check_teacher_cache(self.model, runner)
         self.report = RunReport(runner.work_dir, resume=resumed)
         self.meter: StageMeter | None = None
+        self._watch_stage1()
 
     @property
     def recipe(self) -> Recipe:
@@ -86,10 +91,17 @@ class GPLQSession:
             scores: Whether to score the FP32 model, and the calibrated one.
             mimic: State of mimicking in the checkpoint that is resumed from.
         """
-        coverage = self.model.gplq.coverage.as_dict()
+        coverage = self.model.gplq.coverage.as_tree_dict()
         engine = self.model.gplq.engine.description
         validation = validation_key(self.runner.cfg)
-        self.report.describe(self.recipe.as_dict(), coverage, self.runner.seed, engine, validation)
+        self.report.describe(
+            self.recipe.as_dict(),
+            coverage,
+            self.runner.seed,
+            engine,
+            validation,
+            self.runner.timestamp,
+        )
         fresh = not is_calibrated(self.model)
         float_state = None
         if fresh:
@@ -132,7 +144,17 @@ class GPLQSession:
     def record_stage1(self, metrics: Mapping[str, float]) -> None:
         """Keep the validation metrics of stage 1 under their own names."""
         numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        self.report.update('stage1', metrics=numbers, iterations=self.runner.iter)
+        classes = self.by_class.as_dict()
+        self.report.update(
+            'stage1', metrics=numbers, iterations=self.runner.iter, per_class=classes
+        )
+        self._watch_stage1()
+
+    def _watch_stage1(self) -> None:
+        """Begin to count a validation of stage 1 by class."""
+        loop = self.runner.val_loop
+        self.by_class = ClassAccuracy(classes_of(loop))
+        self.watch = all_or_log([self.by_class.watch])
 
     def finish(self, source: Mapping[str, Any], packed: str | None = None) -> None:
         """Stage-1 checkpoint, stage 2, final score, final checkpoint, packed file, table.
@@ -149,7 +171,8 @@ class GPLQSession:
         self.model.load_state_dict(stage1['state_dict'])
         # a run killed during its last validation has the metrics of an earlier epoch
         if loop is not None and self.report.stage1_iterations() != self.runner.iter:
-            self.record_stage1(evaluate(self.runner, loop, 'stage 1'))
+            self._watch_stage1()
+            self.record_stage1(evaluate(self.runner, loop, 'stage 1', [self.watch]))
         self.report.count_macs(self.model, next(iter(self.calibration)))
         apply_stage2(self.runner, self.recipe, self.calibration, self.report)
         measure_final(self.model, self.calibration, source, self.report)
@@ -157,20 +180,35 @@ class GPLQSession:
         final['gplq'] = record(self.model, 'stage2', source)
         path = os.path.join(self.runner.work_dir, FINAL_NAME)
         save_snapshot(final, path)
+        self._report_scales(stage1['state_dict'])
         report_deployed(self.model, final, path, packed, self.calibration, self.report)
         self.report.log_table()
 
+    def _report_scales(self, after: Mapping[str, torch.Tensor]) -> None:
+        """Record the scales that stage 1 moved most since calibration."""
+        path = Path(self.runner.work_dir) / CALIBRATED_NAME
+        if is_main_process() and path.is_file():
+            before = read_checkpoint(path)['state_dict']
+            self.report.update('stage1', scales=scale_changes(before, after))
+
     def _score_fp32(self, scored: bool, float_state: Mapping[str, torch.Tensor]) -> None:
         metrics: dict[str, float] = {}
+        log, loop = PredictionLog(), self.runner.val_loop
+        by_class = ClassAccuracy(classes_of(loop))
         with as_float_model(self.model, float_state):
             self.report.update('fp32', model_bytes=model_bytes(self.model))
             with StageMeter() as meter:
                 meter.sample_after(self.model.register_forward_hook)
-                if scored and self.runner.val_loop is not None:
-                    metrics = evaluate(self.runner, self.runner.val_loop, 'FP32')
+                if scored and loop is not None:
+                    watchers = log.watch, by_class.watch
+                    metrics = evaluate(self.runner, loop, 'FP32', watchers)
+        if is_main_process():
+            log.write(self.runner.work_dir)
+            examples_path(self.report.path).unlink(missing_ok=True)  # of an earlier run
         self.report.update(
             'fp32',
             metrics=metrics,
+            per_class=by_class.as_dict(),
             seconds=meter.seconds,
             peak_memory_bytes=meter.peak_memory_bytes,
         )

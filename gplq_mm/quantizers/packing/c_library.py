@@ -18,6 +18,8 @@ from typing import TypeVar
 
 import torch
 
+from ...compat.cache_folder import cache_folder
+
 SWITCH = 'GPLQ_CPU_KERNELS'
 """Environment variable: ``0`` turns everything compiled off."""
 _FLAGS = ['-O3', '-march=native', '-ffp-contract=off', '-fno-math-errno', '-fno-trapping-math']
@@ -72,7 +74,7 @@ def _compiled(source: Path) -> Path:
         raise OSError('no C compiler')
     openmp = _openmp_library()
     key = '\n'.join([source.read_text(), compiler, *_FLAGS, str(openmp), _processor()])
-    folder = _cache_folder()
+    folder = cache_folder()
     path = folder / f'{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -101,11 +103,6 @@ def _openmp_library() -> Path | None:
     root = Path(torch.__file__).parent
     found = [*root.glob('lib/libgomp*.so*'), *root.parent.glob('torch.libs/libgomp*.so*')]
     return sorted(found)[0] if found else None
-
-
-def _cache_folder() -> Path:
-    base = os.environ.get('XDG_CACHE_HOME') or os.path.join(os.path.expanduser('~'), '.cache')
-    return Path(base) / 'gplq_mm'
 
 
 def _processor() -> str:

@@ -14,8 +14,9 @@ from gplq_mm.integrations.mm.hook import GPLQHook
 from gplq_mm.integrations.mm.session import recall_source
 from gplq_mm.ops import QuantLinear
 from tests.helpers.gplq_runs import report, weights
+from tests.helpers.pages import read_page
 from tests.helpers.runners import RECIPE, float_config, gplq_config, make_runner, save_float
-from tests.helpers.tiny_projects import TinyProject
+from tests.helpers.tiny_projects import CLASSES, TinyProject
 from tests.test_integrations.test_mm.conftest import FinishedRun
 
 
@@ -23,7 +24,7 @@ def test_report_holds_every_stage(finished: FinishedRun) -> None:
     content = report(finished.work_dir)
     stages = ('fp32', 'calibration', 'stage1', 'stage2')
     settings = ('recipe', 'coverage', 'versions', 'seed', 'engine', 'validation')
-    assert {*stages, *settings} == set(content)
+    assert {*stages, *settings, 'command', 'logs', 'operands'} == set(content)
     assert content['engine'].startswith('engine fused')
     for stage in ('fp32', 'stage1', 'stage2'):
         assert 'accuracy/top1' in content[stage]['metrics']
@@ -32,6 +33,22 @@ def test_report_holds_every_stage(finished: FinishedRun) -> None:
     assert content['stage1']['iterations'] == 10
     assert content['calibration']['quantizers'] > 0
     assert content['seed'] == 3
+
+
+def test_the_page_has_the_figures_of_the_report(finished: FinishedRun) -> None:
+    pytest.importorskip('vl_convert')
+    content, page = report(finished.work_dir), read_page(finished.work_dir / 'gplq_report.html')
+    for stage in ('fp32', 'stage1', 'stage2'):
+        for name, value in content[stage]['metrics'].items():
+            assert page.values[name, stage] == value
+        assert set(content[stage]['per_class']) == set(CLASSES)
+        mean = sum(content[stage]['per_class'].values()) / len(CLASSES)  # classes of equal size
+        assert mean == pytest.approx(content[stage]['metrics']['accuracy/top1'])
+    assert content['stage1']['scales'][0]['octaves'] > 0
+    assert len(content['stage2']['weights']['histograms']) > 1
+    assert 2 < content['stage2']['mean_bits']['weight'] < 8
+    assert 'validation images compared' in page.text
+    assert 'reloads itself' not in page.text
 
 
 def test_save_best_takes_the_stage_1_metric(finished: FinishedRun) -> None:

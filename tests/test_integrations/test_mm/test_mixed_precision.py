@@ -2,7 +2,6 @@
 """From a checkpoint to sensitivities, bits under a budget, and a config that has them."""
 
 import json
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from gplq_mm.integrations.mm.data.calibration_data import CalibrationSet
 from gplq_mm.integrations.mm.studies import measured_sensitivity
 from gplq_mm.ptq.stage2 import run_stage2
 from tests.helpers.gplq_runs import write_gplq_config
+from tests.helpers.pages import read_page
 from tests.helpers.tiny_projects import TinyProject, our_tool, run_ok
 from tests.helpers.tools import load_tool
 
@@ -309,32 +309,13 @@ def test_one_stage_1_checkpoint_serves_other_weight_bits(
         check_quantized(model, checkpoint)
 
 
-class _Page(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.count: dict[str, int] = {}
-        self.references: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.count[tag] = self.count.get(tag, 0) + 1
-        self.references += [v or '' for k, v in attrs if k in ('src', 'href')]
-        if tag != 'meta':
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.count[tag] = self.count.get(tag, 0) + 1
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def test_page_is_whole_and_self_contained(mixed: Path) -> None:
-    page, data = _Page(), data_of(mixed)
-    page.feed((mixed / 'sensitivity.html').read_text())
+    page, data = read_page(mixed / 'sensitivity.html'), data_of(mixed)
     assert page.open == []
-    assert page.references == []
-    assert page.count['svg'] == 2
-    assert 'script' not in page.count
-    assert page.count['polyline'] == 2 * 3
-    assert page.count['title'] == 1 + 3 * len(data['operands'])
+    assert page.loads == []
+    errors, bits = page.specs[::2], page.specs[1::2]
+    assert len(errors) == len(bits) == 2
+    points = sum(len(spec['data']['values']) for spec in errors)
+    assert points == 3 * len(data['operands'])
+    assigned = [row['y'] for spec in bits for row in spec['data']['values']]
+    assert sorted(assigned) == sorted(data['assignment']['bits'][k] for k in data['operands'])

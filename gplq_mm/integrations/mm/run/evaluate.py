@@ -1,7 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Evaluation outside the loops, so that no hook (``save_best``, EMA) reacts to it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,21 @@ from mmengine.logging import print_log
 from mmengine.runner.amp import autocast
 
 from ..checkpoints.run_checkpoint import short_sha256
+from ..predictions.prediction_log import Watcher, all_or_log
 from ..runner_types import DataLoop, TrainingRunner
 
 
 @torch.no_grad()
-def evaluate(runner: TrainingRunner, loop: DataLoop, title: str) -> dict[str, float]:
+def evaluate(
+    runner: TrainingRunner, loop: DataLoop, title: str, watchers: Sequence[Watcher] = ()
+) -> dict[str, float]:
     """Score the runner's model as a val or test loop does.
 
     Args:
         runner: TrainingRunner whose model is scored.
         loop: A built ``ValLoop`` or ``TestLoop``: gives data, metric and fp16.
         title: Name of the model in the log.
+        watchers: Called with each batch and its data samples.
 
     Returns:
         Metrics with the evaluator's own names, as plain numbers.
@@ -29,9 +33,11 @@ def evaluate(runner: TrainingRunner, loop: DataLoop, title: str) -> dict[str, fl
     was_training = model.training
     model.eval()
     total = len(loop.dataloader)
+    watch = all_or_log(watchers)
     for index, batch in enumerate(loop.dataloader):
         with autocast(enabled=getattr(loop, 'fp16', False)):
             outputs = model.val_step(batch)
+        watch(batch, outputs)
         loop.evaluator.process(data_samples=outputs, data_batch=batch)
         if is_main_process() and (index + 1) % max(total // 4, 1) == 0:
             print_log(f'{title}: evaluated {index + 1}/{total} batches', logger='current')

@@ -1,7 +1,10 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Collects what a run measures and keeps ``gplq_report.json`` up to date."""
 
+import logging
 import platform
+import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,9 @@ from ....analysis import (
     scope_line,
     write_json,
 )
-from ....analysis.cost import FLOAT_BITS
+from ....analysis.cost import FLOAT_BITS, mean_code_bits
+from ....analysis.operands import count_elements, find_operands
+from ....pages.live_page import LivePage
 
 
 class RunReport:
@@ -39,6 +44,8 @@ class RunReport:
         self.path = Path(work_dir) / REPORT_NAME
         self.data: dict[str, Any] = read_json(self.path) if resume else {}
         self.macs: MacCount | None = None
+        self.elements: dict[str, int] = {}
+        self.page = LivePage()
 
     def describe(
         self,
@@ -47,8 +54,9 @@ class RunReport:
         seed: int,
         engine: str = '',
         validation: str = '',
+        logs: str = '',
     ) -> None:
-        """Record recipe, coverage, versions, seed, and the engine of stage 1.
+        """Record recipe, coverage, versions, seed, command, and the engine of stage 1.
 
         Args:
             recipe: Resolved recipe.
@@ -57,6 +65,7 @@ class RunReport:
             engine: Description of the engine of stage 1.
             validation: From ``validation_key``; scores of an earlier process on other images are
                 dropped.
+            logs: Folder of this process's logs, in the work dir.
         """
         if self.data.get('validation', validation) != validation:
             for stage in ('fp32', 'stage1', 'stage2'):
@@ -68,6 +77,8 @@ class RunReport:
             coverage=dict(coverage),
             versions=versions(),
             seed=seed,
+            command=shlex.join(['python', *sys.argv]),
+            logs=[name for name in (*self.data.get('logs', ()), logs) if name],
         )
         self.write()
 
@@ -89,7 +100,17 @@ class RunReport:
         """Count the operations of one forward pass, from which all stages' BOPs are computed."""
         was_training = model.training
         model.eval()
-        self.macs = count_macs(model, lambda: model.test_step(batch))
+
+        def run() -> None:
+            self.macs = count_macs(model, lambda: model.test_step(batch))
+
+        operands = find_operands(model)
+        self.elements = count_elements(model, operands, run)
+        assert self.macs is not None
+        self.data['operands'] = [
+            {'name': o.name, 'kind': o.kind, 'module': o.module, 'role': o.role, 'bits': o.num_bits}
+            for o in operands.values()
+        ]
         model.train(was_training)
         self.update('fp32', bops=self.macs.total * FLOAT_BITS**2)
         self.update_cost('stage1', model)
@@ -98,21 +119,36 @@ class RunReport:
         """Set a stage's BOPs (float side branches included) and its model bytes."""
         assert self.macs is not None
         bops = bit_operations(model, self.macs) + side_macs * FLOAT_BITS**2
-        self.update(stage, bops=bops, model_bytes=model_bytes(model))
+        bits = mean_code_bits(model, self.elements)
+        self.update(stage, bops=bops, model_bytes=model_bytes(model), mean_bits=bits)
 
     def write(self) -> None:
-        """Write the file (main process only)."""
+        """Write the file, and refresh the page now and then (main process only)."""
         if is_main_process():
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path, self.data)
+            self.refresh_page()
+
+    def refresh_page(self, finished: bool = False) -> None:
+        """Write ``gplq_report.html``, unless it was written a moment ago.
+
+        Args:
+            finished: The run has ended: write it in any case.
+        """
+        if not is_main_process() or 'recipe' not in self.data:
+            return
+        problem = self.page.refresh(self.path, finished)
+        if problem:
+            print_log(problem, logger='current', level=logging.WARNING)
 
     def log_table(self) -> None:
-        """Log the closing table."""
+        """Log the closing table and write the finished page."""
         gate = self.data.get('calibration', {}).get('gate')
         lines = [scope_line(self.data), self.data.get('engine', '')]
         lines += [f'calibrated: {format_start(gate)}'] if gate else []
         text = '\n'.join([*lines, report_table(self.data)])
         print_log(f'GPLQ report ({self.path}):\n{text}', logger='current')
+        self.refresh_page(finished=True)
 
 
 def versions() -> dict[str, str]:

@@ -31,7 +31,9 @@ from ..checkpoints.run_checkpoint import (
     unwrap,
 )
 from ..data.calibration_data import CalibrationSet
-from ..runner_types import TrainingRunner
+from ..predictions.example_search import ExampleSearch
+from ..predictions.prediction_log import ClassAccuracy, classes_of
+from ..runner_types import DataLoop, TrainingRunner
 from .deployed_figures import report_deployed
 from .evaluate import evaluate, validation_key
 from .gate import gate_of_run
@@ -105,11 +107,22 @@ def apply_stage2(
     report.update('stage2', seconds=meter.seconds, peak_memory_bytes=meter.peak_memory_bytes)
     report.update_cost('stage2', model, result.side_flops // 2)
     if runner.val_loop is not None:
-        report.update('stage2', metrics=evaluate(runner, runner.val_loop, 'stage 2'))
+        _score_final(runner, runner.val_loop, model, report)
     if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
         with suppress(OSError):  # folders of other algorithms remain
             os.rmdir(os.path.dirname(folder))
+
+
+def _score_final(runner: TrainingRunner, loop: DataLoop, model: Any, report: RunReport) -> None:
+    """Metrics of the quantized model, and the images on which it differs from FP32."""
+    examples = ExampleSearch(report.path, loop, model.data_preprocessor)
+    by_class = ClassAccuracy(classes_of(loop))
+    watchers = examples.watch, by_class.watch
+    metrics = evaluate(runner, loop, 'stage 2', watchers)
+    report.update('stage2', metrics=metrics, per_class=by_class.as_dict())
+    if is_main_process():
+        examples.write()
 
 
 def measure_final(
@@ -172,9 +185,10 @@ def run(
     out = out or os.path.join(runner.work_dir, FINAL_NAME)
     report = RunReport(runner.work_dir, resume=True)
     report.path = report_path(out)
-    coverage = model.gplq.coverage.as_dict()
+    coverage = model.gplq.coverage.as_tree_dict()
     engine = report.data.get('engine', '')
-    report.describe(recipe.as_dict(), coverage, runner.seed, engine, validation_key(runner.cfg))
+    validation = validation_key(runner.cfg)
+    report.describe(recipe.as_dict(), coverage, runner.seed, engine, validation, runner.timestamp)
     report.count_macs(model, next(iter(calibration)))
     apply_stage2(runner, recipe, calibration, report)
     dataset = runner.val_loop.dataloader.dataset if runner.val_loop else calibration.dataset

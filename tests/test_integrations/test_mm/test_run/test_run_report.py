@@ -66,6 +66,9 @@ def test_cost_of_a_stage_and_of_fp32(tmp_path: Path) -> None:
     numbers = sum(p.numel() for n, p in model.named_parameters() if 'quantizer' not in n)
     assert content['stage1']['model_bytes'] == 4 * numbers
     assert 'model_bytes' not in content['fp32']
+    assert content['stage1']['mean_bits'] == {'weight': 32, 'activation': 32}
+    operands = {(o['name'], o['kind']): o['bits'] for o in content['operands']}
+    assert set(operands.values()) == {3, 8}  # the image has 8
     report.update_cost('stage2', model, side_macs=10)
     assert written(tmp_path)['stage2']['bops'] == content['stage1']['bops'] + 10 * 1024
 

@@ -1,0 +1,58 @@
+# Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+"""Vega, the chart library that pages embed, as one script that needs no network."""
+
+import hashlib
+import importlib
+import os
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from ..compat.cache_folder import cache_folder
+from ..compat.installed import is_installed
+
+PACKAGES = {'jinja2': 'Jinja2', 'vl_convert': 'vl-convert-python'}
+"""Import name and distribution of what pages are made with."""
+# `window.vegaEmbed` is all that the pages call.
+_SNIPPET = 'window.vegaEmbed = vegaEmbed;'
+
+
+class MissingPackagesError(ValueError):
+    """Pages cannot be made here; the message says what to install."""
+
+
+def require_packages() -> None:
+    """Check that templates and charts can be made.
+
+    Raises:
+        MissingPackagesError: If a package is missing, with the command that installs it.
+    """
+    missing = [name for module, name in PACKAGES.items() if not is_installed(module)]
+    if missing:
+        raise MissingPackagesError(f'the HTML report needs: pip install {" ".join(missing)}')
+
+
+@cache
+def vega_script() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script that defines ``vegaEmbed``.
+
+    Bundling takes seconds, so the result is stored in the user's cache folder.
+    """
+    key = f'{version(PACKAGES["vl_convert"])} {_SNIPPET}'
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = cache_folder() / f'vega_{digest}.js'
+    if not path.is_file():
+        bundle: str = importlib.import_module('vl_convert').javascript_bundle(_SNIPPET)
+        # the HTML parser ends a script at this text, wherever it stands
+        _store(path, f'(() => {{{bundle}}})();'.replace('</script', '<\\/script'))
+    return path.read_text(encoding='utf-8')
+
+
+def _store(path: Path, text: str) -> None:
+    """Write a file and rename it: several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
+    with os.fdopen(handle, 'w', encoding='utf-8') as stream:
+        stream.write(text)
+    os.replace(temporary, path)
