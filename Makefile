@@ -1,5 +1,6 @@
 # make demo   environment, then the main job on an embedded default
-# make test   environment, then lint, types and tests
+# make test   environment, then lint, types, site and tests
+# make docs   the site over docs/, in build/site, with its links checked
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # test processes: each loads torch, so four at most
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 # one thread a test process: the processes share the cores already
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: env demo test lint format types doctor clean
+.PHONY: env demo test lint format types docs doctor clean
 .DEFAULT_GOAL := env
 
 env:
@@ -17,7 +18,7 @@ env:
 demo: env
 	$(BIN)/python tools/demo.py
 
-test: env lint types
+test: env lint types docs
 	$(PYTEST)
 
 lint: env
@@ -30,6 +31,9 @@ format: env
 
 types: env
 	$(BIN)/mypy
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 doctor: env
 	$(BIN)/python -m gplq_mm doctor

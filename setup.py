@@ -94,6 +94,7 @@ if __name__ == '__main__':
             'deploy': read_requirements('deploy'),
             'tests': read_requirements('tests'),
             'lint': read_requirements('lint'),
+            'docs': read_requirements('docs'),
         },
         cmdclass={'build_py': BuildPyWithMim},
         zip_safe=False,

@@ -18,7 +18,9 @@ import gplq_mm
 from gplq_mm.compat.installed import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {'mm': 'mminstall', 'deploy': 'deploy', 'tests': 'tests', 'lint': 'lint'}
+EXTRAS = {
+    'mm': 'mminstall', 'deploy': 'deploy', 'tests': 'tests', 'lint': 'lint', 'docs': 'docs'
+}  # fmt: skip
 SOURCES = ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md')
 FOLDERS = ('gplq_mm', 'configs', 'tools', 'requirements')
 
@@ -52,7 +54,7 @@ def test_extras_are_the_requirement_files(extra: str, file: str) -> None:
     assert found == requirements(file).keys()
 
 
-@pytest.mark.parametrize('file', ['runtime', 'mminstall', 'deploy', 'tests', 'lint'])
+@pytest.mark.parametrize('file', ['runtime', *EXTRAS.values()])
 def test_reference_stack_fits_the_ranges(file: str) -> None:
     for name, requirement in requirements(file).items():
         assert requirement.specifier.contains(pin(name)), f'{requirement} excludes {pin(name)}'

@@ -253,7 +253,8 @@ def make_steps() -> tuple[Step, ...]:
     """List the steps in their order."""
     mmcv = pinned('mmcv')
     libraries = [line for line in requirement_lines('mminstall') if 'mmcv' not in line]
-    tools = pinned(*requirement_lines('tests'), *requirement_lines('lint'))
+    names = [line for file in ('tests', 'lint', 'docs') for line in requirement_lines(file)]
+    tools = pinned(*names)
     runtime = requirement_lines('runtime')
     here = f'assert gplq_mm.__file__.startswith({str(ROOT)!r}), gplq_mm.__file__'
     return (
@@ -285,7 +286,11 @@ def make_steps() -> tuple[Step, ...]:
             pinned(*requirement_lines('deploy')),
             'import onnx, onnxscript, onnxruntime, openvino, safetensors',
         ),
-        Step('test and lint tools', tools, 'import hypothesis, matplotlib, pytest, sklearn, xdist'),
+        Step(
+            'test, lint and documentation tools',
+            tools,
+            'import hypothesis, material, matplotlib, mkdocs, pytest, sklearn, xdist',
+        ),
         Step(
             'gplq_mm itself, editable',
             ('gplq-mm',),
