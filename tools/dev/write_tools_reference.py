@@ -29,6 +29,7 @@ TOOLS = (
     'model_converters/swin_to_gplq',
     'model_converters/timm_to_mmpretrain',
     'model_converters/vitdet_to_gplq',
+    'zoo/make_row',
 )
 """Tools for users, in the order of the page, as paths below `tools/`."""
 BENCHMARKS = ('benchmarks/accuracy', 'benchmarks/inference', 'benchmarks/stage1')

@@ -51,7 +51,8 @@ ADD = """\
 ## Add a row
 
 ```shell
-python tools/zoo/make_row.py work_dirs/X --config configs/gplq/X.py --dataset COCO --metafile configs/gplq/metafile.yml
+python tools/zoo/make_row.py work_dirs/X --config configs/gplq/X.py --dataset COCO \\
+    --metafile configs/gplq/metafile.yml
 python tools/zoo/write_models_page.py
 ```
 """
