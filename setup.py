@@ -37,7 +37,7 @@ def read_requirements(name: str) -> list[str]:
 
 
 class BuildPyWithMim(build_py):
-    """Put `configs/`, `tools/` and `model-index.yml` into `gplq_mm/.mim/`, where MIM looks for them.
+    """Put configs, tools and `model-index.yml` into `gplq_mm/.mim/`, where MIM looks for them.
 
     A wheel gets copies; an editable install gets links, so that edits show at once.
     """
