@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""README: short, its figures are the stored ones, its commands and those of the how-to pages parse."""
+"""README is short and has the stored figures; its commands and those of the how-to pages parse."""
 
 import json
 import re
@@ -33,11 +33,8 @@ def commands(page: Path) -> list[str]:
 
 def cells() -> dict[str, list[str]]:
     """The table's rows by their first cell."""
-    lines = [line for line in README.read_text(encoding='utf-8').splitlines() if ' ms |' in line]
-    lines += [
-        line for line in README.read_text(encoding='utf-8').splitlines() if 'torch.ao' in line
-    ]
-    parts = [[c.strip(' *') for c in line.strip('|').split('|')] for line in lines]
+    table = README.read_text(encoding='utf-8').split('|---|\n')[1].split('\n\n')[0]
+    parts = [[c.strip(' *') for c in line.strip('|').split('|')] for line in table.splitlines()]
     return {name: rest for name, *rest in parts}
 
 

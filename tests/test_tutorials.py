@@ -31,14 +31,14 @@ START = DOCS / 'start.md'
 FENCE = re.compile(r'^```(\w+)\n(.*?)^```$', re.M | re.S)
 INSTALLS = ('pip install', 'make ', 'git clone')
 SMALLER = {
-    'range(30)': 'range(6)',
+    'range(30)': 'range(5)',
     'range(20)': 'range(6)',
     'epochs=7': 'epochs=1',
     'order[:1440]': 'order[:480]',
     '(0, 1440, 32)': '(0, 480, 32)',
 }
 """Replaced in Python blocks: fewer epochs and images."""
-IMAGES = dict(train=8, val=2)
+IMAGES = dict(train=4, val=2)
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
@@ -109,7 +109,7 @@ def test_start_makes_a_model_of_four_bits(
     run_page(START)
     scores = re.findall(r'^(?:float|4 bits) ([\d.]+)$', capsys.readouterr().out, re.M)
     before, after = map(float, scores)
-    assert before > 0.25  # 0.1 is chance
+    assert before > 0.2  # 0.1 is chance
     assert after > before - 0.1
     assert (tmp_path / 'digits_w4a4.pth').stat().st_size < 80_000  # float: 351 kB
 
