@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 # one thread a test process: the processes share the cores already
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: env demo test lint format types docs doctor clean
+.PHONY: env demo test lint format types docs pages doctor clean
 .DEFAULT_GOAL := env
 
 env:
@@ -34,6 +34,11 @@ types: env
 
 docs: env
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# pages that are written from the code and the stored measurements; tests compare them
+pages: env
+	for script in tools/dev/write_*_docs.py tools/dev/write_*_reference.py \
+	    tools/dev/write_preset_page.py tools/zoo/write_models_page.py; do $(BIN)/python $$script; done
 
 doctor: env
 	$(BIN)/python -m gplq_mm doctor
