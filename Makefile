@@ -37,7 +37,7 @@ docs: env
 
 # pages that are written from the code and the stored measurements; tests compare them
 pages: env
-	for script in tools/dev/write_*_docs.py tools/dev/write_*_reference.py \
+	set -e; for script in tools/dev/write_*_docs.py tools/dev/write_*_reference.py \
 	    tools/dev/write_preset_page.py tools/zoo/write_models_page.py; do $(BIN)/python $$script; done
 
 doctor: env
