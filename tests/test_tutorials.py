@@ -88,6 +88,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, s
         for writer in ('make_shapes_coco', 'make_shapes_folder'):
             few = getattr(tiny_projects, writer)
             monkeypatch.setattr(tiny_projects, writer, lambda root, few=few: few(root, **IMAGES))
+        monkeypatch.setattr('gplq_mm.cli.gplq_config.MOST_EPOCHS', 2)
         made = tiny_projects.make_project(tmp_path / 'project', kind)
         monkeypatch.chdir(made.root)
         shutil.copy(made.config, made.config.with_name(f'{name}.py'))
