@@ -1,5 +1,6 @@
 # make demo   environment, then the main job on an embedded default
-# make test   environment, then lint, types and tests
+# make test   environment, then lint, types, site and tests
+# make docs   the site over docs/, in build/site, with its links checked
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # test processes: each loads torch, so four at most
@@ -8,7 +9,7 @@ BIN    := $(VENV)/bin
 # one thread a test process: the processes share the cores already
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-.PHONY: env demo test lint format types doctor clean
+.PHONY: env demo test lint format types docs pages doctor clean
 .DEFAULT_GOAL := env
 
 env:
@@ -17,7 +18,7 @@ env:
 demo: env
 	$(BIN)/python tools/demo.py
 
-test: env lint types
+test: env lint types docs
 	$(PYTEST)
 
 lint: env
@@ -30,6 +31,14 @@ format: env
 
 types: env
 	$(BIN)/mypy
+
+docs: env
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# pages that are written from the code and the stored measurements; tests compare them
+pages: env
+	set -e; for script in tools/dev/write_*_docs.py tools/dev/write_*_reference.py \
+	    tools/dev/write_preset_page.py tools/zoo/write_models_page.py; do $(BIN)/python $$script; done
 
 doctor: env
 	$(BIN)/python -m gplq_mm doctor

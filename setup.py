@@ -12,6 +12,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED = ('configs', 'tools')
+INDEX = 'model-index.yml'
 NOT_SHIPPED = ('__pycache__', '*.pyc', 'dev')
 
 
@@ -36,7 +37,7 @@ def read_requirements(name: str) -> list[str]:
 
 
 class BuildPyWithMim(build_py):
-    """Put `configs/` and `tools/` into `gplq_mm/.mim/`, where MIM looks for them.
+    """Put configs, tools and `model-index.yml` into `gplq_mm/.mim/`, where MIM looks for them.
 
     A wheel gets copies; an editable install gets links, so that edits show at once.
     """
@@ -47,20 +48,22 @@ class BuildPyWithMim(build_py):
         editable = getattr(self, 'editable_mode', False)
         target = (ROOT if editable else Path(self.build_lib)) / 'gplq_mm' / '.mim'
         target.mkdir(parents=True, exist_ok=True)
-        for name in SHIPPED:
+        for name in (*SHIPPED, INDEX):
             if editable:
                 self.link(target / name, ROOT / name)
+            elif name == INDEX:
+                shutil.copy(ROOT / name, target)
             else:
                 ignore = shutil.ignore_patterns(*NOT_SHIPPED)
                 shutil.copytree(ROOT / name, target / name, ignore=ignore, dirs_exist_ok=True)
 
     @staticmethod
-    def link(link: Path, folder: Path) -> None:
-        """Point `link` at `folder`, whatever it pointed at before."""
+    def link(link: Path, source: Path) -> None:
+        """Point `link` at a file or folder, whatever it pointed at before."""
         if link.is_symlink():
             link.unlink()
         if not link.exists():
-            link.symlink_to(folder, target_is_directory=True)
+            link.symlink_to(source, target_is_directory=source.is_dir())
 
 
 if __name__ == '__main__':
@@ -95,6 +98,7 @@ if __name__ == '__main__':
             'deploy': read_requirements('deploy'),
             'tests': read_requirements('tests'),
             'lint': read_requirements('lint'),
+            'docs': read_requirements('docs'),
         },
         cmdclass={'build_py': BuildPyWithMim},
         zip_safe=False,

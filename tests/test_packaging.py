@@ -18,8 +18,12 @@ import gplq_mm
 from gplq_mm.compat.installed import COMPONENTS
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = {'mm': 'mminstall', 'deploy': 'deploy', 'tests': 'tests', 'lint': 'lint'}
-SOURCES = ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md')
+EXTRAS = {
+    'mm': 'mminstall', 'deploy': 'deploy', 'tests': 'tests', 'lint': 'lint', 'docs': 'docs'
+}  # fmt: skip
+SOURCES = (
+    'setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md', 'model-index.yml'
+)  # fmt: skip
 FOLDERS = ('gplq_mm', 'configs', 'tools', 'requirements')
 
 
@@ -52,7 +56,7 @@ def test_extras_are_the_requirement_files(extra: str, file: str) -> None:
     assert found == requirements(file).keys()
 
 
-@pytest.mark.parametrize('file', ['runtime', 'mminstall', 'deploy', 'tests', 'lint'])
+@pytest.mark.parametrize('file', ['runtime', *EXTRAS.values()])
 def test_reference_stack_fits_the_ranges(file: str) -> None:
     for name, requirement in requirements(file).items():
         assert requirement.specifier.contains(pin(name)), f'{requirement} excludes {pin(name)}'
@@ -97,5 +101,7 @@ def test_wheel_from_sdist_holds_package_configs_and_tools(tmp_path: Path) -> Non
     assert configs
     assert configs <= names
     assert any(name.startswith('gplq_mm/.mim/tools/') for name in names)
+    metafiles = {'model-index.yml', 'configs/gplq/metafile.yml', 'configs/demo/metafile.yml'}
+    assert {f'gplq_mm/.mim/{name}' for name in metafiles} <= names
     assert not [name for name in names if '__pycache__' in name or '/.mim/tools/dev/' in name]
     assert {name.split('/')[0] for name in names if '-' not in name.split('/')[0]} == {'gplq_mm'}

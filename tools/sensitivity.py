@@ -70,8 +70,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         '--overwrite', action='store_true', help='replace a measurement with other settings'
     )
     budget = parser.add_argument_group('budget of an assignment (none: measure only)')
-    budget.add_argument('--mean-weight-bits', type=float, metavar='BITS')
-    budget.add_argument('--mean-activation-bits', type=float, metavar='BITS')
+    for kind, over in (('weight', 'all weights'), ('activation', "one image's activations")):
+        about = f'mean over {over}, e.g. 3'
+        budget.add_argument(f'--mean-{kind}-bits', type=float, metavar='BITS', help=about)
     budget.add_argument('--bops', metavar='G', help='billions per image, or those of e.g. w3a3')
     budget.add_argument('--out', metavar='FILE.py', help=f'config; {RECIPE_NAME} in the work dir')
     return parser.parse_args(argv)

@@ -61,8 +61,8 @@ if os.environ['FORCE_CUDA'] == '1':
     assert mmcv.ops.get_compiling_cuda_version() != 'not available', 'no CUDA operators'
 """
 EVERYTHING_WORKS = f"""
-import hypothesis, matplotlib, mmdet, mmengine, mmpretrain, onnx, onnxruntime, onnxscript, openvino
-import pycocotools.mask, pytest, safetensors, sklearn, timm, torch, torchvision.ops, xdist
+import hypothesis, jinja2, material, matplotlib, mkdocs, mmdet, mmengine, mmpretrain, onnx
+import onnxruntime, onnxscript, openvino, playwright, pycocotools.mask, pytest, vl_convert, safetensors, sklearn, timm, torch, torchvision.ops, xdist
 import gplq_mm
 assert gplq_mm.__file__.startswith({str(ROOT)!r}), gplq_mm.__file__
 """
