@@ -5,16 +5,19 @@ No other file uses a private name of MMEngine; ``tests/test_compat/test_mmengine
 for each function here, which fails if MMEngine changes.
 """
 
-import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from __future__ import annotations
 
-from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
-from mmengine.optim import OptimWrapper
-from mmengine.runner import EpochBasedTrainLoop, Runner
-from mmengine.runner.base_loop import BaseLoop
-from mmengine.runner.checkpoint import CheckpointLoader
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from mmengine.config import Config, ConfigDict
+
+if TYPE_CHECKING:  # a tool reads its config before it imports the runner, which takes seconds
+    from mmengine.optim import OptimWrapper
+    from mmengine.runner import EpochBasedTrainLoop, Runner
+    from mmengine.runner.base_loop import BaseLoop
 
 
 def train_loop(runner: Runner) -> BaseLoop | None:
@@ -23,6 +26,8 @@ def train_loop(runner: Runner) -> BaseLoop | None:
     ``runner.train_loop`` would build the loop, and with it the training data set, which is not
     needed for a test.
     """
+    from mmengine.runner.base_loop import BaseLoop
+
     loop = getattr(runner, '_train_loop', None)
     return loop if isinstance(loop, BaseLoop) else None
 
@@ -63,8 +68,39 @@ def is_lazy_config(path: str) -> bool:
     return Config._is_lazy_import(path)
 
 
+@contextmanager
+def merging_over_names(kinds: tuple[str, ...], key: str, name_key: str) -> Iterator[None]:
+    """Context manager: a dict of a child config merges over a name that its base config has.
+
+    MMEngine refuses ``model = dict(recipe=dict(scope='all'))`` over ``recipe='w4a4'``; here the
+    name is read as ``dict(base='w4a4')``. Other strings are refused as always.
+
+    Args:
+        kinds: Types of the dicts that hold the key.
+        key: The key, such as ``recipe``.
+        name_key: Key of the dict that stands for the name alone, such as ``base``.
+    """
+    merge = Config._merge_a_into_b
+
+    def merge_over_names(a: Any, b: Any, allow_list_keys: bool = False) -> Any:
+        own, base = (side if isinstance(side, Mapping) else {} for side in (a, b))
+        is_name = isinstance(own.get(key), Mapping) and isinstance(base.get(key), str)
+        if is_name and own.get('type', base.get('type')) in kinds:
+            b = b.copy()
+            b[key] = ConfigDict({name_key: base[key]})
+        return merge(a, b, allow_list_keys)
+
+    Config._merge_a_into_b = staticmethod(merge_over_names)
+    try:
+        yield
+    finally:
+        Config._merge_a_into_b = staticmethod(merge)
+
+
 def history_statistics() -> Mapping[str, Callable]:
     """Functions that a pickled ``HistoryBuffer`` refers to, by name."""
+    from mmengine.logging import HistoryBuffer
+
     return HistoryBuffer()._statistics_methods
 
 
@@ -78,4 +114,6 @@ def load_files_with_suffix(suffix: str, loader: Callable[..., dict[str, Any]]) -
         suffix: Such as ``.safetensors``.
         loader: A function named ``load_from_...``: MMEngine logs the part after ``load_from_``.
     """
+    from mmengine.runner.checkpoint import CheckpointLoader
+
     CheckpointLoader.register_scheme(rf'.*{re.escape(suffix)}$', loader, force=True)

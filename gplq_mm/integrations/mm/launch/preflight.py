@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..checkpoints.checkpoint_io import read_checkpoint
+from .config import GPLQ_TYPES
 
 SPLITS = ('train', 'val', 'test')
 _URL = re.compile(r'^[\w-]+://')
@@ -32,7 +33,7 @@ def is_gplq(cfg: Mapping[str, Any]) -> bool:
     """Whether a config's model is built by ``gplq_mm.GPLQ``, also inside a TTA model."""
     model = cfg.get('model') or {}
     model = model.get('module') or model
-    return model.get('type') in ('gplq_mm.GPLQ', 'GPLQ')
+    return model.get('type') in GPLQ_TYPES
 
 
 def check_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 from ....compat.installed import check_versions
 from ....quantizers import UncalibratedError
 from ..checkpoints.resume import resumable_checkpoint
-from .config import apply_cfg_options
+from .config import apply_cfg_options, read_file
 from .cpu_launch import prepare_cpu_launch
 from .cpu_memory import keep_freed_memory
 from .library_ways import set_mmpretrain_dataloaders
@@ -89,7 +89,7 @@ def load_config(path: str | Path) -> Config:
     if not Path(path).is_file():
         raise ConfigError(f'no config at {Path(path).absolute()}')
     try:
-        return Config.fromfile(path)
+        return read_file(path)
     except FileNotFoundError as error:
         raise ConfigError(f'{path} builds on a config that does not exist: {error}') from error
     except ImportError as error:
