@@ -90,7 +90,6 @@ TESTED_IN = {
     'ptq/corrections/qwt_branch': 'test_ptq/test_corrections/test_folded_corrections.py',
     'ptq/corrections/qwt_v2': 'test_ptq/test_corrections/test_folded_corrections.py',
     'ptq/corrections/repq': 'test_ptq/test_corrections/test_folded_corrections.py',
-    'ptq/finished_units': 'test_ptq/test_rounding/test_brecq.py',
     'ptq/labels': 'test_tools/test_ptq_args.py',
     'ptq/layer_matrix': 'test_ptq/test_rounding/test_gptq.py',
     'ptq/ranges/for_rounding': 'test_ptq/test_rounding/test_gptq.py',

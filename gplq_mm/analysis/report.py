@@ -2,10 +2,11 @@
 """Report of a run: ``gplq_report.json``, and its table."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..stream.stored_file import unfinished_file
 
 STAGES = ('fp32', 'stage1', 'stage2')
 REPORT_NAME = 'gplq_report.json'
@@ -19,14 +20,25 @@ DEPLOYED = (
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON to a temporary file and rename it."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(json.dumps(data, indent=2, default=float) + '\n')
-    os.replace(temporary, path)
+    with unfinished_file(path) as unfinished:
+        unfinished.write_text(json.dumps(data, indent=2, default=float) + '\n')
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The report in ``path``, or an empty dict if there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The dict in ``path``, or an empty one if there is no such file.
+
+    Raises:
+        ValueError: If the file holds no JSON dict; it is never damaged by a killed run.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f'{path} is damaged: {error}; remove it, and start again') from error
+    if not isinstance(data, dict):
+        raise ValueError(f'{path} holds no JSON object; remove it, and start again')
+    return data
 
 
 def bits_label(recipe: Mapping[str, Any], stage: str) -> str:

@@ -97,3 +97,11 @@ def test_rules_that_train_weights_on_their_grid_count_in_stage_1() -> None:
     own = dict(activation=dict(num_bits=4), weight=dict(num_bits=3, qat=True))
     rules = [dict(name='fc', weight=dict(qat=False))]
     assert bits_label({**own, 'rules': rules}, 'stage1') == 'WmixA4'
+
+
+@pytest.mark.parametrize('content', [b'{"fp32": ', b'\xff\xfe\x00', b'[1]', b''])
+def test_a_damaged_report_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / 'r.json').write_bytes(content)
+    with pytest.raises(ValueError, match='r.json .*remove it, and start again') as caught:
+        read_json(tmp_path / 'r.json')
+    assert '\n' not in str(caught.value)

@@ -23,7 +23,7 @@ from .checkpoints.run_checkpoint import (
     unwrap,
 )
 from .launch.cpu_memory import keep_freed_memory
-from .launch.preflight import check_float_checkpoint
+from .launch.preflight import check_float_checkpoint, downloaded
 from .optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from .run.deployed_figures import check_format
 from .run.teacher import mimic_state
@@ -173,7 +173,7 @@ class GPLQHook(Hook):
                 "load_from = 'path/to/fp32.pth' or --cfg-options load_from=path/to/fp32.pth"
             )
         if not is_resumed(runner):
-            check_float_checkpoint(os.fspath(path))
+            check_float_checkpoint(downloaded(os.fspath(path)))
             self.source = remember_source(runner.work_dir, path)
 
 

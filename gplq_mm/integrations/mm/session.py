@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """One GPLQ run: the steps that the hook calls, and the files that they write to the work dir."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 
-from ...analysis import model_bytes, write_json
+from ...analysis import model_bytes, read_json, write_json
 from ...analysis.start_error import as_float_model, float_state_of
 from ...calibration.activation_ranges import (
     calibrate_activations,
@@ -267,5 +266,4 @@ def remember_source(work_dir: str, path: str) -> dict[str, Any]:
 
 def recall_source(work_dir: str) -> dict[str, Any]:
     """The entry that ``remember_source`` wrote, or an empty dict."""
-    path = Path(work_dir) / SOURCE_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(Path(work_dir) / SOURCE_NAME)

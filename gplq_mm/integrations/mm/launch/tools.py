@@ -2,30 +2,44 @@
 """What `tools/train.py`, `test.py` and `ptq.py` share: arguments, config, runner, errors."""
 
 import argparse
-import linecache
 import os
-import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config, DictAction
-from mmengine.dataset import BaseDataset
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
 
 from ....compat.installed import check_versions
-from ....quantizers import UncalibratedError
-from ..checkpoints.resume import resumable_checkpoint
+from ....recipe import as_recipe
 from .config import apply_cfg_options, read_file
-from .cpu_launch import prepare_cpu_launch
-from .cpu_memory import keep_freed_memory
+from .errors import USER_ERROR, ConfigError, is_refusal, run_tool
 from .library_ways import set_mmpretrain_dataloaders
-from .preflight import ConfigError
+from .settings_check import check_settings, is_gplq, make_work_dir
 
-USER_ERROR = 2
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
+
+__all__ = ['USER_ERROR', 'ConfigError', 'is_refusal', 'run_tool']
+
 _LIBRARIES = ('mmdet', 'mmpretrain')
-PACKAGE = Path(__file__).resolve().parents[3]
-_MISTAKES = (ValueError, TypeError, FileNotFoundError, FileExistsError, UncalibratedError)
+
+
+class Options(DictAction):
+    """``--cfg-options`` of MMEngine's tools; a word without ``=`` is an error in one line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Parse ``key=value`` words."""
+        for word in values:
+            if not word.partition('=')[0] or '=' not in word:
+                raise argparse.ArgumentError(self, f'{word!r} is no setting; write key=value')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Options,
         help='settings to override, as key=value; a.b=value for nested ones, key="[a,b]" for '
         "lists. data_root=DIR moves all paths below the config's data_root",
     )
@@ -45,28 +59,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def read_config(args: argparse.Namespace) -> Config:
-    """Read the config and apply the arguments that all tools have.
+def read_config(args: argparse.Namespace, splits: Sequence[str] | None = None) -> Config:
+    """Read the config, apply the arguments that all tools have, and check its settings.
 
     Args:
         args: Parsed by a parser that ``add_arguments`` filled.
+        splits: Which of ``train``, ``val`` and ``test`` the tool runs; None checks no settings.
 
     Returns:
         The config, with ``work_dir`` and ``launcher`` set.
 
     Raises:
-        ConfigError: If the config or one of its base configs cannot be found.
+        ConfigError: If the config or one of its base configs cannot be read, or no run can have
+            one of its settings.
+        ValueError: If its recipe is wrong.
         ImportError: If installed libraries clash, or one that the config needs is missing.
     """
-    check_versions()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config)
+    if args.cfg_options:
+        apply_cfg_options(cfg, args.cfg_options)
+    # mistakes in the config before the libraries are imported, which takes seconds
+    if splits is not None:
+        check_settings(cfg, args.config, splits)
+    if is_gplq(cfg) and 'recipe' in cfg.model:
+        as_recipe(cfg.model.recipe)
+    check_versions()
     scope = cfg.get('default_scope', 'mmengine')
     needed = {lib for lib in _LIBRARIES if scope == lib or f"'{lib}." in str(cfg.get('model'))}
     if needed:
         check_versions('mmcv', *sorted(needed))
-    if args.cfg_options:
-        apply_cfg_options(cfg, args.cfg_options)
     if scope == 'mmpretrain':  # last: without workers there are none to keep alive
         set_mmpretrain_dataloaders(cfg)
     if args.work_dir:
@@ -84,7 +106,7 @@ def load_config(path: str | Path) -> Config:
         path: A file; not a `package::` name.
 
     Raises:
-        ConfigError: If the file or one of its base configs cannot be found.
+        ConfigError: If the file or one of its base configs cannot be found or read.
     """
     if not Path(path).is_file():
         raise ConfigError(f'no config at {Path(path).absolute()}')
@@ -98,6 +120,19 @@ def load_config(path: str | Path) -> Config:
             f'{path} needs a module that cannot be imported: {what}; see python -m gplq_mm '
             'doctor, and set PYTHONPATH if it is a module of yours'
         ) from error
+    except Exception as error:  # a config is a program, which can raise anything
+        what = ' '.join(str(error).split())
+        raise ConfigError(
+            f'{path} cannot be read: {type(error).__name__}: {what}{_line_of(error)}'
+        ) from error
+
+
+def _line_of(error: BaseException) -> str:
+    """Where a config raised an error; empty if its text says it or the reader raised it."""
+    if isinstance(error, SyntaxError) or error.__traceback__ is None:
+        return ''
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f' (line {where.lineno}: {where.line})' if where.name == '<module>' else ''
 
 
 def set_resume(cfg: Config, resume: str | None) -> str | None:
@@ -139,6 +174,8 @@ def latest_checkpoint(work_dir: str | Path) -> Path | None:
     Raises:
         ConfigError: If ``last_checkpoint`` names a file that does not exist.
     """
+    from ..checkpoints.resume import resumable_checkpoint
+
     named = resumable_checkpoint(work_dir)
     if not named:
         return None
@@ -151,31 +188,22 @@ def latest_checkpoint(work_dir: str | Path) -> Path | None:
     )
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the runner that the config names, MMEngine's own by default."""
+def build_runner(cfg: Config) -> 'Runner':
+    """Build the runner that the config names, MMEngine's own by default.
+
+    Raises:
+        ConfigError: If nothing can be written to the work dir.
+    """
+    from mmengine.registry import RUNNERS
+    from mmengine.runner import Runner
+
+    from .cpu_launch import prepare_cpu_launch
+    from .cpu_memory import keep_freed_memory
+
+    make_work_dir(cfg.work_dir)
     keep_freed_memory()
     prepare_cpu_launch(cfg)
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-
-
-def run_tool(main: Callable[[], None]) -> int:
-    """Run a tool; a user's mistake ends in one line, anything else keeps its traceback.
-
-    Args:
-        main: The tool.
-
-    Returns:
-        The exit code: 0, or 2 for a user's mistake.
-    """
-    try:
-        main()
-    except (*_MISTAKES, ImportError) as error:
-        empty = empty_data_set(error)
-        if not (empty or is_refusal(error)):
-            raise
-        sys.stderr.write(f'error: {empty or error}\n')
-        return USER_ERROR
-    return 0
 
 
 def empty_data_set(error: BaseException) -> str | None:
@@ -187,6 +215,8 @@ def empty_data_set(error: BaseException) -> str | None:
     Returns:
         The explanation; None if the error is another.
     """
+    from mmengine.dataset import BaseDataset
+
     trace = error.__traceback__
     while trace is not None:
         dataset = trace.tb_frame.f_locals.get('self')
@@ -198,17 +228,3 @@ def empty_data_set(error: BaseException) -> str | None:
             )
         trace = trace.tb_next
     return None
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of this package raised the error."""
-    if isinstance(error, ConfigError):
-        return True
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    filename = trace.tb_frame.f_code.co_filename
-    line = linecache.getline(filename, trace.tb_lineno)
-    return PACKAGE in Path(filename).resolve().parents and line.lstrip().startswith('raise ')
