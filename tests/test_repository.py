@@ -111,7 +111,6 @@ TESTED_IN = {
     'ptq/unit_ptq': 'test_ptq/test_rounding/test_brecq.py',
     'ptq/weight_error': 'test_ptq/test_stage2.py',
     'quantizers/first_order': 'test_quantizers/test_packing/test_codes.py',
-    'quantizers/packing/c_library': 'test_quantizers/test_packing/test_cpu_kernels.py',
     'quantizers/packing/torch_passes': 'test_quantizers/test_packing/test_codes.py',
     'quantizers/quantizer_state': 'test_quantizers/test_fake_quantizer.py',
     'recipe/check': 'test_recipe/test_fuzz.py',
