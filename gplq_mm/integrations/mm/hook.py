@@ -26,9 +26,16 @@ from .launch.cpu_memory import keep_freed_memory
 from .launch.preflight import check_float_checkpoint, downloaded
 from .optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from .run.deployed_figures import check_format
+from .run.interruption import SaveOnSignal
 from .run.teacher import mimic_state
 from .seeding import RandomState, random_state, seed_epoch, set_random_state
-from .session import GPLQSession, log_active_quantizers, recall_source, remember_source
+from .session import (
+    GPLQSession,
+    log_active_quantizers,
+    recall_source,
+    remember_source,
+    remove_leftovers,
+)
 
 
 @HOOKS.register_module()
@@ -78,6 +85,8 @@ class GPLQHook(Hook):
         keep_freed_memory()
         if train_loop(runner) is None:
             return
+        remove_leftovers(runner.work_dir)
+        runner.register_hook(SaveOnSignal())
         self._choose_weights(runner)
         for warning in (
             shared_lr_warning(runner.optim_wrapper, unwrap(runner.model)),
@@ -107,6 +116,8 @@ class GPLQHook(Hook):
             check_quantized(model, checkpoint)
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
             self.random_state = checkpoint['gplq'].get('random_state')
+            if self.session is not None:
+                self.session.trained_seconds = checkpoint['gplq'].get('stage1_seconds', 0.0)
             self.mimic = checkpoint['gplq'].get('mimic', {})
         else:
             load_float_(model, checkpoint)
@@ -149,6 +160,8 @@ class GPLQHook(Hook):
         checkpoint['gplq'] = record(unwrap(runner.model), self.stage, self.source)
         checkpoint['gplq']['random_state'] = random_state()
         checkpoint['gplq']['mimic'] = mimic_state(unwrap(runner.model))
+        if self.session is not None:
+            checkpoint['gplq']['stage1_seconds'] = self.session.stage1_seconds()
 
     def before_test(self, runner: Runner) -> None:
         """Log how many quantizers are active."""

@@ -20,6 +20,7 @@ from ...calibration.activation_ranges import (
 from ...calibration.layerwise import calibrate_layerwise, layerwise_images
 from ...convert import quantizers, set_quantization
 from ...recipe import Recipe
+from ...stream.stored_file import remove_unfinished
 from .checkpoints.run_checkpoint import (
     CALIBRATED_NAME,
     FINAL_NAME,
@@ -65,6 +66,7 @@ class GPLQSession:
         check_teacher_cache(self.model, runner)
         self.report = RunReport(runner.work_dir, resume=resumed)
         self.meter: StageMeter | None = None
+        self.trained_seconds = 0.0
 
     @property
     def recipe(self) -> Recipe:
@@ -121,12 +123,19 @@ class GPLQSession:
         """Add an epoch's time and memory to the report."""
         assert self.meter is not None
         self.meter.__exit__(None, None, None)
+        self.trained_seconds += self.meter.seconds
+        peak = self.meter.peak_memory_bytes
+        self.meter = None
         known = self.report.data.get('stage1', {})
         self.report.update(
             'stage1',
-            seconds=known.get('seconds', 0.0) + self.meter.seconds,
-            peak_memory_bytes=max(known.get('peak_memory_bytes', 0), self.meter.peak_memory_bytes),
+            seconds=self.trained_seconds,
+            peak_memory_bytes=max(known.get('peak_memory_bytes', 0), peak),
         )
+
+    def stage1_seconds(self) -> float:
+        """Seconds of training so far, those of killed processes up to their checkpoint included."""
+        return self.trained_seconds + (self.meter.elapsed() if self.meter else 0.0)
 
     def record_stage1(self, metrics: Mapping[str, float]) -> None:
         """Keep the validation metrics of stage 1 under their own names."""
@@ -262,6 +271,14 @@ def remember_source(work_dir: str, path: str) -> dict[str, Any]:
         write_json(Path(work_dir) / SOURCE_NAME, source)
     barrier()
     return source
+
+
+def remove_leftovers(work_dir: str) -> None:
+    """Remove the temporary files of killed runs from a work dir."""
+    removed = remove_unfinished(work_dir) if is_main_process() else []
+    if removed:
+        names = ', '.join(path.name for path in removed)
+        print_log(f'removed temporary files of a killed run: {names}', logger='current')
 
 
 def recall_source(work_dir: str) -> dict[str, Any]:

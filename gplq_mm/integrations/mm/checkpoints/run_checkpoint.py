@@ -228,14 +228,29 @@ def save_resumable(runner: TrainingRunner, name: str) -> str:
     Returns:
         Path of the file.
     """
-    path = os.path.join(runner.work_dir, name)
     if is_main_process():
-        meta = {'epoch': runner.epoch, 'iter': runner.iter}
-        with unfinished_file(Path(path)) as unfinished:
-            runner.save_checkpoint(runner.work_dir, unfinished.name, meta=meta)
-        with unfinished_file(Path(runner.work_dir) / 'last_checkpoint') as unfinished:
-            unfinished.write_text(path)
+        write_resumable(runner, name, runner.iter)
     barrier()
+    return os.path.join(runner.work_dir, name)
+
+
+def write_resumable(runner: Runner, name: str, iterations: int) -> str:
+    """As ``save_resumable``, from one process, which waits for no other.
+
+    Args:
+        runner: Runner in training.
+        name: File name in the work dir.
+        iterations: Number of finished iterations.
+
+    Returns:
+        Path of the file.
+    """
+    path = os.path.join(runner.work_dir, name)
+    meta = {'epoch': runner.epoch, 'iter': iterations}
+    with unfinished_file(Path(path)) as unfinished:
+        runner.save_checkpoint(runner.work_dir, unfinished.name, meta=meta)
+    with unfinished_file(Path(runner.work_dir) / 'last_checkpoint') as unfinished:
+        unfinished.write_text(path)
     return path
 
 

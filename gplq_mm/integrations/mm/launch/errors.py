@@ -2,11 +2,16 @@
 """How a tool ends: a user's mistake in one line, an interruption with the way to go on."""
 
 import linecache
+import shlex
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
-USER_ERROR = 2
+USER_ERROR, INTERRUPTED, TERMINATED = 2, 130, 143
 PACKAGE = Path(__file__).resolve().parents[3]
 
 
@@ -14,17 +19,26 @@ class ConfigError(ValueError):
     """An error in the user's config, command line or files; the message is one line."""
 
 
-def run_tool(main: Callable[[], None]) -> int:
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a scheduler or another program stops the run."""
+
+
+def run_tool(main: Callable[[], None], resume: str = '') -> int:
     """Run a tool; a user's mistake ends in one line, anything else keeps its traceback.
 
     Args:
         main: The tool.
+        resume: Argument with which the tool goes on after an interruption.
 
     Returns:
-        The exit code: 0, or 2 for a user's mistake.
+        The exit code: 0, 2 for a user's mistake, 130 after Ctrl-C, 143 after SIGTERM.
     """
     try:
-        main()
+        with _sigterm_raised():
+            main()
+    except KeyboardInterrupt as stop:
+        sys.stderr.write(f'{_how_to_go_on(stop, resume)}\n')
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
     except Exception as error:
         line = describe(error)
         if line is None:
@@ -32,6 +46,35 @@ def run_tool(main: Callable[[], None]) -> int:
         sys.stderr.write(f'error: {line}\n')
         return USER_ERROR
     return 0
+
+
+@contextmanager
+def _sigterm_raised() -> Iterator[None]:
+    """Context manager: SIGTERM raises ``Terminated``, so that open files are closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    former = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _how_to_go_on(stop: KeyboardInterrupt, resume: str) -> str:
+    """One line: what stopped the tool, and the command that goes on."""
+    cause = 'SIGTERM' if isinstance(stop, Terminated) else 'Ctrl-C'
+    words = list(sys.argv)
+    if resume and resume in words:
+        at = words.index(resume)
+        has_value = words[at + 1 : at + 2] and not words[at + 1].startswith('-')
+        del words[at : at + (2 if has_value else 1)]
+    command = shlex.join(['python', *words, *([resume] if resume else [])])
+    return f'stopped by {cause}; {"go on" if resume else "start again"} with: {command}'
 
 
 def describe(error: Exception) -> str | None:
