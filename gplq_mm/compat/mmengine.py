@@ -7,6 +7,7 @@ for each function here, which fails if MMEngine changes.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -66,6 +67,34 @@ def count_epoch(loop: EpochBasedTrainLoop) -> None:
 def is_lazy_config(path: str) -> bool:
     """Whether a config file has MMEngine's import style (``with read_base():``)."""
     return Config._is_lazy_import(path)
+
+
+def brief_runner() -> type[Runner]:
+    """MMEngine's runner, whose console leaves out what its log file has in full.
+
+    These are environment, config and list of hooks: hundreds of lines before the first of a run.
+    """
+    from mmengine.runner import Runner
+
+    class BriefRunner(Runner):
+        """The runner with a filter on its console."""
+
+        def _log_env(self, env_cfg: dict) -> None:
+            handlers = self.logger.handlers
+            if any(isinstance(handler, logging.FileHandler) for handler in handlers):
+                for handler in handlers:
+                    if not isinstance(handler, logging.FileHandler):
+                        handler.addFilter(_is_brief)
+            super()._log_env(env_cfg)
+
+    return BriefRunner
+
+
+def _is_brief(record: logging.LogRecord) -> bool:
+    return not record.getMessage().lstrip('\n-').startswith(_LONG)
+
+
+_LONG = ('System environment:', 'Config:\n', 'Hooks will be executed in the following order:')
 
 
 @contextmanager

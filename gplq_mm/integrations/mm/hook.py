@@ -32,6 +32,7 @@ from .seeding import RandomState, random_state, seed_epoch, set_random_state
 from .session import (
     GPLQSession,
     log_active_quantizers,
+    log_next_steps,
     recall_source,
     remember_source,
     remove_leftovers,
@@ -154,6 +155,7 @@ class GPLQHook(Hook):
         """Stage 2, final score, report."""
         assert self.session is not None
         self.session.finish(self.source, self.deploy)
+        log_next_steps(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict[str, Any]) -> None:
         """Store the recipe and the FP32 checkpoint's identity in the checkpoint."""

@@ -16,6 +16,7 @@ from ...calibration.activation_ranges import (
     calibrate_activations,
     calibrate_trained_weights,
     is_calibrated,
+    observed_passes,
 )
 from ...calibration.layerwise import calibrate_layerwise, layerwise_images
 from ...convert import quantizers, set_quantization
@@ -187,7 +188,8 @@ class GPLQSession:
         self.calibration.log()
         require_runs(self.model, next(iter(self.calibration)))
         with StageMeter() as meter:
-            run_pass = self.calibration.run_pass(self.model, 'calibration')
+            passes = observed_passes(self.model)
+            run_pass = self.calibration.run_pass(self.model, 'calibration', passes)
             number = calibrate_activations(self.model, run_pass)
             settings = self.recipe.calibration
             if settings.migrate or settings.compensate:
@@ -271,6 +273,18 @@ def remember_source(work_dir: str, path: str) -> dict[str, Any]:
         write_json(Path(work_dir) / SOURCE_NAME, source)
     barrier()
     return source
+
+
+def log_next_steps(runner: TrainingRunner) -> None:
+    """Log the final checkpoint, and the commands that take it."""
+    config, path = runner.cfg.filename or 'CONFIG', os.path.join(runner.work_dir, FINAL_NAME)
+    print_log(
+        f'quantized model: {path}\n'
+        f'  score it:       python tools/test.py {config} {path}\n'
+        f'  on integers:    python tools/test.py {config} {path} --engine integer\n'
+        f'  export it:      python tools/deploy.py {config} {path} -o model.onnx',
+        logger='current',
+    )
 
 
 def remove_leftovers(work_dir: str) -> None:

@@ -234,7 +234,7 @@ def save_resumable(runner: TrainingRunner, name: str) -> str:
     return os.path.join(runner.work_dir, name)
 
 
-def write_resumable(runner: Runner, name: str, iterations: int) -> str:
+def write_resumable(runner: TrainingRunner, name: str, iterations: int) -> str:
     """As ``save_resumable``, from one process, which waits for no other.
 
     Args:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config, DictAction
+from mmengine.logging import print_log
 
 from ....compat.installed import check_versions
+from ....compat.mmengine import brief_runner
 from ....recipe import as_recipe
 from .config import apply_cfg_options, read_file
 from .errors import USER_ERROR, ConfigError, is_refusal, run_tool
@@ -83,7 +85,8 @@ def read_config(args: argparse.Namespace, splits: Sequence[str] | None = None) -
     if splits is not None:
         check_settings(cfg, args.config, splits)
     if is_gplq(cfg) and 'recipe' in cfg.model:
-        as_recipe(cfg.model.recipe)
+        recipe = as_recipe(cfg.model.recipe)
+        print_log(f'GPLQ: recipe {recipe.name}, {args.config}')
     check_versions()
     scope = cfg.get('default_scope', 'mmengine')
     needed = {lib for lib in _LIBRARIES if scope == lib or f"'{lib}." in str(cfg.get('model'))}
@@ -195,7 +198,6 @@ def build_runner(cfg: Config) -> 'Runner':
         ConfigError: If nothing can be written to the work dir.
     """
     from mmengine.registry import RUNNERS
-    from mmengine.runner import Runner
 
     from .cpu_launch import prepare_cpu_launch
     from .cpu_memory import keep_freed_memory
@@ -203,7 +205,11 @@ def build_runner(cfg: Config) -> 'Runner':
     make_work_dir(cfg.work_dir)
     keep_freed_memory()
     prepare_cpu_launch(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    runner = brief_runner().from_cfg(cfg)
+    print_log(f'environment, config and hooks: {runner.log_dir}/*.log', logger='current')
+    return runner
 
 
 def empty_data_set(error: BaseException) -> str | None:
