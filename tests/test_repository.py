@@ -61,6 +61,7 @@ TESTED_IN = {
     'integrations/mm/deployment/exportable': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/deployment/runtime_formats': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/launch/cpu_launch': 'test_integrations/test_mm/test_distributed.py',
+    'integrations/mm/launch/settings_check': 'test_tools/test_bad_inputs.py',
     'integrations/mm/necks/layer_norm_2d': 'test_integrations/test_mm/test_necks/test_simple_feature_pyramid.py',  # noqa: E501
     'integrations/mm/resumable_loop': 'test_integrations/test_mm/test_end_to_end.py',
     'integrations/mm/roi_features': 'test_integrations/test_mm/test_adapters/test_units.py',

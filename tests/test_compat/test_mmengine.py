@@ -175,7 +175,9 @@ def test_a_brief_runner_has_the_long_texts_in_its_file_only(
 ) -> None:
     assert hasattr(Runner, '_log_env'), message('Runner', '_log_env')
     name = f'test_compat_{next(_names)}'
-    runner = compat.brief_runner()(model=Scale(), work_dir=str(tmp_path), experiment_name=name)
+    cfg = Config(dict(a=1))
+    make = compat.brief_runner()
+    runner = make(model=Scale(), work_dir=str(tmp_path), experiment_name=name, cfg=cfg)
     runner.logger.info('a line of the run')
     output = ''.join(capfd.readouterr())
     (log,) = tmp_path.rglob('*.log')
