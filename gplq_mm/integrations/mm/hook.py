@@ -75,6 +75,7 @@ class GPLQHook(Hook):
         self.stage = 'calibrated'
         self.random_state: RandomState | None = None
         self.mimic: dict[str, Any] = {}
+        self.trained_seconds = 0.0
 
     def before_run(self, runner: Runner) -> None:
         """Check config, checkpoint and data before long work.
@@ -117,8 +118,7 @@ class GPLQHook(Hook):
             check_quantized(model, checkpoint)
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
             self.random_state = checkpoint['gplq'].get('random_state')
-            if self.session is not None:
-                self.session.trained_seconds = checkpoint['gplq'].get('stage1_seconds', 0.0)
+            self.trained_seconds = checkpoint['gplq'].get('stage1_seconds', 0.0)
             self.mimic = checkpoint['gplq'].get('mimic', {})
         else:
             load_float_(model, checkpoint)
@@ -126,6 +126,7 @@ class GPLQHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Calibration, FP32 score, teacher."""
         assert self.session is not None
+        self.session.trained_seconds = self.trained_seconds
         scores = self.evaluate_fp32, self.evaluate_calibrated
         self.session.prepare(self.source, scores, self.mimic)
         self.stage = 'stage1'
