@@ -63,6 +63,7 @@ TESTED_IN = {
     'integrations/mm/deployment/exportable': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/deployment/runtime_formats': 'test_integrations/test_mm/test_deployment/test_deployed_backbone.py',  # noqa: E501
     'integrations/mm/launch/cpu_launch': 'test_integrations/test_mm/test_distributed.py',
+    'integrations/mm/launch/settings_check': 'test_tools/test_bad_inputs.py',
     'integrations/mm/necks/layer_norm_2d': 'test_integrations/test_mm/test_necks/test_simple_feature_pyramid.py',  # noqa: E501
     'integrations/mm/predictions/plain_prediction': 'test_integrations/test_mm/test_predictions/test_example_search.py',  # noqa: E501
     'integrations/mm/predictions/prediction_log': 'test_integrations/test_mm/test_predictions/test_example_search.py',  # noqa: E501
@@ -100,7 +101,6 @@ TESTED_IN = {
     'ptq/corrections/qwt_branch': 'test_ptq/test_corrections/test_folded_corrections.py',
     'ptq/corrections/qwt_v2': 'test_ptq/test_corrections/test_folded_corrections.py',
     'ptq/corrections/repq': 'test_ptq/test_corrections/test_folded_corrections.py',
-    'ptq/finished_units': 'test_ptq/test_rounding/test_brecq.py',
     'ptq/labels': 'test_tools/test_ptq_args.py',
     'ptq/layer_matrix': 'test_ptq/test_rounding/test_gptq.py',
     'ptq/ranges/for_rounding': 'test_ptq/test_rounding/test_gptq.py',
@@ -122,7 +122,6 @@ TESTED_IN = {
     'ptq/unit_ptq': 'test_ptq/test_rounding/test_brecq.py',
     'ptq/weight_error': 'test_ptq/test_stage2.py',
     'quantizers/first_order': 'test_quantizers/test_packing/test_codes.py',
-    'quantizers/packing/c_library': 'test_quantizers/test_packing/test_cpu_kernels.py',
     'quantizers/packing/torch_passes': 'test_quantizers/test_packing/test_codes.py',
     'quantizers/quantizer_state': 'test_quantizers/test_fake_quantizer.py',
     'recipe/check': 'test_recipe/test_fuzz.py',

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     chosen = choose_format(args)
     check_output(args.out, args.checkpoint)
-    cfg = read_config(args)
+    cfg = read_config(args, splits=())
     model = build_finished(cfg, read_finished(cfg, args.config, args.checkpoint))
     for line in float_parts(model):
         print_log(line)

@@ -87,7 +87,7 @@ def final_name(args: argparse.Namespace, cfg: Config, ptq: str | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    cfg = read_config(args)
+    cfg = read_config(args, splits=())
     check(cfg, args)
     cfg.load_from, cfg.resume = args.checkpoint, False
     runner: Runner = build_runner(cfg)

@@ -162,7 +162,7 @@ def log(text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     options, budget = options_of(args), budget_of(args)
-    cfg = read_config(args)
+    cfg = read_config(args, splits=())
     check(cfg, args)
     recipe = cfg.model.get('recipe', 'w4a4')
     cfg.load_from, cfg.resume = None, False

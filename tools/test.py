@@ -32,6 +32,7 @@ from gplq_mm.integrations.mm.launch.preflight import (
     check_checkpoint,
     check_data,
     check_float_model,
+    downloaded,
     is_gplq,
     require_hook,
 )
@@ -104,14 +105,14 @@ def dump_predictions(runner: Runner, cfg: Config, path: str) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     check_out(args)
-    cfg = read_config(args)
+    cfg = read_config(args, splits=('test',))
     exported = prepare_engine(cfg, args)
     cfg.resume = False
     if exported:
         cfg.load_from = heads_checkpoint(cfg, args.checkpoint, args.heads)
     else:
         cfg.load_from = args.checkpoint
-        state = check_checkpoint(args.checkpoint)
+        state = check_checkpoint(downloaded(args.checkpoint))
     if is_gplq(cfg):
         require_hook(cfg)
     else:

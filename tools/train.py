@@ -13,18 +13,12 @@ from mmengine.config import Config, ConfigDict
 from mmengine.device import get_device
 from mmengine.logging import print_log
 
-from gplq_mm.integrations.mm.launch.preflight import (
-    ConfigError,
-    check_checkpoint,
-    check_data,
-    check_float_checkpoint,
-    is_gplq,
-)
+from gplq_mm.integrations.mm.launch.errors import ConfigError, run_tool
+from gplq_mm.integrations.mm.launch.settings_check import is_gplq, require_gplq_hook
 from gplq_mm.integrations.mm.launch.tools import (
     add_arguments,
     build_runner,
     read_config,
-    run_tool,
     set_resume,
 )
 
@@ -80,18 +74,24 @@ def set_auto_scale_lr(cfg: Config) -> None:
 
 def check(cfg: Config) -> None:
     """Check the arguments before the long start-up."""
+    from gplq_mm.integrations.mm.launch.preflight import (
+        check_checkpoint,
+        check_data,
+        check_float_checkpoint,
+        downloaded,
+    )
+
     check_data(cfg, ('train', 'val'))
-    if cfg.get('resume') and cfg.get('load_from'):
-        check_checkpoint(cfg.load_from)
-    elif is_gplq(cfg):
-        check_float_checkpoint(cfg.get('load_from'))
-    elif cfg.get('load_from'):
-        check_checkpoint(cfg.load_from)
+    path = cfg.get('load_from') and downloaded(cfg.load_from)
+    if is_gplq(cfg) and not (cfg.get('resume') and path):
+        check_float_checkpoint(path)
+    elif path:
+        check_checkpoint(path)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    cfg = read_config(args)
+    cfg = read_config(args, splits=('train',))
     if args.amp:
         set_amp(cfg)
     if args.auto_scale_lr:
@@ -99,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         set_auto_scale_lr(cfg)
     warning = set_resume(cfg, args.resume)
     check(cfg)
+    require_gplq_hook(cfg, args.config)
     runner = build_runner(cfg)
     if warning:
         print_log(warning, logger='current', level=30)
@@ -106,4 +107,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == '__main__':
-    sys.exit(run_tool(main))
+    sys.exit(run_tool(main, '--resume'))

@@ -55,7 +55,7 @@ def check(cfg: Config, args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
-    cfg = read_config(args)
+    cfg = read_config(args, splits=())
     check(cfg, args)
     if args.epochs:
         cfg.train_cfg.max_epochs = args.epochs

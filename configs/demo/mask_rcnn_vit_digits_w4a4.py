@@ -1,7 +1,7 @@
 # GPLQ W4A4 of the digits detector. `load_from` is the trained float config's checkpoint.
 _base_ = './mask_rcnn_vit_digits.py'
 load_from = 'work_dirs/demo/float/epoch_5.pth'
-model = dict(type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4')
+model = dict(type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe=dict(base='w4a4'))
 custom_hooks = [dict(type='gplq_mm.GPLQHook')]
 train_cfg = dict(
     _delete_=True, type='gplq_mm.ResumableEpochLoop', max_epochs=1, val_interval=1)

@@ -7,7 +7,8 @@ data_root = 'data/imagenet'
 load_from = (
     'https://download.openmmlab.com/mmclassification/v0/beit/'
     'beit-base_3rdparty_in1k_20221114-c0a4df23.pth')
-model = dict(type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None)
+model = dict(
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 train_dataloader = dict(batch_size=128)
 custom_hooks = _base_.stage1_hooks

@@ -6,7 +6,8 @@ _base_ = [
 ]
 load_from = 'checkpoints/cascade_mask_rcnn_swin_tiny_patch4_window7.pth'
 model = dict(
-    type='gplq_mm.GPLQ', float_type='CascadeRCNN', recipe='w4a4', backbone=dict(init_cfg=None))
+    type='gplq_mm.GPLQ', float_type='CascadeRCNN', recipe=dict(base='w4a4'),
+    backbone=dict(init_cfg=None))
 train_cfg = _base_.stage1_loop
 default_hooks = dict(checkpoint=_base_.stage1_checkpoint)
 optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')

@@ -7,7 +7,8 @@ data_root = 'data/imagenet'
 load_from = (
     'https://download.openmmlab.com/mmclassification/v0/deit/'
     'deit-small-distilled_3rdparty_pt-4xb256_in1k_20211216-4de1d725.pth')
-model = dict(type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None)
+model = dict(
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 train_dataloader = dict(batch_size=128)
 custom_hooks = _base_.stage1_hooks

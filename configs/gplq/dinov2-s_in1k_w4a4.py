@@ -7,7 +7,7 @@ _base_ = [
 data_root = 'data/imagenet'
 load_from = 'checkpoints/dinov2-s_imagenet.pth'
 model = dict(
-    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None,
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None,
     backbone=dict(frozen_stages=-1))
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 train_dataloader = dict(batch_size=128)

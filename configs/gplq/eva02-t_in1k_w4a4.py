@@ -7,7 +7,8 @@ data_root = 'data/imagenet'
 load_from = (
     'https://download.openmmlab.com/mmpretrain/v1.0/eva02/'
     'eva02-tiny-p14_in21k-pre_3rdparty_in1k-336px_20230505-a4e8708a.pth')
-model = dict(type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None)
+model = dict(
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 train_dataloader = dict(batch_size=128)
 custom_hooks = _base_.stage1_hooks

@@ -8,7 +8,8 @@ load_from = (
     'https://download.openmmlab.com/mmselfsup/1.x/mae/'
     'mae_vit-base-p16_8xb512-fp16-coslr-1600e_in1k/vit-base-p16_ft-8xb128-coslr-100e_in1k/'
     'vit-base-p16_ft-8xb128-coslr-100e_in1k_20220825-cf70aa21.pth')
-model = dict(type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None)
+model = dict(
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 train_dataloader = dict(batch_size=128)
 custom_hooks = _base_.stage1_hooks

@@ -8,7 +8,8 @@ load_from = (
     'mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco/'
     'mask_rcnn_swin-s-p4-w7_fpn_fp16_ms-crop-3x_coco_20210903_104808-b92c91f1.pth')
 model = dict(
-    type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4', backbone=dict(init_cfg=None))
+    type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe=dict(base='w4a4'),
+    backbone=dict(init_cfg=None))
 train_cfg = _base_.stage1_loop
 default_hooks = dict(checkpoint=_base_.stage1_checkpoint)
 optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')

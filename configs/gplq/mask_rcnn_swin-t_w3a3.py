@@ -1,2 +1,2 @@
 _base_ = './mask_rcnn_swin-t_w4a4.py'
-model = dict(recipe='w3a3')
+model = dict(recipe=dict(base='w3a3'))

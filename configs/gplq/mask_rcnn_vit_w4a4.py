@@ -6,7 +6,8 @@ _base_ = [
 ]
 load_from = 'checkpoints/vitdet_mask-rcnn_vit-b-mae_lsj-100e.pth'
 model = dict(
-    type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe='w4a4', backbone=dict(init_cfg=None))
+    type='gplq_mm.GPLQ', float_type='MaskRCNN', recipe=dict(base='w4a4'),
+    backbone=dict(init_cfg=None))
 train_cfg = _base_.stage1_loop
 default_hooks = dict(checkpoint=_base_.stage1_checkpoint)
 optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')

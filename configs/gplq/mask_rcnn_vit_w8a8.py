@@ -1,2 +1,2 @@
 _base_ = './mask_rcnn_vit_w4a4.py'
-model = dict(recipe='w8a8')
+model = dict(recipe=dict(base='w8a8'))

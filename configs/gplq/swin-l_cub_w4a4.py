@@ -7,7 +7,8 @@ data_root = 'data/CUB_200_2011'
 load_from = (
     'https://download.openmmlab.com/mmclassification/v0/swin-transformer/'
     'swin-large_8xb8_cub_384px_20220307-1bbaee6a.pth')
-model = dict(type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None)
+model = dict(
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None)
 train_cfg = dict(_delete_=True, type='gplq_mm.ResumableEpochLoop', max_epochs=10, val_interval=5)
 custom_hooks = _base_.stage1_hooks
 default_hooks = dict(checkpoint=_base_.stage1_checkpoint)

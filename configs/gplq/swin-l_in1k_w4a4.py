@@ -7,7 +7,8 @@ data_root = 'data/imagenet'
 load_from = (
     'https://download.openmmlab.com/mmclassification/v0/swin-transformer/convert/'
     'swin_large_patch4_window7_224_22kto1k-5f0996db.pth')
-model = dict(type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None)
+model = dict(
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 train_dataloader = dict(batch_size=128)
 custom_hooks = _base_.stage1_hooks

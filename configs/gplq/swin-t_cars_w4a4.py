@@ -8,7 +8,7 @@ _base_ = [
 ]
 load_from = None
 model = dict(
-    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None,
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None,
     head=dict(num_classes=_base_.num_classes))
 train_cfg = dict(_delete_=True, type='gplq_mm.ResumableEpochLoop', max_epochs=10, val_interval=5)
 custom_hooks = _base_.stage1_hooks

@@ -1,2 +1,2 @@
 _base_ = './swin-t_in1k_w4a4.py'
-model = dict(recipe='w3a3')
+model = dict(recipe=dict(base='w3a3'))

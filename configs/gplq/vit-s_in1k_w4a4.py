@@ -6,7 +6,8 @@ _base_ = [
 ]
 data_root = 'data/imagenet'
 load_from = 'checkpoints/vit_small_patch16_224.augreg_in21k_ft_in1k.pth'
-model = dict(type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe='w4a4', train_cfg=None)
+model = dict(
+    type='gplq_mm.GPLQ', float_type='ImageClassifier', recipe=dict(base='w4a4'), train_cfg=None)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 train_dataloader = dict(batch_size=128)
 custom_hooks = _base_.stage1_hooks

@@ -2,13 +2,17 @@
 """Report of a run: ``gplq_report.json``, and its table."""
 
 import json
-import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..stream.stored_file import unfinished_file
+
 STAGES = ('fp32', 'stage1', 'stage2')
 REPORT_NAME = 'gplq_report.json'
+_COCO = re.compile('AP|AR@')
+"""Names of COCO's metrics."""
 DEPLOYED = (
     ('disk_bytes', 'on disk (MiB)', 2**20),
     ('latency_ms', 'latency (ms)', 1),
@@ -19,14 +23,25 @@ DEPLOYED = (
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON to a temporary file and rename it."""
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(json.dumps(data, indent=2, default=float) + '\n')
-    os.replace(temporary, path)
+    with unfinished_file(path) as unfinished:
+        unfinished.write_text(json.dumps(data, indent=2, default=float) + '\n')
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The report in ``path``, or an empty dict if there is none."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The dict in ``path``, or an empty one if there is no such file.
+
+    Raises:
+        ValueError: If the file holds no JSON dict; it is never damaged by a killed run.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:  # no JSON, or no text
+        raise ValueError(f'{path} is damaged: {error}; remove it, and start again') from error
+    if not isinstance(data, dict):
+        raise ValueError(f'{path} holds no JSON object; remove it, and start again')
+    return data
 
 
 def bits_label(recipe: Mapping[str, Any], stage: str) -> str:
@@ -103,6 +118,9 @@ def format_start(gate: Mapping[str, Any]) -> str:
 def report_table(report: Mapping[str, Any]) -> str:
     """The report as a table, one column per stage: metrics, size, BOPs, time, memory, latency.
 
+    A finished run has a column with the metrics' change. Metrics that no image has (COCO's -1) are
+    left out.
+
     Args:
         report: Content of ``gplq_report.json``; missing stages are left out.
     """
@@ -111,18 +129,41 @@ def report_table(report: Mapping[str, Any]) -> str:
     names: list[str] = []
     for stage in stages:
         names += [n for n in report[stage]['metrics'] if n not in names]
-    rows = [[n, *(_number(report[s]['metrics'].get(n)) for s in stages)] for n in names]
+    values = {n: [_metric(n, report[s]['metrics'].get(n)) for s in stages] for n in names}
+    values = {n: row for n, row in values.items() if any(value is not None for value in row)}
+    rows = [[n, *map(_number, row)] for n, row in values.items()]
     memory = [_scaled(report[s].get('peak_memory_bytes'), 2**20) for s in stages]
     rows += [
         ['size (MiB)', *(_scaled(report[s].get('model_bytes'), 2**20) for s in stages)],
         ['BOPs (G)', *(_scaled(report[s].get('bops'), 1e9) for s in stages)],
-        ['time (s)', *(_scaled(report[s].get('seconds'), 1) for s in stages)],
+        ['time (s)', *(_scaled(_seconds_of_making(report, s), 1) for s in stages)],
         ['peak memory (MiB)', *memory],
     ]
     for key, title, unit in DEPLOYED:
         if any(key in report[s] for s in stages):
             rows.append([title, *(_scaled(report[s].get(key), unit) for s in stages)])
+    if values and {'fp32', 'stage2'} <= set(stages):
+        titles.append(f'{titles[-1]} - FP32')
+        changes = [_change(row[0], row[-1]) for row in values.values()]
+        rows = [
+            [*row, change]
+            for row, change in zip(rows, [*changes, *['-'] * len(rows)], strict=False)
+        ]
     return format_table(titles, rows)
+
+
+def _seconds_of_making(report: Mapping[str, Any], stage: str) -> float | None:
+    """Seconds that made a model: of training, of quantizing the weights; FP32 was only scored."""
+    return None if stage == 'fp32' else report[stage].get('seconds')
+
+
+def _metric(name: str, value: float | None) -> float | None:
+    """A metric's value; None for COCO's -1: the images have no such object."""
+    return None if value == -1 and _COCO.search(name) else value
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return '-' if before is None or after is None else f'{float(after) - float(before):+.3g}'
 
 
 def format_table(titles: list[str], rows: list[list[str]]) -> str:

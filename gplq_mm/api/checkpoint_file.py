@@ -3,16 +3,17 @@
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from ..deployment.packed_file import from_safetensors, to_safetensors, unpack_checkpoint_
+from ..stream.stored_file import unfinished_file
 
 SAFETENSORS = '.safetensors'
 """Suffix of files in the layout of the safetensors library."""
+_ADVICE = re.compile('weights_only|Check the documentation')
+"""Lines of torch's message that name no cause, and advise to turn the protection off."""
 
 
 def load_file(path: str | Path) -> dict:
@@ -72,23 +73,6 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
         os.fsync(file.fileno())
 
 
-@contextmanager
-def unfinished_file(path: Path) -> Iterator[Path]:
-    """Context manager: a temporary name to write, renamed to ``path`` at the end.
-
-    Args:
-        path: Output file; missing folders are created. After an error it is as before.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
 def _read_bytes(path: Path) -> torch.Tensor:
     """A file's content, uint8."""
     content = bytearray(path.read_bytes())
@@ -98,5 +82,8 @@ def _read_bytes(path: Path) -> torch.Tensor:
 def _reason(error: Exception) -> str:
     """The part of torch's long message that names the cause, without its unsafe advice."""
     cause = re.search(r'WeightsUnpickler error: *(.*?)(?: Please use|\n|$)', str(error))
-    text = cause[1] if cause else next(iter(str(error).splitlines()), '')
-    return f'{type(error).__name__}: {text or "no reason given"}'
+    lines = [cause[1]] if cause else [line.strip() for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not _ADVICE.search(line)]
+    reason = reasons[0].rstrip('.') if reasons else 'no reason given'
+    runs_code = '; loading it would run code' if 'global' in reason.lower() else ''
+    return f'{type(error).__name__}: {reason}{runs_code}'

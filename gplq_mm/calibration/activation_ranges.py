@@ -67,6 +67,12 @@ def calibrate_activations(model: nn.Module, run_pass: RunPass) -> int:
     return len(observers)
 
 
+def observed_passes(model: nn.Module) -> int:
+    """Number of passes over the images in which ``calibrate_activations`` observes a model."""
+    found = quantizers(model, 'activation').values()
+    return max((build_observer(quantizer.spec).num_passes for quantizer in found), default=0)
+
+
 def set_observed(quantizer: FakeQuantizer, observer: Observer) -> None:
     """Set scale, zero point and levels of a quantizer from its observer."""
     levels = observer.calculate_levels()

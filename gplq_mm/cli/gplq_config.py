@@ -42,7 +42,8 @@ def config_text(cfg: Config, base: str, checkpoint: str, recipe: str, out: Path)
         f'_base_ = {_relative(base, out)!r}',
         f'load_from = {checkpoint!r}',
         'resume = False',
-        f"model = dict(type='gplq_mm.GPLQ', float_type={cfg.model.type!r}, recipe={recipe!r})",
+        f"model = dict(type='gplq_mm.GPLQ', float_type={cfg.model.type!r}, "
+        f'recipe=dict(base={recipe!r}))',
         *_label_lines(cfg),
         *_hooks_lines(cfg),
         *_schedule_lines(cfg, recipe),

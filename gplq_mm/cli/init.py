@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         base = write_flat(cfg, args.out)
         cfg = load_config(base)
     args.out.write_text(config_text(cfg, base, args.checkpoint, args.recipe, args.out))
-    Config.fromfile(args.out)  # check that the config can be read
+    load_config(args.out)  # check that the config can be read
     sys.stdout.write(f'wrote {args.out}; next: python tools/train.py {args.out}\n')
     return 0
 

@@ -7,6 +7,7 @@ each function here, which fails if torch changes.
 
 import ctypes
 import functools
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = [
     'has_forward_pre_hooks',
     'has_hooks',
     'learnable_fake_quantize',
+    'load_safely_by_default',
     'output_padding',
     'own_tensor',
     'padding_of_input',
@@ -81,6 +83,20 @@ def before_load_state_dict(
     if first:
         hooks = module._load_state_dict_pre_hooks
         hooks.update({key: hooks.pop(key) for key in list(hooks) if key != handle.id})
+
+
+def load_safely_by_default() -> None:
+    """Have ``torch.load`` refuse code in a file unless its caller asks for it, as torch 2.6 does.
+
+    MMEngine does not say how files are loaded; before torch 2.6 their code would run. torch then
+    refuses it in the whole process, whatever a caller asks for.
+    """
+    if _release(torch.__version__) < (2, 6):
+        os.environ.setdefault('TORCH_FORCE_WEIGHTS_ONLY_LOAD', '1')
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split('.')[:2])
 
 
 def version_of(tensor: Tensor) -> int:

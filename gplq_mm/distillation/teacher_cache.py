@@ -6,7 +6,6 @@ an entry is only found for the input that it was computed from.
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..stream.stored_file import read_stored, write_stored
 from .mimic_features import Recording, run_teacher
 
 
@@ -45,13 +45,14 @@ class TeacherCache:
         key = f'{self.identity} {sorted(layers)} {dtype}'
         files = [self._file(image, key) for image in inputs]
         if all(file.is_file() for file in files):
-            found = [torch.load(f, map_location=inputs.device, weights_only=True) for f in files]
-            features, outputs = _stacked(found)
-            return Recording(teacher, features, outputs)
+            found = [read_stored(file, inputs.device) for file in files]
+            if all(entry is not None for entry in found):
+                features, outputs = _stacked(found)
+                return Recording(teacher, features, outputs)
         recording = run_teacher(teacher, inputs, layers, dtype)
         kept = (recording.features if self.with_features else None, recording.outputs)
         for index, file in enumerate(files):
-            self._write(file, _sliced(kept, index))
+            write_stored(_sliced(kept, index), file)
         return recording
 
     def _file(self, image: Tensor, key: str) -> Path:
@@ -59,12 +60,6 @@ class TeacherCache:
         text = f'{key} {tuple(image.shape)} {image.dtype}'.encode()
         name = hashlib.blake2b(text + pixels, digest_size=16).hexdigest()
         return self.folder / name[:2] / f'{name}.pt'
-
-    def _write(self, file: Path, entry: Any) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(f'.{os.getpid()}.tmp')
-        torch.save(entry, temporary)
-        os.replace(temporary, file)
 
 
 def _sliced(output: Any, index: int) -> Any:

@@ -2,7 +2,6 @@
 """Finished units stored on disk, so that a killed run can continue."""
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from torch import nn
 
 from ..stream.distributed import world
+from ..stream.stored_file import read_stored, write_stored
 
 
 class FinishedUnits:
@@ -32,25 +32,24 @@ class FinishedUnits:
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def restore(self, index: int, module: nn.Module) -> bool:
-        """Load a unit's state if it is stored."""
-        if self.folder is None or not self._path(index).is_file():
+        """Load a unit's state if it is stored, and not damaged."""
+        state = None if self.folder is None else read_stored(self._path(index))
+        if state is None:
             return False
-        module.load_state_dict(torch.load(self._path(index), weights_only=True))
+        module.load_state_dict(state)
         return True
 
     def save(self, index: int, module: nn.Module) -> None:
         """Store a unit's state (main process only)."""
         if self.folder is None or world()[0] != 0:
             return
-        temporary = self._path(index).with_suffix('.tmp')
-        torch.save(module.state_dict(), temporary)
-        os.replace(temporary, self._path(index))
+        write_stored(module.state_dict(), self._path(index))
 
-    def count(self, units: Iterable[object]) -> int:
-        """Number of stored units before the first missing one."""
+    def restore_first(self, modules: Iterable[nn.Module]) -> int:
+        """Load the stored units before the first missing or damaged one; returns their number."""
         found = 0
-        for index, _ in enumerate(units):
-            if self.folder is None or not self._path(index).is_file():
+        for index, module in enumerate(modules):
+            if not self.restore(index, module):
                 break
             found += 1
         return found

@@ -62,9 +62,7 @@ class UnitPTQ(WeightPTQ):
         title = f'{type(self).__name__} {self.options()} {task.seed} {task.data_key}'
         finished = FinishedUnits(task.folder, title, task.model)
         self._quantize_unreached(task, units)
-        done = finished.count(units)
-        for index, unit in enumerate(units[:done]):
-            finished.restore(index, unit.module)
+        done = finished.restore_first(unit.module for unit in units)
         if done < len(units):
             self.begin(task, units)
         stream, reference = self._streams(task, units)

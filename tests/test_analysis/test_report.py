@@ -73,6 +73,21 @@ def test_table_has_the_figures_of_the_deployed_model_if_there_are_any() -> None:
     ]
 
 
+def test_a_finished_runs_table_has_the_change_and_no_empty_metrics() -> None:
+    fp32 = {'metrics': {'mAP': 0.5, 'mAP_s': -1.0, 'mAP_l': -1.0, 'a': 1}, 'seconds': 7.0}
+    stage2 = {'metrics': {'mAP': 0.25, 'mAP_s': -1.0, 'mAP_l': 0.0}, 'seconds': 9.0}
+    table = report_table({'recipe': RECIPE, 'fp32': fp32, 'stage2': stage2})
+    cells = [[c.strip() for c in line.strip('|').split('|')] for line in table.splitlines()]
+    assert cells[0] == ['', 'FP32', 'W3A4', 'W3A4 - FP32']
+    assert cells[2:5] == [
+        ['mAP', '0.5', '0.25', '-0.25'],
+        ['mAP_l', '-', '0', '-'],
+        ['a', '1', '-', '-'],
+    ]
+    assert ['time (s)', '-', '9.00', '-'] in cells  # of making the model, not of scoring it
+    assert 'mAP_s' not in table
+
+
 def test_a_table_of_titles_only() -> None:
     assert format_table(['', 'a'], []) == '|  | a |\n|--|---|'
 
@@ -97,3 +112,11 @@ def test_rules_that_train_weights_on_their_grid_count_in_stage_1() -> None:
     own = dict(activation=dict(num_bits=4), weight=dict(num_bits=3, qat=True))
     rules = [dict(name='fc', weight=dict(qat=False))]
     assert bits_label({**own, 'rules': rules}, 'stage1') == 'WmixA4'
+
+
+@pytest.mark.parametrize('content', [b'{"fp32": ', b'\xff\xfe\x00', b'[1]', b''])
+def test_a_damaged_report_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / 'r.json').write_bytes(content)
+    with pytest.raises(ValueError, match='r.json .*remove it, and start again') as caught:
+        read_json(tmp_path / 'r.json')
+    assert '\n' not in str(caught.value)

@@ -58,7 +58,7 @@ def test_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(out.read_text().splitlines()) <= 15
     assert 'import' not in out.read_text()
     assert (cfg.model.type, cfg.model.float_type) == ('gplq_mm.GPLQ', 'MaskRCNN')
-    assert cfg.model.recipe == 'w4a4'
+    assert cfg.model.recipe == dict(base='w4a4')
     assert cfg.model.backbone == theirs.model.backbone
     assert cfg.train_dataloader == theirs.train_dataloader
     assert cfg.load_from == 'float.pth'
@@ -83,7 +83,7 @@ def test_own_hooks_and_work_dir(classifier: TinyProject, tmp_path: Path) -> None
     own = dict(type='NumClassCheckHook')
     assert cfg.custom_hooks == [own, dict(type='gplq_mm.GPLQHook')]
     assert cfg.work_dir == 'work_dirs/out'
-    assert cfg.model.recipe == 'w3a3'
+    assert cfg.model.recipe == dict(base='w3a3')
 
 
 def test_iteration_based_loop(classifier: TinyProject, tmp_path: Path) -> None:

@@ -182,3 +182,20 @@ def wrapper_of(batches: int) -> OptimWrapper:
 def message(owner: str, name: str) -> str:
     version = mmengine.__version__
     return f'MMEngine {version} has no {owner}.{name}: change gplq_mm/compat/mmengine.py'
+
+
+def test_a_brief_runner_has_the_long_texts_in_its_file_only(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert hasattr(Runner, '_log_env'), message('Runner', '_log_env')
+    name = f'test_compat_{next(_names)}'
+    cfg = Config(dict(a=1))
+    make = compat.brief_runner()
+    runner = make(model=Scale(), work_dir=str(tmp_path), experiment_name=name, cfg=cfg)
+    runner.logger.info('a line of the run')
+    output = ''.join(capfd.readouterr())
+    (log,) = tmp_path.rglob('*.log')
+    for long in ('System environment:', 'Config:', 'Hooks will be executed'):
+        assert long in log.read_text()
+        assert long not in output
+    assert 'a line of the run' in output

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -214,3 +217,21 @@ def test_learnable_fake_quantize() -> None:
     assert x.grad is not None
     assert x.grad.tolist() == [0.0, 1.0, 1.0, 0.0]
     assert scale.grad is not None
+
+
+@pytest.mark.parametrize(
+    ('version', 'forced'), [('2.4.1', True), ('2.5.0+cpu', True), ('2.11.0', False)]
+)
+def test_files_load_as_data_before_torch_2_6_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, version: str, forced: bool
+) -> None:
+    others = {k: v for k, v in os.environ.items() if k != 'TORCH_FORCE_WEIGHTS_ONLY_LOAD'}
+    monkeypatch.setattr(os, 'environ', others)
+    monkeypatch.setattr(torch, '__version__', version)
+    torch.save({'x': Path('x')}, tmp_path / 'a.pth')
+    compat.load_safely_by_default()
+    if forced:
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(tmp_path / 'a.pth', weights_only=False)
+    else:
+        assert torch.load(tmp_path / 'a.pth', weights_only=False) == {'x': Path('x')}

@@ -3,6 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from gplq_mm.distillation.teacher_cache import TeacherCache
+from gplq_mm.integrations.mm import model_structure  # noqa: F401  registers the score head
 
 
 class Head(nn.Linear):
@@ -51,3 +52,16 @@ def test_another_image_teacher_or_type_is_another_entry(tmp_path) -> None:
     assert run(cache, teacher, images).features is None  # logits alone take a few bytes
     assert teacher.calls == 4
     assert not list(tmp_path.rglob('*.tmp'))
+
+
+def test_a_damaged_entry_is_computed_again(tmp_path) -> None:
+    teacher, images = Teacher(), torch.randn(2, 3, 2, 2)
+    cache = TeacherCache(tmp_path, 'checkpoint', with_features=True)
+    first = run(cache, teacher, images)
+    damaged = sorted(tmp_path.rglob('*.pt'))[0]
+    damaged.write_bytes(b'garbage')
+    again = run(cache, teacher, images)
+    assert teacher.calls == 2
+    assert torch.equal(again.outputs['head'], first.outputs['head'])
+    run(cache, teacher, images)
+    assert teacher.calls == 2

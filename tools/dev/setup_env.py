@@ -62,7 +62,8 @@ if os.environ['FORCE_CUDA'] == '1':
 """
 EVERYTHING_WORKS = f"""
 import hypothesis, jinja2, material, matplotlib, mkdocs, mmdet, mmengine, mmpretrain, onnx
-import onnxruntime, onnxscript, openvino, playwright, pycocotools.mask, pytest, vl_convert, safetensors, sklearn, timm, torch, torchvision.ops, xdist
+import onnxruntime, onnxscript, openvino, playwright, pycocotools.mask, pytest, safetensors
+import sklearn, timm, torch, torchvision.ops, vl_convert, xdist
 import gplq_mm
 assert gplq_mm.__file__.startswith({str(ROOT)!r}), gplq_mm.__file__
 """

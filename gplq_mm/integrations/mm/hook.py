@@ -26,13 +26,21 @@ from .checkpoints.run_checkpoint import (
 from .checkpoints.same_training import require_same_training
 from .data.class_check import check_classes
 from .launch.cpu_memory import keep_freed_memory
-from .launch.preflight import check_float_checkpoint
+from .launch.preflight import check_float_checkpoint, downloaded
 from .launch.work_dir_lock import lock_work_dir
 from .optim import shared_lr_warning, shorten_lr_, slow_average_warning
 from .run.deployed_figures import check_format
+from .run.interruption import SaveOnSignal
 from .run.teacher import mimic_state
 from .seeding import RandomState, random_state, seed_epoch, set_random_state
-from .session import GPLQSession, log_active_quantizers, recall_source, remember_source
+from .session import (
+    GPLQSession,
+    log_active_quantizers,
+    log_next_steps,
+    recall_source,
+    remember_source,
+    remove_leftovers,
+)
 
 
 @HOOKS.register_module()
@@ -73,6 +81,7 @@ class GPLQHook(Hook):
         self.mimic: dict[str, Any] = {}
         self.single: list[CheckpointHook] = []
         self.lock: IO[str] | None = None
+        self.trained_seconds = 0.0
 
     def before_run(self, runner: Runner) -> None:
         """Check config, checkpoint and data before long work.
@@ -88,6 +97,8 @@ class GPLQHook(Hook):
         if 'train' not in datasets:
             return
         self.lock = lock_work_dir(runner.work_dir)
+        remove_leftovers(runner.work_dir)
+        runner.register_hook(SaveOnSignal())
         self._choose_weights(runner)
         for warning in (
             shared_lr_warning(runner.optim_wrapper, unwrap(runner.model)),
@@ -121,6 +132,7 @@ class GPLQHook(Hook):
                 require_same_training(checkpoint, runner.cfg, model.gplq.recipe.as_dict())
             self.source = dict(checkpoint['gplq']['float_checkpoint'])
             self.random_state = checkpoint['gplq'].get('random_state')
+            self.trained_seconds = checkpoint['gplq'].get('stage1_seconds', 0.0)
             self.mimic = checkpoint['gplq'].get('mimic', {})
         else:
             load_float_(model, checkpoint)
@@ -128,6 +140,7 @@ class GPLQHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Calibration, FP32 score, teacher."""
         assert self.session is not None
+        self.session.trained_seconds = self.trained_seconds
         scores = self.evaluate_fp32, self.evaluate_calibrated
         self.session.prepare(self.source, scores, self.mimic)
         self.stage = 'stage1'
@@ -184,6 +197,7 @@ class GPLQHook(Hook):
         assert self.session is not None
         remove_replaced(self.single)
         self.session.finish(self.source, self.deploy)
+        log_next_steps(runner)
 
     def after_run(self, runner: Runner) -> None:
         """Release the work dir."""
@@ -195,6 +209,8 @@ class GPLQHook(Hook):
         checkpoint['gplq'] = record(unwrap(runner.model), self.stage, self.source)
         checkpoint['gplq']['random_state'] = random_state()
         checkpoint['gplq']['mimic'] = mimic_state(unwrap(runner.model))
+        if self.session is not None:
+            checkpoint['gplq']['stage1_seconds'] = self.session.stage1_seconds()
 
     def before_test(self, runner: Runner) -> None:
         """Log how many quantizers are active."""
@@ -219,7 +235,7 @@ class GPLQHook(Hook):
                 "load_from = 'path/to/fp32.pth' or --cfg-options load_from=path/to/fp32.pth"
             )
         if not is_resumed(runner):
-            check_float_checkpoint(os.fspath(path))
+            check_float_checkpoint(downloaded(os.fspath(path)))
             self.source = remember_source(runner.work_dir, path)
 
 

@@ -1,7 +1,6 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """One GPLQ run: the steps that the hook calls, and the files that they write to the work dir."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +10,20 @@ import torch
 from mmengine.dist import barrier, is_main_process
 from mmengine.logging import print_log
 
-from ...analysis import model_bytes, write_json
+from ...analysis import model_bytes, read_json, write_json
 from ...analysis.scale_changes import scale_changes
 from ...analysis.start_error import as_float_model, float_state_of
 from ...calibration.activation_ranges import (
     calibrate_activations,
     calibrate_trained_weights,
     is_calibrated,
+    observed_passes,
 )
 from ...calibration.layerwise import calibrate_layerwise, layerwise_images
 from ...convert import quantizers, set_quantization
 from ...pages.run_files import examples_path
 from ...recipe import Recipe
+from ...stream.stored_file import remove_unfinished
 from .checkpoints.checkpoint_io import read_checkpoint
 from .checkpoints.run_checkpoint import (
     CALIBRATED_NAME,
@@ -71,6 +72,7 @@ class GPLQSession:
         self.report = RunReport(runner.work_dir, resume=resumed)
         self.meter: StageMeter | None = None
         self._watch_stage1()
+        self.trained_seconds = 0.0
 
     @property
     def recipe(self) -> Recipe:
@@ -134,12 +136,19 @@ class GPLQSession:
         """Add an epoch's time and memory to the report."""
         assert self.meter is not None
         self.meter.__exit__(None, None, None)
+        self.trained_seconds += self.meter.seconds
+        peak = self.meter.peak_memory_bytes
+        self.meter = None
         known = self.report.data.get('stage1', {})
         self.report.update(
             'stage1',
-            seconds=known.get('seconds', 0.0) + self.meter.seconds,
-            peak_memory_bytes=max(known.get('peak_memory_bytes', 0), self.meter.peak_memory_bytes),
+            seconds=self.trained_seconds,
+            peak_memory_bytes=max(known.get('peak_memory_bytes', 0), peak),
         )
+
+    def stage1_seconds(self) -> float:
+        """Seconds of training so far, those of killed processes up to their checkpoint included."""
+        return self.trained_seconds + (self.meter.elapsed() if self.meter else 0.0)
 
     def record_stage1(self, metrics: Mapping[str, float]) -> None:
         """Keep the validation metrics of stage 1 under their own names."""
@@ -217,7 +226,8 @@ class GPLQSession:
         self.calibration.log()
         require_runs(self.model, next(iter(self.calibration)))
         with StageMeter() as meter:
-            run_pass = self.calibration.run_pass(self.model, 'calibration')
+            passes = observed_passes(self.model)
+            run_pass = self.calibration.run_pass(self.model, 'calibration', passes)
             number = calibrate_activations(self.model, run_pass)
             settings = self.recipe.calibration
             if settings.migrate or settings.compensate:
@@ -303,7 +313,26 @@ def remember_source(work_dir: str, path: str) -> dict[str, Any]:
     return source
 
 
+def log_next_steps(runner: TrainingRunner) -> None:
+    """Log the final checkpoint, and the commands that take it."""
+    config, path = runner.cfg.filename or 'CONFIG', os.path.join(runner.work_dir, FINAL_NAME)
+    print_log(
+        f'quantized model: {path}\n'
+        f'  score it:       python tools/test.py {config} {path}\n'
+        f'  on integers:    python tools/test.py {config} {path} --engine integer\n'
+        f'  export it:      python tools/deploy.py {config} {path} -o model.onnx',
+        logger='current',
+    )
+
+
+def remove_leftovers(work_dir: str) -> None:
+    """Remove the temporary files of killed runs from a work dir."""
+    removed = remove_unfinished(work_dir) if is_main_process() else []
+    if removed:
+        names = ', '.join(path.name for path in removed)
+        print_log(f'removed temporary files of a killed run: {names}', logger='current')
+
+
 def recall_source(work_dir: str) -> dict[str, Any]:
     """The entry that ``remember_source`` wrote, or an empty dict."""
-    path = Path(work_dir) / SOURCE_NAME
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return read_json(Path(work_dir) / SOURCE_NAME)

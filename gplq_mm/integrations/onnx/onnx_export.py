@@ -13,10 +13,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ...api.checkpoint_file import unfinished_file
 from ...deployment.finished_check import check_finished
 from ...ops import Operation, not_quantized, operations
 from ...ops.backends.exact import accumulator_bound
+from ...stream.stored_file import unfinished_file
 from . import integer_style, qdq_style
 from .graph_passes import finish
 from .nodes import OPSET, Nodes

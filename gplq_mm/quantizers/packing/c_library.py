@@ -2,7 +2,9 @@
 """A C file of the package as a library, compiled at run time for this processor.
 
 A C file without torch's headers compiles in about a second (``torch.compile`` of the same
-passes: minutes on two cores); the library is stored in the user's cache folder.
+passes: minutes on two cores); the library is stored in the user's cache folder. What is loaded runs
+with the user's rights: the folder is the user's own and closed to others, and a library's name ends
+with the hash of its content, which is compared before it is loaded.
 """
 
 import ctypes
@@ -68,23 +70,32 @@ def load_library(source: Path) -> ctypes.CDLL:
 
 
 def _compiled(source: Path) -> Path:
-    """Path of the shared library, compiled if it is not in the cache."""
+    """Path of the shared library, compiled if the cache has no whole one."""
     compiler = os.environ.get('CC') or shutil.which('gcc') or shutil.which('cc')
     if compiler is None:
         raise OSError('no C compiler')
     openmp = _openmp_library()
     key = '\n'.join([source.read_text(), compiler, *_FLAGS, str(openmp), _processor()])
     folder = cache_folder()
-    path = folder / f'{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}.so'
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            _compile(source, compiler, openmp, Path(scratch), path)
+    stem = f'{source.stem}_{hashlib.sha256(key.encode()).hexdigest()[:16]}'
+    for path in sorted(folder.glob(f'{stem}_*.so')):
+        if path.name == _named_by_content(stem, path):
+            return path
+        path.unlink(missing_ok=True)  # truncated, changed or planted
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = _compile(source, compiler, openmp, Path(scratch))
+        path = folder / _named_by_content(stem, built)
+        os.replace(built, path)  # safe for several processes at once
     return path
 
 
-def _compile(source: Path, compiler: str, openmp: Path | None, scratch: Path, path: Path) -> None:
-    """Compile in ``scratch`` and rename to ``path``, safe for several processes at once."""
+def _named_by_content(stem: str, library: Path) -> str:
+    """File name of a library: its stem, and the hash of its content."""
+    return f'{stem}_{hashlib.sha256(library.read_bytes()).hexdigest()[:32]}.so'
+
+
+def _compile(source: Path, compiler: str, openmp: Path | None, scratch: Path) -> Path:
+    """Compile in ``scratch``; returns the library there."""
     part, built = scratch / 'part.o', scratch / 'built.so'
     flags = [*_FLAGS, '-fopenmp' if openmp else '-fopenmp-simd']
     link = [str(openmp), f'-Wl,-rpath,{openmp.parent}'] if openmp else []
@@ -95,7 +106,7 @@ def _compile(source: Path, compiler: str, openmp: Path | None, scratch: Path, pa
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode:
             raise OSError(f'{compiler}: {done.stderr.strip()}')
-    os.replace(built, path)
+    return built
 
 
 def _openmp_library() -> Path | None:

@@ -12,6 +12,7 @@ from mmengine.logging import HistoryBuffer
 
 from ....api.checkpoint_file import SAFETENSORS, load_file, write_checkpoint
 from ....compat.mmengine import history_statistics, load_files_with_suffix
+from ....compat.torch import load_safely_by_default
 
 __all__ = ['fetch', 'read_checkpoint', 'write_checkpoint']
 
@@ -42,6 +43,7 @@ MMENGINE_GLOBALS = [
 
 # Allowed for the whole process, MMEngine's own loader included; the protection stays on.
 torch.serialization.add_safe_globals(MMENGINE_GLOBALS)
+load_safely_by_default()
 
 
 def read_checkpoint(path: str | Path) -> dict:

@@ -17,6 +17,7 @@ from ....analysis.start_error import quantization_keys
 from ....convert import quantizers, state_keys
 from ....recipe import Recipe, former_base, former_counterpart, recipe_difference
 from ....recipe.recorded import recorded_recipe
+from ....stream.stored_file import unfinished_file
 from ..runner_types import TrainingRunner
 from .checkpoint_io import write_checkpoint
 
@@ -90,7 +91,7 @@ def load_float_(model: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     state = state_dict_of(checkpoint)
     try:
         result = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
+    except Exception as error:  # hooks that resize position embeddings raise anything
         shapes = _other_shapes(model, state)
         _refuse(model, 'other shapes', shapes or [' '.join(str(error).split())])
     added, keys = quantization_keys(model), state_keys(model)
@@ -232,17 +233,29 @@ def save_resumable(runner: TrainingRunner, name: str) -> str:
     Returns:
         Path of the file.
     """
-    path = os.path.join(runner.work_dir, name)
     if is_main_process():
-        temporary = f'.{name}.tmp'
-        meta = {'epoch': runner.epoch, 'iter': runner.iter}
-        runner.save_checkpoint(runner.work_dir, temporary, meta=meta)
-        os.replace(os.path.join(runner.work_dir, temporary), path)
-        marker = Path(runner.work_dir) / 'last_checkpoint'
-        temporary_marker = marker.with_name('.last_checkpoint.tmp')
-        temporary_marker.write_text(path)
-        os.replace(temporary_marker, marker)
+        write_resumable(runner, name, runner.iter)
     barrier()
+    return os.path.join(runner.work_dir, name)
+
+
+def write_resumable(runner: TrainingRunner, name: str, iterations: int) -> str:
+    """As ``save_resumable``, from one process, which waits for no other.
+
+    Args:
+        runner: Runner in training.
+        name: File name in the work dir.
+        iterations: Number of finished iterations.
+
+    Returns:
+        Path of the file.
+    """
+    path = os.path.join(runner.work_dir, name)
+    meta = {'epoch': runner.epoch, 'iter': iterations}
+    with unfinished_file(Path(path)) as unfinished:
+        runner.save_checkpoint(runner.work_dir, unfinished.name, meta=meta)
+    with unfinished_file(Path(runner.work_dir) / 'last_checkpoint') as unfinished:
+        unfinished.write_text(path)
     return path
 
 

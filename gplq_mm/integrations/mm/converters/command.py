@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import Tensor
 
 from ....registry import MODELS
 from ..checkpoints.checkpoint_io import read_checkpoint, write_checkpoint
 from ..checkpoints.quantized_model import float_model_config
+from ..launch.config import read_file
 
 Converter = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -36,7 +36,7 @@ def convert_file(source: str, out: Path, config: Path, convert: Converter) -> in
         ValueError: If ``source`` cannot be read or does not fit.
     """
     checkpoint = read_checkpoint(source)
-    cfg = Config.fromfile(config)
+    cfg = read_file(config)
     init_default_scope(cfg.get('default_scope', 'mmengine'))
     model = MODELS.build(float_model_config(cfg.model))
     weights = convert(checkpoint['state_dict'], model.state_dict())

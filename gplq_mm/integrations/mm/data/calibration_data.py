@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
-from mmengine.dist import is_main_process
 from mmengine.logging import print_log
 from mmengine.registry import DATASETS, FUNCTIONS
-from mmengine.utils import ProgressBar
 
 from ....recipe import RecipeLike, as_recipe
 from ....stream.distributed import world
+from ..run.progress import ProgressLog
 
 
 class CalibrationSet:
@@ -164,34 +163,43 @@ class CalibrationSet:
 
     def log(self) -> None:
         """Log which images are used."""
+        folders = [os.path.dirname(path) for path in self.paths if path]
+        common = os.path.commonpath(folders) if folders else ''
         names = [
-            os.path.basename(p) if p else str(i)
+            os.path.relpath(p, common) if p else str(i)
             for p, i in zip(self.paths, self.indices, strict=True)
         ]
         print_log(
-            f'calibration on {len(self.indices)} training images (test pipeline): '
-            + ', '.join(names),
+            f'calibration on {len(self.indices)} training images (test pipeline)'
+            f'{common and f" of {common}"}: {", ".join(names)}',
             logger='current',
         )
 
-    def run_pass(self, model: Any, title: str) -> Callable[[], None]:
-        """A function that runs the model over this rank's batches, with a progress bar.
+    def run_pass(self, model: Any, title: str, passes: int = 0) -> Callable[[], None]:
+        """A function that runs the model over this rank's batches.
 
         The heads do not run if the scope ends at backbone or neck.
+
+        Args:
+            model: Converted model, not wrapped.
+            title: Name of the work in the log.
+            passes: How often it will be called, for the progress with the remaining time; 0: the
+                caller logs its own.
         """
         forward = _features_only if ends_before_heads(model) else _whole_model
+        progress, called = ProgressLog(title), 0
 
         def run() -> None:
+            nonlocal called
             was_training = model.training
             model.eval()
-            bar = ProgressBar(len(self)) if is_main_process() else None
             with torch.no_grad():
-                for batch in self:
+                for index, batch in enumerate(self):
+                    if passes:
+                        name = f'batches, pass {called + 1} of {passes}'
+                        progress(name, called * len(self) + index, passes * len(self))
                     forward(model, batch)
-                    if bar is not None:
-                        bar.update()
-            if bar is not None:
-                bar.file.write('\n')
+            called += 1
             model.train(was_training)
 
         print_log(f'{title}: {len(self.indices)} images', logger='current')

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Override a value that a config has many copies of.
+"""Read a config file, and override a value that it has many copies of.
 
 A config is a Python file: ``data_root`` is copied into every data set when the file is read, and
 ``image_size`` into every transform, before MMEngine merges ``--cfg-options``. So ``--cfg-options
@@ -8,11 +8,16 @@ change the copies too.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from os import PathLike, fspath
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
+from ....compat.mmengine import merging_over_names
+
+GPLQ_TYPES = ('gplq_mm.GPLQ', 'GPLQ')
+"""Types of a model that the builder makes."""
 _NO_DATA = ('load_from', 'work_dir')
 
 
@@ -32,15 +37,23 @@ def apply_cfg_options(cfg: Config, options: Mapping[str, Any]) -> None:
         override_data_root(cfg, rest.pop('data_root'))
     if 'image_size' in rest:
         override_image_size(cfg, rest.pop('image_size'))
-    _open_recipe(cfg, rest)
-    cfg.merge_from_dict(rest)
+    with presets_merge():
+        cfg.merge_from_dict(rest)
 
 
-def _open_recipe(cfg: Config, options: Mapping[str, Any]) -> None:
-    """Turn a recipe that is a preset's name into a dict if options set its keys."""
-    recipe = (cfg.get('model') or {}).get('recipe')
-    if isinstance(recipe, str) and any(key.startswith('model.recipe.') for key in options):
-        cfg.model.recipe = ConfigDict(base=recipe)
+def read_file(path: str | PathLike[str]) -> Config:
+    """Read a config file; a recipe's dict merges over a preset's name in its base config.
+
+    Args:
+        path: A config file of any kind that MMEngine reads.
+    """
+    with presets_merge():
+        return Config.fromfile(path)
+
+
+def presets_merge() -> AbstractContextManager[None]:
+    """Context manager: keys of a recipe merge over the name of a preset."""
+    return merging_over_names(GPLQ_TYPES, 'recipe', 'base')
 
 
 def override_data_root(cfg: Config, new_root: str | PathLike[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from mmengine.config import Config, ConfigDict
 
-from .preflight import ConfigError
+from .errors import ConfigError
 
 
 def set_mmpretrain_dataloaders(cfg: Config) -> None:

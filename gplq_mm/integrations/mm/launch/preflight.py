@@ -1,6 +1,7 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Checks before long work; each fails with one line that says what to write instead."""
 
+import os
 import re
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,30 +10,22 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints.checkpoint_io import read_checkpoint
+from ..checkpoints.checkpoint_io import fetch, read_checkpoint
+from .errors import ConfigError
+from .settings_check import SPLITS, has_gplq_hook, is_gplq
 
-SPLITS = ('train', 'val', 'test')
+__all__ = ['ConfigError', 'is_gplq']
+
 _URL = re.compile(r'^[\w-]+://')
+_DOWNLOADED = ('https://', 'http://', 'file://')
 _DOWNLOADS = ('CIFAR10', 'CIFAR100', 'MNIST', 'FashionMNIST')
 _QUANTIZER_KEY = re.compile(r'_quantizer\.(scale|calibrated)$')
-_HOOK_TYPES = ('gplq_mm.GPLQHook', 'GPLQHook')
 _GIVE_FLOAT = 'give the FP32 checkpoint with --cfg-options load_from=PATH_OR_URL'
-
-
-class ConfigError(ValueError):
-    """An error in the user's config, command line or files; the message is one line."""
 
 
 def is_url(path: str) -> bool:
     """Whether a path is a URL that MMEngine downloads: ``https://``, ``open-mmlab://``, ..."""
     return _URL.match(path) is not None
-
-
-def is_gplq(cfg: Mapping[str, Any]) -> bool:
-    """Whether a config's model is built by ``gplq_mm.GPLQ``, also inside a TTA model."""
-    model = cfg.get('model') or {}
-    model = model.get('module') or model
-    return model.get('type') in ('gplq_mm.GPLQ', 'GPLQ')
 
 
 def check_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -47,12 +40,39 @@ def check_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: If the file is missing, truncated, damaged or no checkpoint.
     """
+    if not isinstance(path, str | Path):
+        raise ConfigError(f'{path!r} is no checkpoint; write a path or a URL')
     if is_url(str(path)):
         return {}
     try:
         _check_archive(Path(path))
         return read_checkpoint(path)['state_dict']
     except (FileNotFoundError, ValueError) as error:
+        raise ConfigError(' '.join(str(error).split())) from error
+
+
+def downloaded(path: str | Path) -> str | Path:
+    """A checkpoint's local file, downloaded if it is a web address.
+
+    MMEngine loads what it downloads without torch's protection against code in a file. The file
+    lies where MMEngine looks for it, and ``check_checkpoint`` reads it with the protection first.
+
+    Args:
+        path: File, web address, or name of a zoo (``open-mmlab://x``).
+
+    Returns:
+        The local file; ``path`` itself for a zoo's name, which MMEngine resolves, and where another
+        process of the machine downloads.
+
+    Raises:
+        ConfigError: If the download fails.
+    """
+    is_first = os.environ.get('LOCAL_RANK', '0') == '0'
+    if not (str(path).startswith(_DOWNLOADED) and is_first):
+        return path
+    try:
+        return fetch(str(path))
+    except FileNotFoundError as error:
         raise ConfigError(' '.join(str(error).split())) from error
 
 
@@ -107,9 +127,8 @@ def require_hook(cfg: Any) -> None:
     Args:
         cfg: GPLQ config, changed in place.
     """
-    hooks = list(cfg.get('custom_hooks') or [])
-    if not any(hook.get('type') in _HOOK_TYPES for hook in hooks if isinstance(hook, Mapping)):
-        cfg.custom_hooks = [*hooks, dict(type='gplq_mm.GPLQHook')]
+    if not has_gplq_hook(cfg):
+        cfg.custom_hooks = [*(cfg.get('custom_hooks') or []), dict(type='gplq_mm.GPLQHook')]
 
 
 def check_data(cfg: Mapping[str, Any], splits: Sequence[str] = SPLITS) -> None:

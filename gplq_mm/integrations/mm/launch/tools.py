@@ -2,30 +2,46 @@
 """What `tools/train.py`, `test.py` and `ptq.py` share: arguments, config, runner, errors."""
 
 import argparse
-import linecache
 import os
-import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.logging import print_log
 
 from ....compat.installed import check_versions
-from ....quantizers import UncalibratedError
-from ..checkpoints.resume import resumable_checkpoint
-from ..data.data_errors import explain_data_error
-from .config import apply_cfg_options
-from .cpu_launch import prepare_cpu_launch
-from .cpu_memory import keep_freed_memory
+from ....compat.mmengine import brief_runner
+from ....recipe import as_recipe
+from .config import apply_cfg_options, read_file
+from .errors import USER_ERROR, ConfigError, is_refusal, run_tool
 from .library_ways import set_mmpretrain_dataloaders
-from .preflight import ConfigError
+from .settings_check import check_settings, is_gplq, make_work_dir
 
-USER_ERROR = 2
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
+
+__all__ = ['USER_ERROR', 'ConfigError', 'is_refusal', 'run_tool']
+
 _LIBRARIES = ('mmdet', 'mmpretrain')
-PACKAGE = Path(__file__).resolve().parents[3]
-_MISTAKES = (ValueError, TypeError, FileNotFoundError, FileExistsError, UncalibratedError)
+
+
+class Options(DictAction):
+    """``--cfg-options`` of MMEngine's tools; a word without ``=`` is an error in one line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Parse ``key=value`` words."""
+        for word in values:
+            if not word.partition('=')[0] or '=' not in word:
+                raise argparse.ArgumentError(self, f'{word!r} is no setting; write key=value')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Options,
         help='settings to override, as key=value; a.b=value for nested ones, key="[a,b]" for '
         "lists. data_root=DIR moves all paths below the config's data_root",
     )
@@ -45,28 +61,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
 
 
-def read_config(args: argparse.Namespace) -> Config:
-    """Read the config and apply the arguments that all tools have.
+def read_config(args: argparse.Namespace, splits: Sequence[str] | None = None) -> Config:
+    """Read the config, apply the arguments that all tools have, and check its settings.
 
     Args:
         args: Parsed by a parser that ``add_arguments`` filled.
+        splits: Which of ``train``, ``val`` and ``test`` the tool runs; None checks no settings.
 
     Returns:
         The config, with ``work_dir`` and ``launcher`` set.
 
     Raises:
-        ConfigError: If the config or one of its base configs cannot be found.
+        ConfigError: If the config or one of its base configs cannot be read, or no run can have
+            one of its settings.
+        ValueError: If its recipe is wrong.
         ImportError: If installed libraries clash, or one that the config needs is missing.
     """
-    check_versions()
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     cfg = load_config(args.config)
+    if args.cfg_options:
+        apply_cfg_options(cfg, args.cfg_options)
+    # mistakes in the config before the libraries are imported, which takes seconds
+    if splits is not None:
+        check_settings(cfg, args.config, splits)
+    if is_gplq(cfg) and 'recipe' in cfg.model:
+        recipe = as_recipe(cfg.model.recipe)
+        print_log(f'GPLQ: recipe {recipe.name}, {args.config}')
+    check_versions()
     scope = cfg.get('default_scope', 'mmengine')
     needed = {lib for lib in _LIBRARIES if scope == lib or f"'{lib}." in str(cfg.get('model'))}
     if needed:
         check_versions('mmcv', *sorted(needed))
-    if args.cfg_options:
-        apply_cfg_options(cfg, args.cfg_options)
     if scope == 'mmpretrain':  # last: without workers there are none to keep alive
         set_mmpretrain_dataloaders(cfg)
     if args.work_dir:
@@ -84,12 +109,12 @@ def load_config(path: str | Path) -> Config:
         path: A file; not a `package::` name.
 
     Raises:
-        ConfigError: If the file or one of its base configs cannot be found.
+        ConfigError: If the file or one of its base configs cannot be found or read.
     """
     if not Path(path).is_file():
         raise ConfigError(f'no config at {Path(path).absolute()}')
     try:
-        return Config.fromfile(path)
+        return read_file(path)
     except FileNotFoundError as error:
         raise ConfigError(f'{path} builds on a config that does not exist: {error}') from error
     except ImportError as error:
@@ -98,6 +123,19 @@ def load_config(path: str | Path) -> Config:
             f'{path} needs a module that cannot be imported: {what}; see python -m gplq_mm '
             'doctor, and set PYTHONPATH if it is a module of yours'
         ) from error
+    except Exception as error:  # a config is a program, which can raise anything
+        what = ' '.join(str(error).split())
+        raise ConfigError(
+            f'{path} cannot be read: {type(error).__name__}: {what}{_line_of(error)}'
+        ) from error
+
+
+def _line_of(error: BaseException) -> str:
+    """Where a config raised an error; empty if its text says it or the reader raised it."""
+    if isinstance(error, SyntaxError) or error.__traceback__ is None:
+        return ''
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f' (line {where.lineno}: {where.line})' if where.name == '<module>' else ''
 
 
 def set_resume(cfg: Config, resume: str | None) -> str | None:
@@ -124,6 +162,8 @@ def set_resume(cfg: Config, resume: str | None) -> str | None:
             raise ConfigError(f'--resume: no checkpoint at {Path(resume).absolute()}')
         cfg.resume, cfg.load_from = True, resume
         return None
+    from ..checkpoints.resume import resumable_checkpoint
+
     latest = resumable_checkpoint(cfg.work_dir)
     if latest is None:
         cfg.resume = False
@@ -133,42 +173,22 @@ def set_resume(cfg: Config, resume: str | None) -> str | None:
     return None
 
 
-def build_runner(cfg: Config) -> Runner:
-    """Build the runner that the config names, MMEngine's own by default."""
+def build_runner(cfg: Config) -> 'Runner':
+    """Build the runner that the config names, MMEngine's own by default.
+
+    Raises:
+        ConfigError: If nothing can be written to the work dir.
+    """
+    from mmengine.registry import RUNNERS
+
+    from .cpu_launch import prepare_cpu_launch
+    from .cpu_memory import keep_freed_memory
+
+    make_work_dir(cfg.work_dir)
     keep_freed_memory()
     prepare_cpu_launch(cfg)
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-
-
-def run_tool(main: Callable[[], None]) -> int:
-    """Run a tool; a user's mistake ends in one line, anything else keeps its traceback.
-
-    Args:
-        main: The tool.
-
-    Returns:
-        The exit code: 0, or 2 for a user's mistake.
-    """
-    try:
-        main()
-    except (*_MISTAKES, ImportError) as error:
-        of_data = explain_data_error(error)
-        if not (of_data or is_refusal(error)):
-            raise
-        sys.stderr.write(f'error: {of_data or error}\n')
-        return USER_ERROR
-    return 0
-
-
-def is_refusal(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of this package raised the error."""
-    if isinstance(error, ConfigError):
-        return True
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    filename = trace.tb_frame.f_code.co_filename
-    line = linecache.getline(filename, trace.tb_lineno)
-    return PACKAGE in Path(filename).resolve().parents and line.lstrip().startswith('raise ')
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    runner = brief_runner().from_cfg(cfg)
+    print_log(f'environment, config and hooks: {runner.log_dir}/*.log', logger='current')
+    return runner

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
-from mmengine.logging import print_log
 from mmengine.runner.amp import autocast
 
 from ..checkpoints.run_checkpoint import short_sha256
 from ..predictions.prediction_log import Watcher, all_or_log
 from ..runner_types import DataLoop, TrainingRunner
+from .progress import ProgressLog
 
 
 @torch.no_grad()
@@ -32,15 +31,14 @@ def evaluate(
     model: Any = runner.model
     was_training = model.training
     model.eval()
-    total = len(loop.dataloader)
+    total, progress = len(loop.dataloader), ProgressLog(f'scoring {title}')
     watch = all_or_log(watchers)
     for index, batch in enumerate(loop.dataloader):
+        progress('batches', index, total)
         with autocast(enabled=getattr(loop, 'fp16', False)):
             outputs = model.val_step(batch)
         watch(batch, outputs)
         loop.evaluator.process(data_samples=outputs, data_batch=batch)
-        if is_main_process() and (index + 1) % max(total // 4, 1) == 0:
-            print_log(f'{title}: evaluated {index + 1}/{total} batches', logger='current')
     dataset: Any = loop.dataloader.dataset
     metrics = loop.evaluator.evaluate(len(dataset))
     model.train(was_training)

@@ -37,6 +37,10 @@ class StageMeter:
         self._start = time.perf_counter()
         return self
 
+    def elapsed(self) -> float:
+        """Seconds since the entry."""
+        return time.perf_counter() - self._start
+
     def sample_after(self, register: Callable[[Callable[..., None]], RemovableHandle]) -> None:
         """Read CUDA's peak after every call of a hook, until the stage ends.
 

@@ -31,6 +31,9 @@ from ....analysis.cost import FLOAT_BITS, mean_code_bits
 from ....analysis.operands import count_elements, find_operands
 from ....pages.live_page import LivePage
 
+UNFINISHED = 'unfinished_seconds'
+"""Key of a report whose run is in the middle of a stage."""
+
 
 class RunReport:
     """The report of one work dir; a resumed run continues it.
@@ -95,6 +98,16 @@ class RunReport:
         """Set values of one stage (``fp32``, ``stage1``, ``stage2``)."""
         self.data.setdefault(stage, {'metrics': {}}).update(values)
         self.write()
+
+    def keep_unfinished(self, stage: str, seconds: float) -> None:
+        """Note the seconds of a stage that has not ended, for the process that resumes it."""
+        self.data.setdefault(UNFINISHED, {})[stage] = seconds
+        self.write()
+
+    def take_unfinished(self, stage: str) -> float:
+        """Seconds that killed processes spent on parts of a stage; removes the note."""
+        noted = self.data.pop(UNFINISHED, {})
+        return noted.get(stage, 0.0)
 
     def count_macs(self, model: Any, batch: Any) -> None:
         """Count the operations of one forward pass, from which all stages' BOPs are computed."""

@@ -10,9 +10,12 @@ from torch import nn
 
 from ....distillation.mimicking import Mimicking
 from ....distillation.teacher_cache import TeacherCache
+from ....stream.stored_file import remove_unfinished
 from ..runner_types import TrainingRunner
 
 _SAMPLES, _LOADS = 3, 6
+DAY = 86400.0
+"""Seconds after which a temporary file is no longer that of a running process elsewhere."""
 
 
 def check_teacher_cache(model: Any, runner: TrainingRunner) -> None:
@@ -58,6 +61,7 @@ def attach_teacher_cache(model: nn.Module, source: Mapping[str, Any]) -> None:
     if not isinstance(model, Mimicking) or model.gplq.engine.teacher_cache is None:
         return
     folder = model.gplq.engine.teacher_cache
+    remove_unfinished(folder, older_than=DAY)
     model.attach_cache(TeacherCache(folder, str(source.get('sha256')), model.needs_features))
     print_log(f'mimicking: outputs of the teacher are cached in {folder}', logger='current')
 

@@ -89,13 +89,19 @@ def apply_stage2(
     probe = OutputProbe(model, images)
     source = _source(runner)
     is_there = os.path.isfile(str(source.get('path', '')))
+    before, log = report.take_unfinished('stage2'), ProgressLog('stage 2')
     with StageMeter() as meter:
+
+        def progress(name: str, index: int, total: int) -> None:
+            report.keep_unfinished('stage2', before + meter.elapsed())
+            log(name, index, total)
+
         run_pass = images.run_pass(model, 'stage 2')
         result = run_stage2(
             model,
             recipe,
             run_pass,
-            ProgressLog('stage 2'),
+            progress,
             MMLogger.get_current_instance(),
             seed=recipe.calibration.seed,
             folder=folder,
@@ -104,7 +110,9 @@ def apply_stage2(
             more_images=partial(_more_images, model, images),
         )
     report.update('stage2', **result.as_dict(), sqnr_db=probe.sqnr_db())
-    report.update('stage2', seconds=meter.seconds, peak_memory_bytes=meter.peak_memory_bytes)
+    report.take_unfinished('stage2')
+    peak = meter.peak_memory_bytes
+    report.update('stage2', seconds=before + meter.seconds, peak_memory_bytes=peak)
     report.update_cost('stage2', model, result.side_flops // 2)
     if runner.val_loop is not None:
         _score_final(runner, runner.val_loop, model, report)

@@ -29,6 +29,7 @@ from ....analysis.bit_search import search_bits
 from ....analysis.cost import FLOAT_BITS
 from ....analysis.operands import Precision, bit_rules, quantized_as
 from ....ops import operations
+from ....stream.stored_file import unfinished_file
 from .measured_sensitivity import SensitivityRun
 
 _UNIFORM = re.compile(r'w([2-8])a([2-8])', re.IGNORECASE)
@@ -214,10 +215,8 @@ def write_config(path: Path, base: str, recipe: Mapping[str, Any], remark: str) 
             '',
         ]
     )
-    temporary = path.with_name(f'.{path.name}.tmp')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+    with unfinished_file(path) as unfinished:
+        unfinished.write_text(text, encoding='utf-8')
 
 
 def describe_origin(run: SensitivityRun, budget: Budget) -> str:

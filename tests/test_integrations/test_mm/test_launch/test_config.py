@@ -1,4 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import ast
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from gplq_mm.integrations.mm.launch.config import (
     apply_cfg_options,
     override_data_root,
     override_image_size,
+    read_file,
 )
+from tests.helpers.tiny_projects import REPOSITORY
 
 TEXT = """
 data_root = 'data/coco/'
@@ -100,3 +103,53 @@ def test_keys_of_a_recipe_that_is_a_presets_name():
     assert cfg.model.recipe == dict(base='w3a3', calibration=dict(num_images=8), mimic=None)
     apply_cfg_options(cfg, {'model.recipe': 'w8a8'})
     assert cfg.model.recipe == 'w8a8'
+
+
+BASE = "model = dict(type='gplq_mm.GPLQ', float_type='X', recipe='w3a3')\n"
+
+
+def write_child(folder: Path, text: str, base: str = BASE) -> Path:
+    (folder / 'base.py').write_text(base)
+    (folder / 'child.py').write_text(f"_base_ = './base.py'\n{text}\n")
+    return folder / 'child.py'
+
+
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ("model = dict(recipe=dict(scope='all'))", dict(base='w3a3', scope='all')),
+        ("model = dict(recipe=dict(base='w2a4', scope='all'))", dict(base='w2a4', scope='all')),
+        ("model = dict(recipe=dict(_delete_=True, scope='all'))", dict(scope='all')),
+        ("model = dict(recipe='w2a4')", 'w2a4'),
+    ],
+)
+def test_a_recipe_merges_over_a_presets_name(tmp_path: Path, text: str, expected: object) -> None:
+    assert read_file(write_child(tmp_path, text)).model.recipe == expected
+
+
+def test_options_merge_over_a_presets_name_beside_others(tmp_path: Path) -> None:
+    cfg = read_file(write_child(tmp_path, 'x = 1'))
+    apply_cfg_options(cfg, {'model.recipe.scope': 'all', 'model.recipe.mimic.type': 'feature'})
+    assert cfg.model.recipe == dict(base='w3a3', scope='all', mimic=dict(type='feature'))
+
+
+def test_a_recipe_of_another_project_is_merged_as_mmengine_does(tmp_path: Path) -> None:
+    path = write_child(tmp_path, 'model = dict(recipe=dict(a=1))', "model = dict(recipe='cake')")
+    with pytest.raises(TypeError, match='recipe is a dict in the child config'):
+        read_file(path)
+
+
+def test_stock_tools_merge_recipes_over_every_shipped_config(tmp_path: Path) -> None:
+    shipped = sorted((REPOSITORY / 'configs' / 'gplq').glob('*_w*a*.py'))
+    assert len(shipped) > 40
+    for path in shipped:
+        recipe = plain_recipe(path)
+        assert not isinstance(recipe, str), f"{path}: write recipe=dict(base='{recipe}')"
+
+
+def plain_recipe(path: Path) -> object:
+    """What a file's own `model = dict(recipe=...)` gives; None where it gives none."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.keyword) and node.arg == 'recipe':
+            return node.value.value if isinstance(node.value, ast.Constant) else node.value
+    return None

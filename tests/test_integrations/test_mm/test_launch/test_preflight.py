@@ -1,4 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from gplq_mm.integrations.mm.launch.preflight import (
     check_data,
     check_float_checkpoint,
     check_float_model,
+    downloaded,
     is_gplq,
     is_url,
     key_mismatch,
@@ -187,3 +189,41 @@ def test_key_mismatch_names_all_three_kinds() -> None:
     state['module.extra'] = state.pop('module.1.bias')
     found = key_mismatch(model, state)
     assert found == '1 missing: 1.bias; 1 unexpected: extra; 1 of another shape: 0.weight'
+
+
+def test_a_web_address_is_downloaded_before_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    path = save(tmp_path / 'a.pth', weight=torch.ones(2))
+    local = downloaded(path.as_uri())
+    assert local == tmp_path / 'home' / 'hub' / 'checkpoints' / 'a.pth'
+    assert torch.equal(check_checkpoint(local)['weight'], torch.ones(2))
+    for kept in ('open-mmlab://x', 'b.pth', tmp_path / 'b.pth'):
+        assert downloaded(kept) == kept
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert downloaded('https://127.0.0.1:9/b.pth') == 'https://127.0.0.1:9/b.pth'
+
+
+class RunsCode:
+    """Pickled, it would create a folder where it is loaded."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_a_downloaded_checkpoint_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'home'))
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    torch.save({'state_dict': {}, 'x': RunsCode(str(tmp_path / 'ran'))}, tmp_path / 'a.pth')
+    with pytest.raises(ConfigError, match=r'mkdir.*; loading it would run code') as caught:
+        check_checkpoint(downloaded((tmp_path / 'a.pth').as_uri()))
+    assert 'weights_only' not in str(caught.value)
+    assert '\n' not in str(caught.value)
+    assert not (tmp_path / 'ran').exists()

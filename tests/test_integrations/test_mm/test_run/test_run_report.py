@@ -84,3 +84,14 @@ def test_versions_leave_out_what_is_broken(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setitem(sys.modules, 'mmdet', None)
     assert 'mmdet' not in versions()
+
+
+def test_seconds_of_a_killed_stage_are_kept_until_it_ends(tmp_path: Path) -> None:
+    killed = RunReport(str(tmp_path), resume=False)
+    killed.keep_unfinished('stage2', 3.0)
+    resumed = RunReport(str(tmp_path), resume=True)
+    assert resumed.take_unfinished('stage2') == 3.0
+    assert resumed.take_unfinished('stage2') == 0.0
+    resumed.update('stage2', seconds=5.0)
+    assert list(RunReport(str(tmp_path), resume=True).data) == ['stage2']
+    assert RunReport(str(tmp_path), resume=False).take_unfinished('stage2') == 0.0
