@@ -34,7 +34,7 @@ from .checkpoints.run_checkpoint import (
 )
 from .data.calibration_data import CalibrationSet
 from .run.deployed_figures import report_deployed
-from .run.evaluate import evaluate, validation_key
+from .run.evaluate import evaluate, numbers_of, validation_key
 from .run.progress import ProgressLog
 from .run.resources import StageMeter
 from .run.run_report import RunReport
@@ -131,8 +131,7 @@ class GPLQSession:
 
     def record_stage1(self, metrics: Mapping[str, float]) -> None:
         """Keep the validation metrics of stage 1 under their own names."""
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        self.report.update('stage1', metrics=numbers, iterations=self.runner.iter)
+        self.report.update('stage1', metrics=numbers_of(metrics), iterations=self.runner.iter)
 
     def finish(self, source: Mapping[str, Any], packed: str | None = None) -> None:
         """Stage-1 checkpoint, stage 2, final score, final checkpoint, packed file, table.
