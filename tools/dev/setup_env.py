@@ -276,9 +276,9 @@ def make_steps() -> tuple[Step, ...]:
             adopt=True,
         ),
         Step(
-            'mmdet and mmpretrain',
+            'mmdet, mmpretrain and mmsegmentation',
             pinned(*libraries),
-            'import mmdet, mmpretrain, pycocotools.mask',
+            'import mmdet, mmpretrain, mmseg.models, pycocotools.mask',
         ),
         Step(
             'ONNX, ONNX Runtime, OpenVINO and safetensors',

@@ -23,7 +23,7 @@ from .library_ways import set_mmpretrain_dataloaders
 from .preflight import ConfigError
 
 USER_ERROR = 2
-_LIBRARIES = ('mmdet', 'mmpretrain')
+_LIBRARIES = ('mmdet', 'mmpretrain', 'mmseg')
 PACKAGE = Path(__file__).resolve().parents[3]
 _MISTAKES = (ValueError, TypeError, FileNotFoundError, FileExistsError, UncalibratedError)
 
