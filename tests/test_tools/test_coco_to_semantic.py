@@ -4,6 +4,7 @@
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +121,6 @@ def test_bad_input_is_one_line(
     words = change.get('words') or [first, write(tmp_path, 'val', [], given)]
     with pytest.raises(SystemExit) as error:
         convert(tmp_path, *words, images=change.get('images'))
-    import re
-
     assert re.search(message, f'{error.value} {capsys.readouterr().err}')
 
 
