@@ -72,12 +72,12 @@ if __name__ == '__main__':
         name='gplq-mm',
         version=read_version(),
         description='GPLQ: quantization-aware training of vision transformers '
-        'inside MMDetection and MMPretrain, or with torch alone',
+        'inside MMDetection, MMPretrain and MMSegmentation, or with torch alone',
         long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
         long_description_content_type='text/markdown',
         license='Apache-2.0',
         author='gplq_mm contributors',
-        keywords='quantization, QAT, PTQ, vision transformer, object detection',
+        keywords='quantization, QAT, PTQ, vision transformer, object detection, segmentation',
         classifiers=[
             'Development Status :: 4 - Beta',
             'License :: OSI Approved :: Apache Software License',

@@ -34,6 +34,7 @@ FLOORS = {
     'integrations.__init__': 9,
     'integrations.loading': 9,
     'integrations.mm.model_structure': 9,
+    'integrations.mm.pixel_scores': 9,
     'integrations.mm.roi_features': 9,
     'api': 10,
     'compat.mmengine': 11,
@@ -50,17 +51,17 @@ FLOORS = {
 TORCH_ONLY_UP_TO = 10
 TORCH_ONLY = {*sys.stdlib_module_names, 'gplq_mm', 'torch'}
 PARTS = re.compile(r'\b_?(bbox|box|decode|mask|panoptic|roi|rpn)_heads?\b')
-"""Attributes of detectors and segmenters, in code, strings and docstrings."""
 HEAD_NAMES = {'head', '_head'}  # strings by which one would look for the head of an MM model
 LIBRARY_FOLDERS = {
     'integrations.mm.adapters.mmcv',
     'integrations.mm.adapters.mmdet',
     'integrations.mm.adapters.mmpretrain',
+    'integrations.mm.adapters.mmseg',
     'integrations.timm',
     'integrations.torchvision',
 }
 KNOWS_OTHER_LIBRARIES = {*LIBRARY_FOLDERS, 'compat.timm'}
-OTHER_LIBRARIES = {'mmdet', 'mmpretrain', 'projects', 'timm', 'torchvision'}
+OTHER_LIBRARIES = {'mmdet', 'mmpretrain', 'mmseg', 'projects', 'timm', 'torchvision'}
 OUTSIDE = {'configs', 'tests', 'tools'}
 ROOT_MAY_IMPORT = {'typing', 'gplq_mm.compat.installed', 'gplq_mm.version'}
 ROOT_MAY_DELAY = {'gplq_mm', 'gplq_mm.api'}
@@ -359,7 +360,7 @@ def find_cycle(graph: dict[str, list[str]]) -> list[str]:
 
 
 def test_find_cycle() -> None:
-    assert find_cycle({'a': ['b'], 'b': ['c'], 'c': ['b']}) == ['b', 'c', 'b']
+    assert find_cycle({'a': ['b', 'c'], 'b': ['c'], 'c': ['b']}) == ['b', 'c', 'b']
     assert find_cycle({'a': ['b', 'c'], 'b': ['c'], 'c': []}) == []
 
 
@@ -381,7 +382,7 @@ def test_files_begin_with_the_license() -> None:
 IMPORT_WITHOUT_MM = """
 import sys
 from importlib import import_module
-for blocked in ('mmengine', 'mmcv', 'mmdet', 'mmpretrain'):
+for blocked in ('mmengine', 'mmcv', 'mmdet', 'mmpretrain', 'mmseg'):
     sys.modules[blocked] = None
 for name in sys.argv[1:]:
     import_module(name)

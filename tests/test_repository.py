@@ -53,6 +53,9 @@ TESTED_IN = {
     'integrations/mm/adapters/mmpretrain/vit_sam': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501
     'integrations/mm/adapters/mmpretrain/window': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501
     'integrations/mm/adapters/mmpretrain/xcit': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501
+    'integrations/mm/adapters/mmseg/backbones': 'test_integrations/test_mm/test_adapters/test_mmseg/test_mmseg.py',  # noqa: E501
+    'integrations/mm/adapters/mmseg/decode_heads': 'test_integrations/test_mm/test_adapters/test_mmseg/test_mmseg.py',  # noqa: E501
+    'integrations/mm/adapters/mmseg/self_attention': 'test_integrations/test_mm/test_adapters/test_mmseg/test_mmseg.py',  # noqa: E501
     'integrations/mm/checkpoints/quantized_model': 'test_integrations/test_mm/test_studies/test_transfer.py',  # noqa: E501
     'integrations/mm/converters/patch_merging': 'test_integrations/test_mm/test_converters/test_swin_checkpoint.py',  # noqa: E501
     'integrations/mm/converters/vitdet_checkpoint': 'test_integrations/test_mm/test_converters/test_vitdet_converter.py',  # noqa: E501
@@ -87,6 +90,8 @@ TESTED_IN = {
     'integrations/timm/heads': 'test_integrations/test_timm_torchvision.py',
     'integrations/timm/window': 'test_integrations/test_timm_torchvision.py',
     'integrations/torchvision/transformers': 'test_integrations/test_timm_torchvision.py',
+    'ops/attention/grouped': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501
+    'ops/attention/position_bias': 'test_integrations/test_mm/test_adapters/test_mmpretrain/test_mmpretrain.py',  # noqa: E501
     'ops/backends/integer/layer_weight': 'test_ops/test_backends/test_integer/test_linear.py',
     'ops/backends/packed/autocast': 'test_ops/test_backends/test_packed/test_attention.py',
     'ops/float_matmul': 'test_ops/test_attention/test_window.py',

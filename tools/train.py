@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Train a config of mmdet or mmpretrain: GPLQ's two stages, or a float model.
+"""Train a config of mmdet, mmpretrain or mmseg: GPLQ's two stages, or a float model.
 
 Example:
     python tools/train.py configs/gplq/mask_rcnn_swin-t_w4a4.py --cfg-options data_root=data/coco

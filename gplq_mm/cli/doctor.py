@@ -17,6 +17,7 @@ SHARED = ('python', 'torch', 'torchvision', 'numpy', 'mmengine', 'mmcv')
 NEEDS = {
     'detection': (*SHARED, 'mmdet', 'pycocotools'),
     'classification': (*SHARED, 'mmpretrain'),
+    'segmentation': (*SHARED, 'mmseg'),
 }
 COLUMNS = ('name', 'version', 'state', 'why')
 
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         args: Parsed command line.
 
     Returns:
-        0 if both detection and classification can run, else 1.
+        0 if detection, classification and segmentation can run, else 1.
     """
     findings = [inspect_python(), *(inspect_component(part) for part in COMPONENTS)]
     runs = what_runs(findings)
@@ -56,7 +57,7 @@ def inspect_python() -> Finding:
 
 
 def what_runs(findings: Sequence[Finding]) -> dict[str, bool]:
-    """Whether detection and classification can run: all required components are ok.
+    """Which tasks can run: all components that they require are ok.
 
     Args:
         findings: One for each component.

@@ -135,6 +135,13 @@ def _import_beside_transformers(name: str) -> None:
         ) from error
 
 
+def _probe_mmseg(mmseg: ModuleType) -> str:
+    if not is_installed('mmseg.structures'):
+        raise RuntimeError('mmsegmentation >= 1.0 is needed')
+    import_module('mmseg.models')  # ftfy and regex, which mmsegmentation does not require
+    return ''
+
+
 COMPONENTS = (
     Component('torch', 'pip install torch==2.11.0', _probe_torch),
     Component('torchvision', 'pip install torch==2.11.0 torchvision==0.26.0', _probe_torchvision),
@@ -143,6 +150,7 @@ COMPONENTS = (
     Component('mmcv', f'{_BUILD_MMCV} mmcv==2.1.0', _probe_mmcv, _REBUILD_MMCV),
     Component('mmdet', 'pip install mmdet==3.3.0', _probe_mmdet),
     Component('mmpretrain', 'pip install mmpretrain==1.2.0', _probe_mmpretrain),
+    Component('mmseg', 'pip install mmsegmentation==1.2.2 ftfy regex', _probe_mmseg),
     Component('pycocotools', 'pip install pycocotools', _probe_pycocotools),
 )
 

@@ -14,7 +14,8 @@ class ModelFacts:
     The defaults hold for a model that no integration describes.
 
     Attributes:
-        is_detector: Whether ``auto`` in a recipe means the numbers for detectors.
+        is_detector: Whether ``auto`` in a recipe means the numbers for dense prediction: detectors
+            and segmentors.
         scope: The recipe's ``scope`` that ``auto`` means.
         compensates: Whether ``stage2.compensation='auto'`` adds side branches.
         unpaired: Parts of dotted module names, ``('heads',)``: such modules get samples that the

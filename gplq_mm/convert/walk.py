@@ -89,7 +89,8 @@ class _Conversion:
 
     def skip(self, name: str, reason: str) -> None:
         self.skipped.append(name)
-        self.keep_float(name, reason)
+        if in_scope(name, self.report.scope):
+            self.keep_float(name, reason)
 
     def count(self, kind: str, name: str) -> None:
         self.report.quantized[kind].append(name)

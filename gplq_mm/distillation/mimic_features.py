@@ -2,9 +2,10 @@
 """Outputs in which student and teacher are compared: features, logits, named layers."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,7 +59,10 @@ class Recording:
         return as_rows(self.levels(layer)[-1], layer)
 
     def logits(self) -> dict[str, Tensor]:
-        """Logits ``(N, classes)`` by task; a head with a single task has the name ``''``."""
+        """Logits ``(N, classes)`` by task; a head with a single task has the name ``''``.
+
+        Rows are images, or pixels of a segmentor.
+        """
         if SCORES not in self.outputs:
             self.outputs[SCORES] = _head_of(self.model).logits(self.features)
         return _by_task(self.outputs[SCORES])
@@ -83,25 +87,22 @@ def watched(recording: Recording, layers: Sequence[str]) -> Iterator[None]:
     Calls of the score head with labels are not recorded: they do not return plain logits.
     """
     head = score_head(recording.model)
-    of_head = {SCORES: head.name} if head is not None else {}
-
-    def keep(name: str, path: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            if path not in of_head.values() or len(args) + len(kwargs) == 1:
-                recording.outputs[name] = output
-
-        return hook
-
-    paths = {name: of_head.get(name, name) for name in layers}
-    handles = [
-        recording.model.get_submodule(path).register_forward_hook(keep(n, path), with_kwargs=True)
-        for n, path in paths.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name in layers:
+            keep = partial(recording.outputs.__setitem__, name)
+            if head is not None and name in (SCORES, head.name):
+                stack.enter_context(head.watched(recording.model, keep))
+            else:
+                layer = recording.model.get_submodule(name)
+                handle = layer.register_forward_hook(partial(_give_output, keep))
+                stack.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
+
+
+def _give_output(
+    keep: Callable[[Any], None], module: nn.Module, args: tuple[Any, ...], output: Any
+) -> None:
+    keep(output)
 
 
 @torch.no_grad()

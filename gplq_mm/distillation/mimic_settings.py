@@ -11,7 +11,10 @@ PENULTIMATE = 'penultimate'
 
 
 def resolve_mimic(
-    mimic: Any, is_detector: bool, has_penultimate: bool = True
+    mimic: Any,
+    is_detector: bool,
+    has_penultimate: bool = True,
+    has_logits: bool | None = None,
 ) -> dict[str, Any] | None:
     """Mimicking settings with ``auto`` and ``paper`` replaced by types.
 
@@ -19,8 +22,9 @@ def resolve_mimic(
         mimic: A term, several, or None, typed or plain. Keys of a term:
 
             - ``type``: ``feature``, ``pca`` or ``logits``; ``auto`` means features for
-              detectors, and for classifiers logits and the penultimate feature; ``paper``
-              nothing for detectors and PCA for classifiers.
+              detectors, features and the logits of every pixel for segmentors, and for
+              classifiers logits and the penultimate feature; ``paper`` nothing for detectors
+              and segmentors and PCA for classifiers.
             - ``loss_weight``: Factor of the term (the paper's alpha).
             - ``task_weight``: Factor of the model's own losses; one value for all terms.
             - ``layer``: What ``feature`` and ``pca`` compare: ``penultimate`` (PCA's
@@ -32,6 +36,8 @@ def resolve_mimic(
         is_detector: Whether the model is a detector.
         has_penultimate: Whether the model has a penultimate feature; ``auto`` leaves that
             term out if it has none.
+        has_logits: Whether the model has logits that can be compared; None: if it is no
+            detector.
 
     Returns:
         ``task_weight`` and ``terms``, or None if stage 1 uses the task loss only.
@@ -41,8 +47,11 @@ def resolve_mimic(
             model cannot use.
     """
     given = mimic_terms(mimic)
-    concrete = [t for term in given for t in _expanded(term, is_detector, has_penultimate)]
-    found = [_term(term, is_detector) for term in concrete]
+    has_logits = not is_detector if has_logits is None else has_logits
+    concrete = [
+        t for term in given for t in _expanded(term, is_detector, has_penultimate, has_logits)
+    ]
+    found = [_term(term, is_detector, has_logits) for term in concrete]
     terms = [term for term in found if term is not None]
     if not terms:
         return None
@@ -57,33 +66,36 @@ def resolve_mimic(
     return {'task_weight': weights.pop() if weights else 1.0, 'terms': terms}
 
 
-def _expanded(term: MimicTerm, is_detector: bool, has_penultimate: bool) -> list[MimicTerm]:
+def _expanded(
+    term: MimicTerm, is_detector: bool, has_penultimate: bool, has_logits: bool
+) -> list[MimicTerm]:
     """The terms that replace ``auto`` and ``paper``."""
     if term.type != 'auto':
         return [term]
-    if is_detector:
-        return [replace(term, type='feature')]
     logits = replace(term, type='logits', layer=None)
+    if is_detector:
+        feature = replace(term, type='feature')
+        return [logits, replace(feature, task_weight=None)] if has_logits else [feature]
     if not has_penultimate:
         return [logits]
     layer = term.layer or PENULTIMATE
     return [logits, replace(term, type='feature', layer=layer, task_weight=None)]
 
 
-def _term(term: MimicTerm, is_detector: bool) -> dict[str, Any] | None:
+def _term(term: MimicTerm, is_detector: bool, has_logits: bool) -> dict[str, Any] | None:
     if term.type is None or (term.type == 'paper' and is_detector):
         return None
     kind = 'pca' if term.type == 'paper' else term.type
-    _check_type(kind, is_detector, term.layer)
+    _check_type(kind, is_detector, has_logits, term.layer)
     settings = {name: getattr(term, name) for name in ('loss_weight', *own_keys(kind))}
     if kind == 'pca':
         settings['layer'] = settings['layer'] or PENULTIMATE
     return {'type': kind, **settings, 'task_weight': term.task_weight}
 
 
-def _check_type(kind: str, is_detector: bool, layer: str | None) -> None:
-    needs_head = kind == 'logits' or (kind == 'pca' and layer in (None, PENULTIMATE))
-    if is_detector and (needs_head or layer == PENULTIMATE):
+def _check_type(kind: str, is_detector: bool, has_logits: bool, layer: str | None) -> None:
+    needs_pooled = layer == PENULTIMATE or (kind == 'pca' and layer is None)
+    if is_detector and (needs_pooled or (kind == 'logits' and not has_logits)):
         raise ValueError(
             f"recipe.mimic.type={kind!r} needs a classifier; write 'feature', or 'pca' with "
             'layer=NAME of a module'

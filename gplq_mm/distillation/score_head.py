@@ -1,8 +1,9 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Module of a classifier that computes the class scores; integrations know where it is."""
+"""Module that computes the class scores, of an image or of its pixels; integrations know it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -22,7 +23,29 @@ class ScoreHead(ABC):
 
     @abstractmethod
     def logits(self, features: Any) -> Any:
-        """Logits ``(N, classes)``, nested by task if there are several."""
+        """Logits ``(N, classes)``, nested by task if there are several; N images or pixels."""
+
+    @contextmanager
+    def watched(self, model: Any, keep: Callable[[Any], None]) -> Iterator[None]:
+        """Context manager: ``keep`` gets the logits that the model computes for its loss.
+
+        Calls with labels are left out: they do not return plain logits.
+
+        Args:
+            model: Model with this head.
+            keep: Called with what ``logits`` returns.
+        """
+
+        def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+            if len(args) + len(kwargs) == 1:
+                keep(output)
+
+        module = model.get_submodule(self.name)
+        handle = module.register_forward_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @abstractmethod
     def penultimate(self, features: Any) -> list[Tensor]:

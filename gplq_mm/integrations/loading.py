@@ -9,13 +9,15 @@ from torch import nn
 from .mm import model_structure  # noqa: F401  registers facts about models, with torch alone
 
 ADAPTERS = {
-    'mmcv': 'mmcv',
-    'mmpretrain': 'mmpretrain',
-    'mmdet': 'mmdet',
-    'mmdet_vitdet': 'projects.ViTDet.vitdet.vit',
+    'mmcv': ('mmcv',),
+    'mmpretrain': ('mmpretrain',),
+    'mmdet': ('mmdet',),
+    'mmdet_vitdet': ('projects.ViTDet.vitdet.vit',),
+    'mmseg': ('mmseg', 'ftfy', 'regex'),
 }
-"""Adapter -> module that must be importable for it."""
-MM_LIBRARIES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'projects')
+"""Adapter -> modules that must be importable for it; mmseg 1.2 imports ftfy and regex without
+requiring them."""
+MM_LIBRARIES = ('mmengine', 'mmcv', 'mmpretrain', 'mmdet', 'mmseg', 'projects')
 PLAIN_ADAPTERS = ('timm', 'torchvision')
 """Adapters of libraries without MMEngine, by the library's name; loaded for their models."""
 _FILES = {
@@ -23,6 +25,7 @@ _FILES = {
     'mmpretrain': 'gplq_mm.integrations.mm.adapters.mmpretrain',
     'mmdet': 'gplq_mm.integrations.mm.adapters.mmdet.detectors',
     'mmdet_vitdet': 'gplq_mm.integrations.mm.adapters.mmdet.vitdet',
+    'mmseg': 'gplq_mm.integrations.mm.adapters.mmseg',
     'timm': 'gplq_mm.integrations.timm',
     'torchvision': 'gplq_mm.integrations.torchvision.transformers',
 }
@@ -34,7 +37,7 @@ def load_adapters() -> list[str]:
     Returns:
         Names of the adapters that were loaded; calling it again changes nothing.
     """
-    loaded = [name for name, needed in ADAPTERS.items() if _is_importable(needed)]
+    loaded = [name for name, needed in ADAPTERS.items() if all(map(_is_importable, needed))]
     for name in loaded:
         import_module(_FILES[name])
     return loaded

@@ -48,6 +48,18 @@ def test_auto_without_a_penultimate_feature_compares_logits_only() -> None:
     assert [term['type'] for term in found['terms']] == ['logits']
 
 
+def test_a_segmentor_compares_features_and_the_logits_of_pixels() -> None:
+    found = resolve_mimic(dict(type='auto', temperature=2.0), True, False, has_logits=True)
+    assert found is not None
+    assert [(t['type'], t.get('layer')) for t in found['terms']] == [
+        ('logits', None),
+        ('feature', None),
+    ]
+    assert resolve_mimic(dict(type='logits'), True, False, has_logits=True) is not None
+    with pytest.raises(ValueError, match='needs a classifier'):
+        resolve_mimic(dict(type='pca'), True, False, has_logits=True)
+
+
 def test_a_term_holds_what_its_type_uses() -> None:
     given = dict(type='paper', explained_variance=0.7, loss_weight=0.5)
     assert resolved(given)['terms'] == [

@@ -55,13 +55,18 @@ class FloatModel:
         dataset: Name of the images it is trained and scored on.
         digest: Hash of its checkpoint.
         batch: Training images per step in its config.
-        is_detector: Whether it is a detector.
+        library: Its `default_scope`, such as `mmdet`.
     """
 
     dataset: str
     digest: str | None
     batch: int
-    is_detector: bool
+    library: str | None
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a detector or a segmentor."""
+        return self.library in ('mmdet', 'mmseg')
 
 
 def shared_root() -> Path:
@@ -125,7 +130,7 @@ def plan(args: argparse.Namespace) -> list[Row]:
         }
         digest = file_sha256(checkpoint)
         batch = cfg.train_dataloader.get('batch_size', 1)
-        model = FloatModel(name, digest, batch, cfg.get('default_scope') == 'mmdet')
+        model = FloatModel(name, digest, batch, cfg.get('default_scope'))
         for recipe in recipes:
             for bits in [recipe.bits] if recipe.bits else args.bits:
                 for seed in args.seeds:
@@ -197,7 +202,7 @@ def make_row(
         'seed': seed,
     }
     shared = [model.digest, model.dataset, base['train_fraction'], training]
-    meant = settled(resolved, model.is_detector)
+    meant = settled(resolved, model.is_dense, has_logits=model.library != 'mmdet')
     folder = '-'.join(str(v).replace('/', '_') for v in key.values())
     stage1_key = fingerprint(*shared, stage1_part(meant))
     job = {

@@ -147,17 +147,20 @@ def parse_recipe(text: str) -> Recipe:
     return found
 
 
-def settled(recipe: Mapping[str, Any], is_detector: bool) -> dict[str, Any]:
+def settled(
+    recipe: Mapping[str, Any], is_detector: bool, has_logits: bool | None = None
+) -> dict[str, Any]:
     """A recipe without its name, and with the values that replace `auto`.
 
     Equal recipes have the same fingerprint; a preset whose values changed has another one.
 
     Args:
         recipe: Resolved recipe.
-        is_detector: Whether the model is a detector.
+        is_detector: Whether the model is a detector or a segmentor.
+        has_logits: See `resolve_mimic`.
     """
     meant = settle_auto(recipe, is_detector).as_dict()
-    meant['mimic'] = resolve_mimic(recipe['mimic'], is_detector)
+    meant['mimic'] = resolve_mimic(recipe['mimic'], is_detector, has_logits=has_logits)
     del meant['name']
     return meant
 

@@ -38,6 +38,7 @@ HASHED = ('requirements/*.txt', 'setup.py', 'gplq_mm/version.py', 'tools/dev/set
 NEEDED_BYTES = 12 * 2**30
 ONEDL = {'mmcv': 'onedl-mmcv', 'mmdet': 'onedl-mmdetection'}
 ONEDL |= {'mmengine': 'onedl-mmengine', 'mmpretrain': 'onedl-mmpretrain'}
+ONEDL |= {'mmsegmentation': 'onedl-mmsegmentation'}
 """Successors of OpenMMLab's packages, with the same modules: kept where they are installed."""
 
 # These run in the environment. A package whose installation was interrupted is forgotten.
@@ -61,8 +62,8 @@ if os.environ['FORCE_CUDA'] == '1':
     assert mmcv.ops.get_compiling_cuda_version() != 'not available', 'no CUDA operators'
 """
 EVERYTHING_WORKS = f"""
-import hypothesis, jinja2, material, matplotlib, mkdocs, mmdet, mmengine, mmpretrain, onnx
-import onnxruntime, onnxscript, openvino, playwright, pycocotools.mask, pytest, safetensors
+import hypothesis, jinja2, material, matplotlib, mkdocs, mmdet, mmengine, mmpretrain, mmseg.models
+import onnx, onnxruntime, onnxscript, openvino, playwright, pycocotools.mask, pytest, safetensors
 import sklearn, timm, torch, torchvision.ops, vl_convert, xdist
 import gplq_mm
 assert gplq_mm.__file__.startswith({str(ROOT)!r}), gplq_mm.__file__

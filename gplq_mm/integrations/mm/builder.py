@@ -19,6 +19,7 @@ from ...convert import CoverageReport
 from ...distillation.mimic_features import has_penultimate
 from ...distillation.mimic_settings import resolve_mimic
 from ...distillation.mimicking import make_mimicking
+from ...distillation.score_head import score_head
 from ...ops import Engine, set_engine
 from ...recipe import Recipe, RecipeLike, as_recipe, plain
 from ...registry import MODELS
@@ -34,7 +35,7 @@ class GPLQState:
         recipe: The resolved recipe.
         coverage: Which operations are quantized and which stay float.
         float_cfg: Config that builds the float model (the teacher).
-        is_detector: Whether the default scope is a backbone inside a detector.
+        is_detector: Whether the default scope is a backbone inside a detector or segmentor.
         engine: Engine that computes training steps.
     """
 
@@ -92,7 +93,8 @@ def build_gplq(
     network = MODELS.build(copy.deepcopy(cfg))
     load_adapters_of(network)  # mmpretrain's TimmClassifier holds a model of timm
     resolved, is_detector = settle_for(network, resolved)
-    mimic = resolve_mimic(resolved.mimic, is_detector, has_penultimate(network))
+    has_logits = score_head(network) is not None if is_detector else None
+    mimic = resolve_mimic(resolved.mimic, is_detector, has_penultimate(network), has_logits)
     coverage, frozen = prepare_(network, resolved, strict)
     if frozen:
         print_log(

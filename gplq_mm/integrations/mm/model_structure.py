@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Which models are detectors, and where their heads are: the one place that decides it.
+"""Which models are detectors or segmentors, and where their heads are: one place decides it.
 
 It goes by the names of attributes, which all OpenMMLab libraries share, and imports none of them:
 a project's own detector is recognized as well, and so is any torch module with such attributes.
@@ -15,22 +15,23 @@ from ...convert.model_facts import ModelFacts, register_model_facts
 from ...distillation.score_head import ScoreHead, register_score_head
 from ...ptq.rounding.feature_source import FeatureSource, HeadFeatures, register_feature_source
 from ...stream import Unit
+from .pixel_scores import SegmentorHead
 from .roi_features import RoIFeatures
 
 BOX_HEADS = ('roi_head', 'bbox_head', 'rpn_head')
-DETECTOR_HEADS = (*BOX_HEADS, 'mask_head', 'panoptic_head')
-"""Attributes of mmdet's detectors; without boxes, SOLO has a ``mask_head`` and MaskFormer a
-``panoptic_head``."""
+DENSE_HEADS = (*BOX_HEADS, 'mask_head', 'panoptic_head', 'decode_head')
+"""Attributes of mmdet's detectors and mmseg's segmentors; without boxes, SOLO has a ``mask_head``
+and MaskFormer a ``panoptic_head``."""
 
 
 @register_model_facts
 def describe(model: nn.Module) -> ModelFacts:
     """Facts of a model, whether it is a detector or not.
 
-    A detector's ``auto`` scope is its backbone. Compensation is not for models with boxes, as in
-    arXiv 2506.11784. Inputs of RoI heads are taken at the model's own proposals.
+    A detector's or segmentor's ``auto`` scope is its backbone. Compensation is not for models with
+    boxes, as in arXiv 2506.11784. Inputs of RoI heads are taken at the model's own proposals.
     """
-    is_detector = hasattr(model, 'backbone') and any(hasattr(model, h) for h in DETECTOR_HEADS)
+    is_detector = hasattr(model, 'backbone') and any(hasattr(model, h) for h in DENSE_HEADS)
     return ModelFacts(
         is_detector=is_detector,
         scope='backbone' if is_detector else 'all',
@@ -130,11 +131,11 @@ def _tasks_of(head: Any) -> list[Any]:
 
 @register_score_head
 def find_score_head(model: Any) -> ScoreHead | None:
-    """The head of a classifier."""
+    """The head of a classifier, or the decode heads of a segmentor that classify every pixel."""
     head, inner = (getattr(model, kind.name, None) for kind in (ClassifierHead, WrappedHead))
     if head is not None:
         return ClassifierHead(head)
-    return WrappedHead(inner) if hasattr(inner, 'forward_head') else None
+    return WrappedHead(inner) if hasattr(inner, 'forward_head') else SegmentorHead.of(model)
 
 
 @register_feature_source
@@ -142,12 +143,16 @@ def choose_features(model: Any, units: Sequence[Unit]) -> tuple[FeatureSource, l
     """RoI features where RoI heads are quantized; else what the first head gets and gives.
 
     A head is a child of the model (of the model in a ``TimmClassifier``) whose name ends with
-    ``head``; None where none is quantized.
+    ``head``; None where none is quantized. Segmentors call methods of their decode heads, never the
+    modules: what counts there is the last layer that classifies pixels.
     """
     outer = f'{WrappedHead.name}.' if isinstance(find_score_head(model), WrappedHead) else ''
     owners = [unit.name.removeprefix(outer).split('.')[0] for unit in units]
     if 'roi_head' in owners and hasattr(model, 'rpn_head'):
         return RoIFeatures(model), list(units)
+    if SegmentorHead.name in owners:
+        last = max(i for i, owner in enumerate(owners) if owner == SegmentorHead.name)
+        return HeadFeatures(units[last].module), list(units[: last + 1])
     for index, owner in enumerate(owners):
         if owner.endswith('head'):
             return HeadFeatures(units[index].module), list(units[: index + 1])

@@ -39,7 +39,7 @@ from .checkpoints.run_checkpoint import (
 from .data.calibration_data import CalibrationSet
 from .predictions.prediction_log import ClassAccuracy, PredictionLog, all_or_log, classes_of
 from .run.deployed_figures import report_deployed
-from .run.evaluate import evaluate, validation_key
+from .run.evaluate import evaluate, numbers_of, validation_key
 from .run.progress import ProgressLog
 from .run.resources import StageMeter
 from .run.run_report import RunReport
@@ -152,8 +152,7 @@ class GPLQSession:
 
     def record_stage1(self, metrics: Mapping[str, float]) -> None:
         """Keep the validation metrics of stage 1 under their own names."""
-        numbers = {k: float(v) for k, v in metrics.items() if isinstance(v, int | float)}
-        classes = self.by_class.as_dict()
+        numbers, classes = numbers_of(metrics), self.by_class.as_dict()
         self.report.update(
             'stage1', metrics=numbers, iterations=self.runner.iter, per_class=classes
         )

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Whole models of mmpretrain and mmdet on integers, equal to the simulation bit for bit."""
+"""Whole models of mmpretrain, mmdet and mmseg on integers, equal to the simulation bit for bit."""
 
 from collections import Counter
 from typing import Any
@@ -18,6 +18,7 @@ from tests.helpers.calibration import tensors
 from tests.helpers.engines import converted
 from tests.helpers.mm_models import CLASSIFIERS, DETECTORS, classifier, run_detector, vit_sam
 from tests.helpers.reference import calibrated
+from tests.helpers.segmentors import SEGMENTORS
 
 pytestmark = pytest.mark.skipif(kernels.load()[0] is None, reason=kernels.load()[1])
 RECIPES = ('w4a4', 'w3a3', 'w2a4', 'gplq_w4a4_paper', 'w8a8')
@@ -26,6 +27,7 @@ MODELS = {
     **{f'backbone {name}': (lambda name=name: backbone(name)) for name in BACKBONES},
     'vit_sam': vit_sam,
     **DETECTORS,
+    **SEGMENTORS,
 }
 
 

@@ -29,7 +29,7 @@ class Model(nn.Module):
         (('backbone', '-bbox_head', 'mask_head'), True, True),
         (('backbone', 'panoptic_head'), True, True),
         (('backbone', 'head'), False, True),
-        (('backbone', 'decode_head'), False, True),
+        (('backbone', 'decode_head'), True, True),
         (('layers', 'roi_head'), False, False),
         (('layers',), False, True),
     ],

@@ -87,6 +87,8 @@ class _ClassScores(_RawOutputs):
 def start_outputs(model: Any, batch: Any) -> StartOutputs:
     """Features of a batch, with the RPN's scores or the class logits if the model has them.
 
+    Logits of a segmentor are those of every pixel.
+
     Features are a classifier's penultimate feature, else the result of ``extract_feat()`` (a
     detector's neck), else the model's output.
 

@@ -17,8 +17,8 @@ def image_size(model: Any, given: Sequence[int] | None = None) -> tuple[int, int
     Args:
         model: Model of ``gplq_mm.GPLQ``.
         given: One or two numbers; None for the ``img_size`` of the backbone (of the model in a
-            ``TimmClassifier``), 224 for a classifier without one, 256 for a detector, whose size
-            is free.
+            ``TimmClassifier``), 224 for a classifier without one, the window of a segmentor that
+            slides one over the image, 256 for other detectors and segmentors.
 
     Raises:
         ValueError: If ``given`` is no size.
@@ -29,7 +29,9 @@ def image_size(model: Any, given: Sequence[int] | None = None) -> tuple[int, int
             raise ValueError(f'an image has a height and a width, got {list(given)}')
         return size[0], size[1]
     if model.gplq.is_detector:
-        return DETECTOR_SIZE, DETECTOR_SIZE
+        test_cfg: Mapping[str, Any] = model.gplq.float_cfg.get('test_cfg') or {}
+        window = test_cfg.get('crop_size', (DETECTOR_SIZE, DETECTOR_SIZE))
+        return window[0], window[1]
     backbone: Mapping[str, Any] = model.gplq.float_cfg.get('backbone') or {}
     owner = model.backbone if hasattr(model, 'backbone') else model.model.patch_embed
     found = backbone.get('img_size', getattr(owner, 'img_size', CLASSIFIER_SIZE))

@@ -1,5 +1,5 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
-"""Differences between the tools of mmdet and mmpretrain, chosen by the default scope."""
+"""Differences between the tools of mmdet, mmpretrain and mmseg, chosen by the default scope."""
 
 from copy import deepcopy
 from typing import Any
@@ -21,7 +21,7 @@ def set_mmpretrain_dataloaders(cfg: Config) -> None:
 
 
 def wrap_for_tta(cfg: Config, draws: bool = False) -> None:
-    """Put the model into a test-time-augmentation model, as mmdet's and mmpretrain's tools do.
+    """Put the model into a test-time-augmentation model, as the libraries' own tools do.
 
     Args:
         cfg: Config to change.
@@ -31,7 +31,7 @@ def wrap_for_tta(cfg: Config, draws: bool = False) -> None:
         ConfigError: If the model predicts masks, which mmdet's TTA model cannot merge, or if
             mmpretrain's hook would draw several versions of an image.
     """
-    if draws and cfg.get('default_scope') != 'mmdet':
+    if draws and cfg.get('default_scope') not in ('mmdet', 'mmseg'):
         raise ConfigError(
             "--tta with --show or --show-dir: mmpretrain's visualization hook draws one version "
             'of an image; run once with --tta and once with --show-dir'
@@ -45,6 +45,8 @@ def wrap_for_tta(cfg: Config, draws: bool = False) -> None:
 
 def _flip_model(cfg: Config) -> ConfigDict:
     """The library's model that merges the predictions of an image and its mirror image."""
+    if cfg.get('default_scope') == 'mmseg':
+        return ConfigDict(type='mmseg.SegTTAModel')
     if cfg.get('default_scope') != 'mmdet':
         return ConfigDict(type='mmpretrain.AverageClsScoreTTA')
     network = cfg.model.get('model') or cfg.model
@@ -58,18 +60,25 @@ def _flip_model(cfg: Config) -> ConfigDict:
 
 
 def _flip_pipeline(cfg: Config, pipeline: list[ConfigDict]) -> list[ConfigDict]:
-    """The test pipeline, branching into image and mirror image before the last step."""
-    pack = deepcopy(pipeline[-1])
+    """The test pipeline, branching into image and mirror image before the last step.
+
+    mmseg loads label maps after that, or they would be mirrored, too.
+    """
+    pack, steps = deepcopy(pipeline[-1]), deepcopy(pipeline[:-1])
+    labels = []
+    if cfg.get('default_scope') == 'mmseg':
+        labels = [s for s in steps if 'LoadAnnotations' in str(s['type'])]
+        steps = [s for s in steps if s not in labels]
     if cfg.get('default_scope') == 'mmdet':
         keys = ('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')
         pack.meta_keys = (*keys, 'flip', 'flip_direction')
     flips = [dict(type='RandomFlip', prob=1.0), dict(type='RandomFlip', prob=0.0)]
-    branches = ConfigDict(type='TestTimeAug', transforms=[flips, [pack]])
-    return [*deepcopy(pipeline[:-1]), branches]
+    after = [[step] for step in (*labels, pack)]
+    return [*steps, ConfigDict(type='TestTimeAug', transforms=[flips, *after])]
 
 
 def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: float) -> None:
-    """Turn the visualization hook on, with mmdet's or mmpretrain's arguments.
+    """Turn the visualization hook on, with the arguments of its library.
 
     Raises:
         ConfigError: If the config has no visualization hook.
@@ -79,9 +88,12 @@ def show_predictions(cfg: Config, show: bool, folder: str | None, wait_time: flo
         raise ConfigError(
             '--show and --show-dir need the visualization hook; write '
             "default_hooks = dict(visualization=dict(type='DetVisualizationHook')), "
-            "or 'VisualizationHook' for mmpretrain"
+            "'SegVisualizationHook' for mmseg, or 'VisualizationHook' for mmpretrain"
         )
-    is_detection = cfg.get('default_scope') == 'mmdet'
-    hook.update({'draw' if is_detection else 'enable': True, 'show': show, 'wait_time': wait_time})
-    if folder:
-        hook['test_out_dir' if is_detection else 'out_dir'] = folder
+    is_classification = cfg.get('default_scope') not in ('mmdet', 'mmseg')
+    switch = 'enable' if is_classification else 'draw'
+    hook.update({switch: True, 'show': show, 'wait_time': wait_time})
+    if folder and cfg.get('default_scope') == 'mmseg':
+        cfg.visualizer['save_dir'] = folder
+    elif folder:
+        hook['out_dir' if is_classification else 'test_out_dir'] = folder

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ['USER_ERROR', 'ConfigError', 'is_refusal', 'run_tool']
 
-_LIBRARIES = ('mmdet', 'mmpretrain')
+_LIBRARIES = ('mmdet', 'mmpretrain', 'mmseg')
 
 
 class Options(DictAction):

@@ -42,13 +42,18 @@ def evaluate(
     dataset: Any = loop.dataloader.dataset
     metrics = loop.evaluator.evaluate(len(dataset))
     model.train(was_training)
-    return {name: float(value) for name, value in metrics.items() if _is_number(value)}
+    return numbers_of(metrics)
 
 
 def validation_key(cfg: Mapping[str, Any]) -> str:
     """Hash of the images and the metric that score a run."""
     loader = cfg.get('val_dataloader') or {}
     return short_sha256((loader.get('dataset'), cfg.get('val_evaluator')))
+
+
+def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics that are numbers, NumPy's among them, as plain numbers."""
+    return {name: float(value) for name, value in metrics.items() if _is_number(value)}
 
 
 def _is_number(value: Any) -> bool:

@@ -172,7 +172,7 @@ def versions() -> dict[str, str]:
         'torch': torch.__version__,
         'mmengine': mmengine.__version__,
     }
-    for name in ('mmcv', 'mmdet', 'mmpretrain'):
+    for name in ('mmcv', 'mmdet', 'mmpretrain', 'mmseg'):
         try:
             found[name] = __import__(name).__version__
         except (ImportError, AssertionError):

@@ -9,14 +9,16 @@ from torch import Tensor, nn
 
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
 
 from mmpretrain.models import VAN
 
 from gplq_mm.convert import convert_
-from tests.helpers.backbones import BACKBONES, backbone
+from tests.helpers.all_backbones import BACKBONES, backbone
 from tests.helpers.engines import assert_engines_agree, converted
 from tests.helpers.identity import assert_identity
 from tests.helpers.mm_models import calibrate_activations, calibrate_weights, tensors
+from tests.helpers.segmentors import PRODUCTS as OF_MMSEG
 
 PRODUCTS = {
     'twins_pcpvt': 2 * 3,
@@ -26,6 +28,7 @@ PRODUCTS = {
     'xcit': 2 * 3,
     'edgenext': 2 * 3,
     'mvit': 4 * 3,
+    **OF_MMSEG,
 }
 """Name -> matrix products of its attentions."""
 

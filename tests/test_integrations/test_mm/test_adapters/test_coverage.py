@@ -15,10 +15,12 @@ from torch import nn
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
+pytest.importorskip('mmseg')
 
 from gplq_mm.convert import convert_
-from tests.helpers.backbones import BACKBONES, backbone
+from tests.helpers.all_backbones import BACKBONES, backbone
 from tests.helpers.mm_models import CLASSIFIERS, DETECTORS, classifier, vit_sam
+from tests.helpers.segmentors import SEGMENTORS
 
 TABLE = Path(__file__).with_name('coverage.json')
 MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -29,6 +31,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str]] = {
         f'{name} {scope}': (DETECTORS[name], scope)
         for name in DETECTORS
         for scope in ('backbone', 'backbone+neck', 'all')
+    },
+    **{
+        f'{name} {scope}': (make, scope)
+        for name, make in SEGMENTORS.items()
+        for scope in ('backbone', 'all')
     },
 }
 

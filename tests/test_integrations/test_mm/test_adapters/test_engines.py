@@ -6,10 +6,15 @@ import torch
 
 pytest.importorskip('mmpretrain')
 pytest.importorskip('mmdet')
+pytest.importorskip('mmseg')
 
-from tests.helpers.attentions import ATTENTIONS, randomized
+from tests.helpers import attentions, segmentors
+from tests.helpers.attentions import randomized
 from tests.helpers.engines import assert_engines_agree, converted
 from tests.helpers.mm_models import CLASSIFIERS, DETECTORS, classifier, run_detector, vit_sam
+
+OF_MMSEG = {n: segmentors.ATTENTIONS[n] for n in segmentors.IN_NO_SEGMENTOR}
+ATTENTIONS = {**attentions.ATTENTIONS, **OF_MMSEG}
 
 
 @pytest.mark.parametrize('recipe', ['w4a4', 'gplq_w4a4_paper'])

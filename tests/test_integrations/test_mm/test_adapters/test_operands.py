@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
+pytest.importorskip('mmseg')
 
 from mmdet.models.layers.transformer import DetrTransformerDecoderLayer
 
 from gplq_mm.convert import convert_
 from gplq_mm.quantizers import PerChannel, PerRow
-from tests.helpers.attentions import ATTENTIONS, randomized
+from tests.helpers import attentions, segmentors
+from tests.helpers.attentions import randomized
 from tests.helpers.backbones import BACKBONES, backbone
 from tests.helpers.mm_models import (
     CLASSIFIERS,
@@ -37,6 +39,8 @@ from tests.helpers.products import (
     record_products,
 )
 
+OF_MMSEG = {n: segmentors.ATTENTIONS[n] for n in segmentors.IN_NO_SEGMENTOR}
+ATTENTIONS = {**attentions.ATTENTIONS, **OF_MMSEG}
 BITS = 4
 ALLOWED = {'*.cpb_mlp.*': 'acts on a constant table: a deployed model stores its output'}
 CHANNEL_AXIS = {'convolution': 1, 'bmm': 0, 'baddbmm': 0}
@@ -89,8 +93,19 @@ CASES: dict[str, Case] = {
     'vit_sam_larger': (vit_sam, lambda m, x: m(x), (1, 3, 40, 36)),
     'detr_layer': (_detr_layer, _run_detr_layer, (2, 8, 16)),
     **{name: (make, run_detector, (1, 3, 40, 56)) for name, make in DETECTORS.items()},
+    **{
+        name: (make, lambda m, x: m(x, mode='tensor'), (2, 3, 32, 32))
+        for name, make in segmentors.SEGMENTORS.items()
+    },
     **{f'attention {name}': _attention(name) for name in ATTENTIONS},
 }
+
+PAIRS = [
+    (case, recipe)
+    for case in CASES
+    for recipe in RECIPES
+    if recipe == RECIPES[0] or case.removeprefix('attention ') not in segmentors.ALL_NAMES
+]
 
 
 @cache
@@ -167,8 +182,7 @@ def has_activations_on_grids(model: nn.Module, product: ExecutedProduct) -> bool
     )
 
 
-@pytest.mark.parametrize('recipe', RECIPES)
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(('case', 'recipe'), PAIRS)
 def test_all_products_multiply_integers(case: str, recipe: str) -> None:
     model, x, operations = calibrated(case, recipe)
     model = copy.deepcopy(model)
@@ -179,8 +193,7 @@ def test_all_products_multiply_integers(case: str, recipe: str) -> None:
     assert len([p for p in products if not is_allowed(p, ALLOWED)]) >= operations
 
 
-@pytest.mark.parametrize('recipe', RECIPES)
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(('case', 'recipe'), PAIRS)
 def test_stage_1_activations_are_on_the_grid(case: str, recipe: str) -> None:
     model, x, _ = calibrated(case, recipe)
     with torch.enable_grad():  # as in training: values, not codes

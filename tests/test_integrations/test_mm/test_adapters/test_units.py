@@ -10,13 +10,14 @@ import torch
 
 pytest.importorskip('mmdet')
 pytest.importorskip('mmpretrain')
+pytest.importorskip('mmseg')
 
 from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 
 from gplq_mm.convert import convert_, quantized_layers, resolve_recipe
 from gplq_mm.integrations.mm.roi_features import RoIFeatures
-from gplq_mm.ptq.rounding.feature_source import feature_source
+from gplq_mm.ptq.rounding.feature_source import HeadFeatures, feature_source
 from gplq_mm.ptq.stage2 import run_stage2
 from gplq_mm.stream import UnitStream, find_units
 from tests.helpers.mm_models import (
@@ -28,6 +29,7 @@ from tests.helpers.mm_models import (
     tensors,
     vit_sam,
 )
+from tests.helpers.segmentors import SEGMENTORS
 
 SWIN_BLOCKS = [f'backbone.stages.{s}.blocks.{b}' for s in (0, 1) for b in (0, 1)]
 SWIN = ['backbone.patch_embed', *SWIN_BLOCKS[:2], 'backbone.stages.0.downsample', *SWIN_BLOCKS[2:]]
@@ -37,6 +39,15 @@ WANTED = {
     'vit': [*VIT, 'head'],
     'swin': [*SWIN, 'head'],
     'mask_rcnn': [*RPN, 'roi_head.bbox_head', 'roi_head.mask_head'],
+    'upernet': [
+        *SWIN,
+        'decode_head.lateral_convs.0',
+        'decode_head.psp_modules',
+        'decode_head.bottleneck',
+        'decode_head.fpn_convs.0',
+        'decode_head.fpn_bottleneck',
+        'decode_head.conv_seg',
+    ],
     'cascade_rcnn': [*RPN, *(f'roi_head.{k}_head.{i}' for k in ('bbox', 'mask') for i in (0, 1))],
 }
 
@@ -45,7 +56,8 @@ def prepared(name: str) -> tuple[Any, Any]:
     """A calibrated model and its pass over two images."""
     recipe = dict(base='w4a4', scope='all')
     images = torch.rand(2, 3, 32, 32)
-    model = classifier(name) if name in CLASSIFIERS else DETECTORS[name]()
+    models = {**DETECTORS, **SEGMENTORS}
+    model = classifier(name) if name in CLASSIFIERS else models[name]()
     convert_(model, recipe)
     run = pass_of(model, images)
     calibrate_activations(model, run)
@@ -58,7 +70,8 @@ def pass_of(model: Any, images: torch.Tensor) -> Callable[[], None]:
     def run() -> None:
         with torch.no_grad():
             for image in images:
-                model(image[None]) if hasattr(model, 'head') else run_detector(model, image[None])
+                is_detector = hasattr(model, 'bbox_head') or hasattr(model, 'rpn_head')
+                run_detector(model, image[None]) if is_detector else model(image[None])
 
     return run
 
@@ -98,6 +111,7 @@ def test_every_unit_gets_the_inputs_of_the_whole_model(name: str) -> None:
         ('swin', ['gptq', dict(type='brecq', steps=2, global_weight=0.5)]),
         ('mask_rcnn', dict(type='brecq', steps=2, global_weight=0.5, global_batches=1)),
         ('swin_v2', ['repq', 'gptq']),
+        ('upernet', dict(type='brecq', steps=2, global_weight=0.5, global_batches=1)),
     ],
 )
 def test_combinations_run_on_real_structures_and_leave_weights_on_the_grid(
@@ -110,6 +124,14 @@ def test_combinations_run_on_real_structures_and_leave_weights_on_the_grid(
         folded = layer.folded_weight()
         codes, scale = layer.weight_quantizer.codes(folded)
         torch.testing.assert_close(codes * scale, folded, rtol=1e-5, atol=1e-7)
+
+
+def test_a_segmentor_is_compared_at_the_layer_that_classifies_pixels() -> None:
+    model, run = prepared('upernet')
+    units = find_units(model, quantized_layers(model), run)
+    source, chosen = feature_source(model, units)
+    assert isinstance(source, HeadFeatures) and source.head is model.decode_head.conv_seg
+    assert chosen == units
 
 
 def test_vitdet_like_backbone() -> None:

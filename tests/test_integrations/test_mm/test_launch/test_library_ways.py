@@ -41,6 +41,7 @@ def test_mmpretrain_dataloaders_collate_as_its_own_tools_do() -> None:
     [
         ('mmdet', 'PackDetInputs', 'DetTTAModel'),
         ('mmpretrain', 'PackInputs', 'mmpretrain.AverageClsScoreTTA'),
+        ('mmseg', 'PackSegInputs', 'mmseg.SegTTAModel'),
     ],
 )
 def test_tta_merges_an_image_and_its_mirror_image(scope: str, pack: str, merger: str) -> None:
@@ -53,6 +54,19 @@ def test_tta_merges_an_image_and_its_mirror_image(scope: str, pack: str, merger:
     assert [flip['prob'] for flip in flips] == [1.0, 0.0]
     assert last['type'] == pack
     assert ('flip' in last.get('meta_keys', ())) is (scope == 'mmdet')
+
+
+def test_label_maps_are_not_mirrored() -> None:
+    cfg = config('mmseg', 'PackSegInputs', float_type='EncoderDecoder')
+    cfg.test_dataloader.dataset.pipeline.insert(1, dict(type='LoadAnnotations'))
+    wrap_for_tta(cfg, draws=True)
+    load, branches = cfg.test_dataloader.dataset.pipeline
+    assert load.type == 'LoadImageFromFile'
+    assert [step[0]['type'] for step in branches.transforms] == [
+        'RandomFlip',
+        'LoadAnnotations',
+        'PackSegInputs',
+    ]
 
 
 def test_tta_of_the_config_wins() -> None:
@@ -91,7 +105,9 @@ def test_tta_of_a_mask_head_taken_out() -> None:
 
 def test_show_predictions_in_the_words_of_each_library() -> None:
     detection, classification = config('mmdet', 'P'), config('mmpretrain', 'P')
-    for cfg in (detection, classification):
+    segmentation = config('mmseg', 'P')
+    segmentation.visualizer = dict(type='V')
+    for cfg in (detection, classification, segmentation):
         show_predictions(cfg, show=False, folder='painted', wait_time=1.0)
     assert detection.default_hooks.visualization == dict(
         type='V', draw=True, show=False, wait_time=1.0, test_out_dir='painted'
@@ -99,6 +115,10 @@ def test_show_predictions_in_the_words_of_each_library() -> None:
     assert classification.default_hooks.visualization == dict(
         type='V', enable=True, show=False, wait_time=1.0, out_dir='painted'
     )
+    assert segmentation.default_hooks.visualization == dict(
+        type='V', draw=True, show=False, wait_time=1.0
+    )
+    assert segmentation.visualizer.save_dir == 'painted'
 
 
 def test_show_predictions_needs_the_hook() -> None:

@@ -4,10 +4,11 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mmengine.runner import Runner
 
-from gplq_mm.integrations.mm.run.evaluate import evaluate
+from gplq_mm.integrations.mm.run.evaluate import evaluate, numbers_of
 from tests.helpers.runners import float_config, make_runner
 from tests.helpers.tiny_projects import TinyProject
 
@@ -40,3 +41,7 @@ def test_only_numbers_are_kept(runner: Runner, monkeypatch: pytest.MonkeyPatch) 
     given: dict[str, Any] = {'a': 1, 'name': 'x', 'list': [1], 'none': None, 'nan': float('inf')}
     monkeypatch.setattr(runner.val_loop.evaluator, 'evaluate', lambda size: given)
     assert evaluate(runner, runner.val_loop, 'x') == {'a': 1.0, 'nan': float('inf')}
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert numbers_of({'mIoU': np.float32(0.5), 'table': 'x'}) == {'mIoU': 0.5}

@@ -19,10 +19,10 @@ from .....convert import (
     register_roles,
     set_ffn_roles,
 )
-from .....ops import linear_with_bias, quantized_attention, swap_class
+from .....ops import quantized_attention, swap_class
 from .....ops.attention.dot_product import DotProductAttention
+from .....ops.attention.position_bias import PositionBiasAttention
 from .....ops.attention.products import added
-from .....ops.attention.window import gathered_bias
 from .....ops.feed_forward import SequentialFeedForward
 
 
@@ -39,34 +39,8 @@ class QuantMultiheadAttention(DotProductAttention, MultiheadAttention):
         return v.squeeze(1) + x if self.v_shortcut else x
 
 
-class QuantBEiTAttention(BEiTAttention):
+class QuantBEiTAttention(PositionBiasAttention, BEiTAttention):
     """``BEiTAttention`` with quantized matmuls."""
-
-    qk_matmul: Any
-    pv_matmul: Any
-
-    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
-        """``(B, N, C)`` -> same; ``rel_pos_bias`` is ``(heads, N, N)``."""
-        B, N, C = x.shape
-        qkv = self._qkv(x).reshape(B, N, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, heads, N, D)
-        biases = []
-        if self.relative_position_bias_table is not None:
-            table, index = self.relative_position_bias_table, self.relative_position_index
-            biases.append(gathered_bias(table, index))
-        if rel_pos_bias is not None:
-            biases.append(rel_pos_bias)
-        x = quantized_attention(
-            self.qk_matmul, self.pv_matmul, q, k, v, added, biases, self.attn_drop, self.scale
-        )
-        x = x.transpose(1, 2).reshape(B, N, C)
-        return self.proj_drop(self.proj(x))
-
-    def _qkv(self, x: Tensor) -> Tensor:
-        if self.bias != 'qv_bias':
-            return self.qkv(x)
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.v_bias), self.v_bias))
-        return linear_with_bias(self.qkv, x, bias)
 
 
 class QuantAttentionWithRoPE(AttentionWithRoPE):

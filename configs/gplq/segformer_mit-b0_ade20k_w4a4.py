@@ -1,0 +1,18 @@
+# SegFormer-B0, ADE20K. Float (OpenMMLab zoo): 37.41 mIoU.
+_base_ = [
+    'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py',
+    './_base_/stage1_segmentation.py',
+]
+load_from = (
+    'https://download.openmmlab.com/mmsegmentation/v0.5/'
+    'segformer/'
+    'segformer_mit-b0_512x512_160k_ade20k/'
+    'segformer_mit-b0_512x512_160k_ade20k_20210726_101530-8ffa8fda.pth')
+model = dict(
+    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe='w4a4', backbone=dict(init_cfg=None))
+train_dataloader = dict(sampler=_base_.stage1_sampler)
+train_cfg = dict(_delete_=True, **_base_.stage1_loop)
+default_hooks = _base_.stage1_hooks
+log_processor = dict(by_epoch=True)
+optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')
+param_scheduler = _base_.stage1_scheduler

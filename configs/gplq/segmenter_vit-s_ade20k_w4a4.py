@@ -1,0 +1,19 @@
+# Segmenter, ViT-S, ADE20K. Float (OpenMMLab zoo): 46.19 mIoU.
+_base_ = [
+    'mmseg::segmenter/segmenter_vit-s_mask_8xb1-160k_ade20k-512x512.py',
+    './_base_/stage1_segmentation.py',
+]
+load_from = (
+    'https://download.openmmlab.com/mmsegmentation/v0.5/'
+    'segmenter/'
+    'segmenter_vit-s_mask_8x1_512x512_160k_ade20k/'
+    'segmenter_vit-s_mask_8x1_512x512_160k_ade20k_20220105_151706-511bb103.pth')
+model = dict(
+    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe='w4a4', pretrained=None,
+    backbone=dict(init_cfg=None))
+train_dataloader = dict(sampler=_base_.stage1_sampler)
+train_cfg = dict(_delete_=True, **_base_.stage1_loop)
+default_hooks = _base_.stage1_hooks
+log_processor = dict(by_epoch=True)
+optim_wrapper = dict(_delete_=True, constructor='gplq_mm.GPLQOptimWrapperConstructor')
+param_scheduler = _base_.stage1_scheduler
