@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import runpy
 import sys
-from argparse import SUPPRESS, Action, ArgumentParser, HelpFormatter
+from argparse import SUPPRESS, Action, ArgumentParser
 from pathlib import Path
 from unittest.mock import patch
 
 from gplq_mm.__main__ import COMMANDS, build_parser
+from gplq_mm.compat.argument_parser import actions_of, expanded_help, value_form
 from gplq_mm.integrations.mm.launch.tools import add_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,19 +89,17 @@ def _carry_out(parser: ArgumentParser, *_: object) -> None:
 def arguments(parser: ArgumentParser) -> list[Action]:
     """Arguments of a parser for users: not those of launchers, not `--help`."""
     hidden = {'--help', '--local-rank'}
-    return [action for action in parser._actions if not hidden & {*action.option_strings}]
+    return [action for action in actions_of(parser) if not hidden & {*action.option_strings}]
 
 
 def row(action: Action) -> str:
     """One argument as a line of a table."""
-    formatter = HelpFormatter(prog='', width=10_000)
     shown = ', '.join(action.option_strings) or str(action.metavar or action.dest)
     if action.option_strings and action.nargs != 0:
-        default = action.dest.upper()
-        shown = f'{action.option_strings[-1]} {formatter._format_args(action, default)}'
+        shown = f'{action.option_strings[-1]} {value_form(action)}'
         if action.choices and action.nargs == '+':  # argparse writes the choices twice
             shown = f'{shown.split(" [")[0]} ...'
-    text = formatter._expand_help(action) if action.help not in (None, SUPPRESS) else ''
+    text = expanded_help(action) if action.help not in (None, SUPPRESS) else ''
     if action.required and action.option_strings:
         text += ' (required)'
     if action.default not in (None, False, SUPPRESS, [None]) and 'default' not in text:
@@ -146,7 +145,7 @@ def render() -> dict[str, str]:
 
 def command_parser(name: str) -> ArgumentParser:
     """The parser of `python -m gplq_mm NAME`."""
-    commands = next(a for a in build_parser(name)._actions if a.dest == 'command')
+    commands = next(a for a in actions_of(build_parser(name)) if a.dest == 'command')
     assert isinstance(commands.choices, dict)
     return commands.choices[name]
 

@@ -80,7 +80,12 @@ class SharedQueryMatMul(QuantMatMul):
         return compute(_SharedProduct(self), lhs, rhs, lhs_scale)
 
     def total(self, lhs: Tensor, rhs: Tensor) -> Tensor:
-        """Product of the codes of both operands as exact integers, in the type of ``rhs``."""
+        """Product of the codes of both operands as exact integers, in the type of ``rhs``.
+
+        Args:
+            lhs: Codes, ``(..., N, K)``.
+            rhs: Codes, ``(..., K, M)``.
+        """
         dtype = accumulator_dtype(self.lhs_quantizer, self.rhs_quantizer, lhs.shape[-1])
         return exact_total(self.contract(lhs.to(dtype), rhs.to(dtype)), rhs.dtype)
 

@@ -11,6 +11,7 @@ from mmpretrain.models.heads import (
     MultiLabelClsHead,
 )
 
+from .....compat.mmpretrain import loss_of_scores
 from .....convert import Context, child_name, register_roles, set_predictor_roles
 
 PREDICTORS = r'^(fc|head|head_dist|dist_head|conv_cls_head|trans_cls_head)$'
@@ -57,7 +58,7 @@ class FeatureTimmClassifier(TimmClassifier):
     def loss(self, inputs: Any, data_samples: Any, **kwargs: Any) -> Any:
         """The loss of ``TimmClassifier``, in the two steps of timm's own forward pass."""
         scores = self.model.forward_head(self.extract_feat(inputs))
-        return self._get_loss(scores, data_samples, **kwargs)
+        return loss_of_scores(self, scores, data_samples, **kwargs)
 
 
 @register_roles(TimmClassifier)

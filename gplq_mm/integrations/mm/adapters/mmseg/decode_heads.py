@@ -13,6 +13,7 @@ from mmseg.models.segmentors import EncoderDecoder
 from mmseg.models.utils.encoding import Encoding
 from torch import Tensor
 
+from .....compat.mmseg import input_of_head
 from .....convert import (
     Context,
     child_name,
@@ -49,7 +50,7 @@ class QuantSegmenterHead(SegmenterMaskTransformerHead):
 
     def forward(self, inputs: Any) -> Tensor:
         """Features -> masks ``(B, classes, H, W)``."""
-        x = self._transform_inputs(inputs)
+        x = input_of_head(self, inputs)
         B, C, H, W = x.shape
         x = self.dec_proj(x.permute(0, 2, 3, 1).contiguous().view(B, -1, C))
         x = torch.cat((x, self.cls_emb.expand(B, -1, -1)), 1)
