@@ -9,7 +9,7 @@ load_from = (
     'segmenter_vit-s_mask_8x1_512x512_160k_ade20k/'
     'segmenter_vit-s_mask_8x1_512x512_160k_ade20k_20220105_151706-511bb103.pth')
 model = dict(
-    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe='w4a4', pretrained=None,
+    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'), pretrained=None,
     backbone=dict(init_cfg=None))
 train_dataloader = dict(sampler=_base_.stage1_sampler)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)

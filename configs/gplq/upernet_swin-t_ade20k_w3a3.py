@@ -1,2 +1,2 @@
 _base_ = './upernet_swin-t_ade20k_w4a4.py'
-model = dict(recipe='w3a3')
+model = dict(recipe=dict(base='w3a3'))
