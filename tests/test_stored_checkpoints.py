@@ -97,7 +97,7 @@ class Stored:
         with DefaultScope.overwrite_default_scope(cfg.get('default_scope', 'mmdet')):
             torch.manual_seed(5)
             self.model: nn.Module = MODELS.build(cfg.model)
-        self.runner: Any = SimpleNamespace(model=self.model, _resume=False)
+        self.runner: Any = SimpleNamespace(model=self.model, cfg=cfg, _resume=False)
 
     def load(self) -> None:
         """As a test of the checkpoint does it: the hook looks at it, then MMEngine loads it."""

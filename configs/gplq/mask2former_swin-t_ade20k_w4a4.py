@@ -9,7 +9,8 @@ load_from = (
     'mask2former_swin-t_8xb2-160k_ade20k-512x512/'
     'mask2former_swin-t_8xb2-160k_ade20k-512x512_20221203_234230-7d64e5dd.pth')
 model = dict(
-    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'), backbone=dict(init_cfg=None))
+    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'),
+    backbone=dict(init_cfg=None))
 train_dataloader = dict(sampler=_base_.stage1_sampler)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 default_hooks = _base_.stage1_hooks

@@ -9,7 +9,8 @@ load_from = (
     'segformer_mit-b2_512x512_160k_ade20k/'
     'segformer_mit-b2_512x512_160k_ade20k_20210726_112103-cbd414ac.pth')
 model = dict(
-    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'), backbone=dict(init_cfg=None))
+    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'),
+    backbone=dict(init_cfg=None))
 train_dataloader = dict(sampler=_base_.stage1_sampler)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 default_hooks = _base_.stage1_hooks

@@ -9,7 +9,8 @@ load_from = (
     'upernet_swin_tiny_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K/'
     'upernet_swin_tiny_patch4_window7_512x512_160k_ade20k_pretrain_224x224_1K_20210531_112542-e380ad3e.pth')
 model = dict(
-    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'), backbone=dict(init_cfg=None))
+    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'),
+    backbone=dict(init_cfg=None))
 train_dataloader = dict(sampler=_base_.stage1_sampler)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 default_hooks = _base_.stage1_hooks

@@ -6,7 +6,8 @@ _base_ = [
 ]
 load_from = 'checkpoints/upernet_swin-t_cityscapes.pth'
 model = dict(
-    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'), backbone=dict(init_cfg=None))
+    type='gplq_mm.GPLQ', float_type='EncoderDecoder', recipe=dict(base='w4a4'),
+    backbone=dict(init_cfg=None))
 train_dataloader = dict(sampler=_base_.stage1_sampler)
 train_cfg = dict(_delete_=True, **_base_.stage1_loop)
 default_hooks = _base_.stage1_hooks

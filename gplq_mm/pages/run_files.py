@@ -83,10 +83,7 @@ def read_run(report: Path) -> RunFiles:
     Raises:
         ValueError: If it is no report of a run.
     """
-    try:
-        content = read_json(report)
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{report} is no JSON: {error}') from error
+    content = read_json(report)
     if not {'recipe', 'coverage'} <= set(content):
         raise ValueError(f'{report} is no report of a GPLQ run: it has no recipe and coverage')
     folder = report.parent

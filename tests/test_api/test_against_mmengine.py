@@ -56,7 +56,7 @@ class Images:
     def sample(self, number: int, size: int, most: int, section: str) -> 'Images':
         return Images(torch.cat(self.batches)[:number], size)
 
-    def run_pass(self, model: nn.Module, title: str) -> Any:
+    def run_pass(self, model: nn.Module, title: str, passes: int = 0) -> Any:
         @torch.no_grad()
         def run() -> None:
             for batch in self.batches:

@@ -50,7 +50,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         find_report(tmp_path)
     report = tmp_path / 'gplq_report.json'
     report.write_text('[')
-    with pytest.raises(ValueError, match='is no JSON'):
+    with pytest.raises(ValueError, match='is damaged'):
         read_run(find_report(report))
     report.write_text('{"recipe": {}}')
     with pytest.raises(ValueError, match='no report of a GPLQ run'):

@@ -169,7 +169,7 @@ class Images(CalibrationSet):
     def log(self) -> None:
         pass
 
-    def run_pass(self, model: Any, title: str) -> Any:
+    def run_pass(self, model: Any, title: str, passes: int = 0) -> Any:
         return None
 
     def sample(self, *asked: Any) -> 'Images':

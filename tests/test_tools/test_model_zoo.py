@@ -20,7 +20,7 @@ with pytest.MonkeyPatch.context() as _patch:
 CONFIGS = sorted(
     path for path in (REPOSITORY / 'configs/gplq').glob('*.py') if '_transfer' not in path.stem
 )
-FLOAT = re.compile(r'Float[^:]*: ([\d.]+)(?: top-1| box / ([\d.]+) mask AP)')
+FLOAT = re.compile(r'Float[^:]*: ([\d.]+)(?: top-1| mIoU| box / ([\d.]+) mask AP)')
 REPORT = dict(
     recipe=dict(name='w4a4', scope='all', activation=dict(num_bits=4), weight=dict(num_bits=4)),
     seed=0,

@@ -153,9 +153,9 @@ class GPLQSession:
     def record_stage1(self, metrics: Mapping[str, float]) -> None:
         """Keep the validation metrics of stage 1 under their own names."""
         numbers, classes = numbers_of(metrics), self.by_class.as_dict()
-        self.report.update(
-            'stage1', metrics=numbers, iterations=self.runner.iter, per_class=classes
-        )
+        self.report.update('stage1', metrics=numbers, iterations=self.runner.iter)
+        if classes:
+            self.report.update('stage1', per_class=classes)
         self._watch_stage1()
 
     def _watch_stage1(self) -> None:
