@@ -28,11 +28,12 @@ def image_size(model: Any, given: Sequence[int] | None = None) -> tuple[int, int
         if len(size) != 2 or min(size) < 1:
             raise ValueError(f'an image has a height and a width, got {list(given)}')
         return size[0], size[1]
+    float_cfg: Mapping[str, Any] = getattr(model.gplq, 'float_cfg', {})  # none without MMEngine
     if model.gplq.is_detector:
-        test_cfg: Mapping[str, Any] = model.gplq.float_cfg.get('test_cfg') or {}
+        test_cfg: Mapping[str, Any] = float_cfg.get('test_cfg') or {}
         window = test_cfg.get('crop_size', (DETECTOR_SIZE, DETECTOR_SIZE))
         return window[0], window[1]
-    backbone: Mapping[str, Any] = model.gplq.float_cfg.get('backbone') or {}
+    backbone: Mapping[str, Any] = float_cfg.get('backbone') or {}
     owner = model.backbone if hasattr(model, 'backbone') else model.model.patch_embed
     found = backbone.get('img_size', getattr(owner, 'img_size', CLASSIFIER_SIZE))
     return (found, found) if isinstance(found, int) else (found[0], found[1])
