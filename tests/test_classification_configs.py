@@ -17,7 +17,8 @@ pytest.importorskip('mmpretrain')
 
 from gplq_mm.convert import quantized_layers, resolve_recipe
 from gplq_mm.integrations.mm.launch.config import apply_cfg_options, override_image_size
-from gplq_mm.integrations.mm.launch.preflight import ConfigError, check_float_checkpoint
+from gplq_mm.integrations.mm.launch.errors import ConfigError
+from gplq_mm.integrations.mm.launch.preflight import check_float_checkpoint
 from gplq_mm.registry import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -17,12 +17,9 @@ from mmengine.config import Config
 from mmengine.logging import print_log
 from mmengine.runner import Runner
 
-from gplq_mm.integrations.mm.launch.preflight import (
-    ConfigError,
-    check_checkpoint,
-    check_data,
-    is_gplq,
-)
+from gplq_mm.integrations.mm.launch.errors import ConfigError
+from gplq_mm.integrations.mm.launch.preflight import check_checkpoint, check_data
+from gplq_mm.integrations.mm.launch.settings_check import is_gplq
 from gplq_mm.integrations.mm.launch.tools import add_arguments, build_runner, read_config, run_tool
 from gplq_mm.integrations.mm.studies.ptq_comparison import PTQComparison
 from gplq_mm.ptq import build_weight_ptq

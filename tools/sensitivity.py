@@ -18,12 +18,9 @@ from mmengine.logging import print_log
 
 from gplq_mm.analysis.operands import KINDS
 from gplq_mm.analysis.sensitivity_table import comparison_table, worst_table
-from gplq_mm.integrations.mm.launch.preflight import (
-    ConfigError,
-    check_checkpoint,
-    check_data,
-    is_gplq,
-)
+from gplq_mm.integrations.mm.launch.errors import ConfigError
+from gplq_mm.integrations.mm.launch.preflight import check_checkpoint, check_data
+from gplq_mm.integrations.mm.launch.settings_check import is_gplq
 from gplq_mm.integrations.mm.launch.tools import add_arguments, build_runner, read_config, run_tool
 from gplq_mm.integrations.mm.studies import mixed_recipe
 from gplq_mm.integrations.mm.studies.measured_sensitivity import (

@@ -26,16 +26,16 @@ from gplq_mm.integrations.mm.deployment.engine_choice import (
     set_inference_,
     use_file_,
 )
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.library_ways import show_predictions, wrap_for_tta
 from gplq_mm.integrations.mm.launch.preflight import (
-    ConfigError,
     check_checkpoint,
     check_data,
     check_float_model,
     downloaded,
-    is_gplq,
     require_hook,
 )
+from gplq_mm.integrations.mm.launch.settings_check import is_gplq
 from gplq_mm.integrations.mm.launch.tools import add_arguments, build_runner, read_config, run_tool
 
 

@@ -19,7 +19,8 @@ from mmengine.logging import print_log
 from mmengine.registry import init_default_scope
 
 from gplq_mm.analysis.linear_probe import ProbeSettings
-from gplq_mm.integrations.mm.launch.preflight import ConfigError, check_checkpoint, check_data
+from gplq_mm.integrations.mm.launch.errors import ConfigError
+from gplq_mm.integrations.mm.launch.preflight import check_checkpoint, check_data
 from gplq_mm.integrations.mm.launch.tools import add_arguments, read_config, run_tool
 from gplq_mm.integrations.mm.studies.transfer import transfer, transfer_by_training
 

@@ -14,7 +14,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from ..integrations.mm.launch.preflight import ConfigError
+from ..integrations.mm.launch.errors import ConfigError
 from ..recipe import as_recipe
 from ..recipe.auto_settings import AUTO, MEASURED_ITERATIONS
 

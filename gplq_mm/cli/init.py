@@ -15,14 +15,14 @@ from mmengine.runner.checkpoint import CheckpointLoader
 from ..compat.installed import check_versions, is_installed
 from ..compat.mmengine import is_lazy_config
 from ..convert import PRESETS, resolve_recipe
+from ..integrations.mm.launch.errors import ConfigError
 from ..integrations.mm.launch.preflight import (
-    ConfigError,
     check_checkpoint,
     check_float_checkpoint,
-    is_gplq,
     is_url,
     key_mismatch,
 )
+from ..integrations.mm.launch.settings_check import is_gplq
 from ..integrations.mm.launch.tools import load_config
 from .gplq_config import config_text
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from tests.helpers.mm_models import build
 
-_TWINS = dict(
+TWINS = dict(
     embed_dims=[8, 16],
     depths=[1, 2],
     num_heads=[1, 2],
@@ -20,8 +20,8 @@ _TWINS = dict(
 _SWIN = dict(embed_dims=8, depths=[1, 1], num_heads=[2, 4])
 
 BACKBONES: dict[str, tuple[dict[str, Any], int]] = {
-    'twins_pcpvt': (dict(type='PCPVT', arch=_TWINS, out_indices=(1,)), 32),
-    'twins_svt': (dict(type='SVT', arch={**_TWINS, 'window_sizes': [3, 2]}, out_indices=(1,)), 32),
+    'twins_pcpvt': (dict(type='PCPVT', arch=TWINS, out_indices=(1,)), 32),
+    'twins_svt': (dict(type='SVT', arch={**TWINS, 'window_sizes': [3, 2]}, out_indices=(1,)), 32),
     'davit': (
         dict(type='DaViT', arch=_SWIN, patch_size=4, window_size=4, ffn_ratio=2, out_indices=(1,)),
         32,

@@ -12,6 +12,7 @@ from mmseg.models.utils import SelfAttentionBlock
 from mmseg.utils import register_all_modules
 from torch import nn
 
+from tests.helpers.backbones import TWINS
 from tests.helpers.mm_models import build
 
 register_all_modules(init_default_scope=False)
@@ -101,16 +102,7 @@ IN_NO_SEGMENTOR = (
 )
 """Of ``ATTENTIONS`` those that no model of ``SEGMENTORS`` contains."""
 
-_TWINS = dict(
-    embed_dims=[8, 16],
-    depths=[1, 2],
-    num_heads=[1, 2],
-    patch_sizes=[4, 2],
-    strides=[4, 2],
-    mlp_ratios=[2, 2],
-    sr_ratios=[2, 1],
-    out_indices=(0, 1),
-)
+_TWINS = dict(**TWINS, out_indices=(0, 1))
 _VIT = dict(
     img_size=32,
     patch_size=8,

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip('mmpretrain')
 
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.recipe import auto_settings, resolve_recipe, settle_auto
 from tests.helpers.runners import save_float
 from tests.helpers.tiny_projects import REPOSITORY, TinyProject, make_project

@@ -5,7 +5,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.tools import USER_ERROR, run_tool
 from tests.helpers.tiny_projects import TinyProject, make_project
 from tests.helpers.tools import load_tool

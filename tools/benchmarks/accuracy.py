@@ -30,7 +30,7 @@ from accuracy_table import read_rows, row_key, table, write_rows
 
 from gplq_mm.analysis import read_json, write_json
 from gplq_mm.integrations.mm.checkpoints.run_checkpoint import STAGE1_NAME
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.tools import run_tool
 
 OUT = Path('docs/benchmarks/accuracy.json')

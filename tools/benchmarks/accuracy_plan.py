@@ -11,7 +11,7 @@ from typing import Any
 from accuracy_recipes import DEFAULT, Recipe, fingerprint, parse_recipe, settled, stage1_part
 
 from gplq_mm.integrations.mm.checkpoints.run_checkpoint import file_sha256
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.tools import load_config
 
 ROOT = Path(__file__).resolve().parents[2]

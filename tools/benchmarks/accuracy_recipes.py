@@ -11,7 +11,7 @@ from typing import Any
 
 from gplq_mm.convert import PRESETS, resolve_recipe, settle_auto
 from gplq_mm.distillation.mimic_settings import resolve_mimic
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 
 PAPER = 'gplq_w4a4_paper'
 SCHEDULES = ('cosine', 'constant')

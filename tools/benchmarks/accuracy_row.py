@@ -26,7 +26,7 @@ from gplq_mm.convert import quantizers
 from gplq_mm.integrations.mm.checkpoints.checkpoint_io import read_checkpoint, write_checkpoint
 from gplq_mm.integrations.mm.checkpoints.run_checkpoint import STAGE1_NAME, unwrap
 from gplq_mm.integrations.mm.launch.config import apply_cfg_options
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.tools import build_runner, read_config, run_tool
 from gplq_mm.integrations.mm.run import weight_stage
 

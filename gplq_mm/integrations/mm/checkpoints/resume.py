@@ -8,7 +8,8 @@ from pathlib import Path
 from mmengine.logging import print_log
 from mmengine.runner import find_latest_checkpoint
 
-from ..launch.preflight import ConfigError, check_checkpoint
+from ..launch.errors import ConfigError
+from ..launch.preflight import check_checkpoint
 from .run_checkpoint import CALIBRATED_NAME
 
 _PATTERNS = ('epoch_*.pth', 'iter_*.pth', CALIBRATED_NAME)

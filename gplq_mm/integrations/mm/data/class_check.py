@@ -8,7 +8,7 @@ from typing import Any
 from mmengine.fileio import load
 from mmengine.logging import print_log
 
-from ..launch.preflight import ConfigError
+from ..launch.errors import ConfigError
 from ..model_structure import class_counts
 
 _WRITE = 'write metainfo=dict(classes=(...)) with the classes that the float model was trained on'

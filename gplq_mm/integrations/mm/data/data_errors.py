@@ -3,8 +3,7 @@
 
 import json
 import os
-from collections.abc import Iterator
-from types import FrameType
+import traceback
 
 from mmengine.dataset import BaseDataset
 
@@ -21,7 +20,7 @@ def explain_data_error(error: BaseException) -> str | None:
         The explanation, which contains the error; None if the error is none of these, such as one
         of a transform.
     """
-    frames = list(_frames(error))
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     owners = [frame.f_locals.get('self') for frame in frames]
     dataset = next((o for o in reversed(owners) if isinstance(o, BaseDataset)), None)
     if dataset is not None and is_empty_data_set(frames[-1]):
@@ -40,14 +39,6 @@ def explain_data_error(error: BaseException) -> str | None:
     if missing and isinstance(error, FileNotFoundError) and error.errno is None:
         return f'a data set names a file that is not there: {missing}; check data_prefix'
     return None
-
-
-def _frames(error: BaseException) -> Iterator[FrameType]:
-    """Frames of an error's traceback, outermost first."""
-    trace = error.__traceback__
-    while trace is not None:
-        yield trace.tb_frame
-        trace = trace.tb_next
 
 
 def _missing_file(error: BaseException) -> str | None:

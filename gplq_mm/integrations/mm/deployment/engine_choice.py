@@ -9,7 +9,9 @@ from mmengine.config import Config, ConfigDict
 from torch import Tensor, nn
 
 from ....registry import MODELS
-from ..launch.preflight import ConfigError, check_checkpoint, is_gplq
+from ..launch.errors import ConfigError
+from ..launch.preflight import check_checkpoint
+from ..launch.settings_check import is_gplq
 from ..model_structure import describe
 
 TORCH_ENGINES = ('simulated', 'integer')

@@ -19,7 +19,9 @@ from ..checkpoints.run_checkpoint import (
     check_quantized,
     is_quantized_checkpoint,
 )
-from ..launch.preflight import ConfigError, check_checkpoint, is_gplq
+from ..launch.errors import ConfigError
+from ..launch.preflight import check_checkpoint
+from ..launch.settings_check import is_gplq
 
 
 def read_finished(cfg: Config, config: str, path: str) -> dict[str, Any]:

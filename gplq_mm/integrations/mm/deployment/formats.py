@@ -12,7 +12,7 @@ from mmengine.config import Config
 from torch import nn
 
 from ....compat.installed import is_installed
-from ..launch.preflight import ConfigError
+from ..launch.errors import ConfigError
 
 Write = Callable[[nn.Module, Config, Namespace, Path], list[Path]]
 

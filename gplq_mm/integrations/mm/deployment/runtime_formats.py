@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from ....convert.model_facts import facts_of
-from ..launch.preflight import ConfigError
+from ..launch.errors import ConfigError
 from .any_size import any_size, unlike_at_one_size
 from .deployed_backbone import load_model
 from .example_pass import image_size

@@ -12,9 +12,7 @@ from torch import nn
 
 from ..checkpoints.checkpoint_io import fetch, read_checkpoint
 from .errors import ConfigError
-from .settings_check import SPLITS, has_gplq_hook, is_gplq
-
-__all__ = ['ConfigError', 'is_gplq']
+from .settings_check import SPLITS, has_gplq_hook
 
 _URL = re.compile(r'^[\w-]+://')
 _DOWNLOADED = ('https://', 'http://', 'file://')

@@ -9,7 +9,7 @@ from typing import IO
 
 from mmengine.dist import broadcast_object_list, is_main_process
 
-from .preflight import ConfigError
+from .errors import ConfigError
 
 LOCK_NAME = '.gplq_lock'
 

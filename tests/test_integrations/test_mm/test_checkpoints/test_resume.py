@@ -10,7 +10,7 @@ import torch
 
 from gplq_mm.integrations.mm.checkpoints import resume
 from gplq_mm.integrations.mm.checkpoints.resume import resumable_checkpoint
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 
 
 def save(path: Path, age: int) -> Path:

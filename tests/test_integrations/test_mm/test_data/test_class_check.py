@@ -12,7 +12,7 @@ from torch import nn
 
 from gplq_mm.integrations.mm.data import class_check
 from gplq_mm.integrations.mm.data.class_check import check_classes
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from tests.helpers.runners import gplq_config, make_runner
 from tests.helpers.tiny_projects import TinyProject
 

@@ -7,7 +7,7 @@ import torch
 import gplq_mm
 from gplq_mm.integrations.mm.deployment.any_size import any_size
 from gplq_mm.integrations.mm.deployment.exportable import exportable, integer_batch
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.registry import MODELS
 from tests.helpers.calibration import calibrate_activations, calibrate_weights
 from tests.helpers.mm_models import retinanet, run_detector

@@ -16,7 +16,7 @@ from gplq_mm.integrations.mm.deployment.engine_choice import (
     set_inference_,
     use_file_,
 )
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 
 GPLQ = dict(type='gplq_mm.GPLQ')
 

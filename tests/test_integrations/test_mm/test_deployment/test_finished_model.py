@@ -16,7 +16,7 @@ from gplq_mm.integrations.mm.deployment.finished_model import (
     float_parts,
     read_finished,
 )
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.ptq.corrections.side_branch import attach_compensation, compensated_blocks
 from tests.helpers.checkpoint_fixtures import unpacked
 

@@ -15,7 +15,7 @@ from gplq_mm.integrations.mm.deployment.formats import (
     check_output,
     choose_format,
 )
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 
 
 def arguments(out: str, name: str | None = None, fp16: bool = False) -> Namespace:

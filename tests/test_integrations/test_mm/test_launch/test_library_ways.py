@@ -4,12 +4,12 @@ from typing import Any
 import pytest
 from mmengine.config import Config
 
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.library_ways import (
     set_mmpretrain_dataloaders,
     show_predictions,
     wrap_for_tta,
 )
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
 
 
 def config(scope: str, pack: str, **model: Any) -> Config:

@@ -8,18 +8,18 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.preflight import (
-    ConfigError,
     check_checkpoint,
     check_data,
     check_float_checkpoint,
     check_float_model,
     downloaded,
-    is_gplq,
     is_url,
     key_mismatch,
     require_hook,
 )
+from gplq_mm.integrations.mm.launch.settings_check import is_gplq
 
 
 def save(path: Path, **state: torch.Tensor) -> Path:

@@ -8,7 +8,7 @@ from mmengine.config import Config
 
 from gplq_mm.convert import resolve_recipe
 from gplq_mm.integrations.mm.launch import tools
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.tools import (
     USER_ERROR,
     add_arguments,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gplq_mm.integrations.mm.launch.preflight import ConfigError
+from gplq_mm.integrations.mm.launch.errors import ConfigError
 from gplq_mm.integrations.mm.launch.work_dir_lock import LOCK_NAME, lock_work_dir
 from tests.helpers.runners import gplq_config, make_runner
 from tests.helpers.tiny_projects import TinyProject
