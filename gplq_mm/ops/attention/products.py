@@ -99,13 +99,19 @@ def multiplied_and_added(logits: Tensor, *terms: Tensor, factor: float) -> Tenso
 
 
 def _added(*terms: Tensor) -> list[Term]:
-    return [Term(_as_bias(term)) for term in terms]
+    return [bias_term(term) for term in terms]
 
 
-def _as_bias(term: Tensor) -> Tensor:
-    if term.dtype != torch.bool:
-        return term
-    return torch.zeros_like(term, dtype=torch.float32).masked_fill_(~term, float('-inf'))
+def bias_term(bias: Tensor) -> Term:
+    """Term that adds a bias, or a mask that is True where attended; broadcasts to the logits.
+
+    Args:
+        bias: ``(B, heads, N, M)`` or a shape that broadcasts to it.
+    """
+    if bias.dtype == torch.bool:
+        masked = torch.zeros_like(bias, dtype=torch.float32)
+        return Term(masked.masked_fill_(~bias, float('-inf')))
+    return Term(bias if bias.is_floating_point() else bias.float())
 
 
 def factor_term(factor: Tensor | float) -> Term:
@@ -150,6 +156,7 @@ class Attention(Operation):
         self.qk_matmul, self.pv_matmul = qk_matmul, pv_matmul
         self.adjust, self.extras, self.dropout = adjust, extras, dropout
         self.query_factor = query_factor
+        self._terms: list[Term] | None = None
         self.engine = getattr(qk_matmul, 'engine', REFERENCE)
 
     @property
@@ -188,11 +195,16 @@ class Attention(Operation):
         return (q.numel() + output.numel()) * k[-1]
 
     def terms(self, q: Tensor) -> list[Term] | None:
-        """Steps from the product of queries and keys to logits; None if it has others.
+        """Steps from the product of queries and keys to logits, found once; None if it has others.
 
         Args:
             q: Queries, ``(B, heads, N, D)``.
         """
+        if self._terms is None:
+            self._terms = self._find_terms(q)
+        return self._terms
+
+    def _find_terms(self, q: Tensor) -> list[Term] | None:
         if isinstance(self.adjust, partial):
             terms, keywords = TERMS.get(self.adjust.func), self.adjust.keywords
         else:

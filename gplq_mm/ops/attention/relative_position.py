@@ -298,23 +298,20 @@ class _RelPosProducts(Attention):
         super().__init__(module.qk_matmul, module.pv_matmul)
         self.module, self.size, self.key_size = module, size, key_size
         self.scale_factor = module.scale
-        self._terms: list[Term] | None = None
 
-    def terms(self, q: Tensor) -> list[Term] | None:
-        """Row and column terms of all queries, computed once; None if they are added otherwise."""
+    def _find_terms(self, q: Tensor) -> list[Term] | None:
+        """Row and column terms of all queries; None if they are added otherwise."""
         module = self.module
         if type(module).with_positions is not RelPosAttention.with_positions:
             return None
-        if self._terms is None:
-            query, scale = module.quantized_query(q)
-            if scale is None:
-                return None
-            self._terms = []
-            if module.use_rel_pos:
-                rel_h, rel_w = module.positions(query, scale, self.size, self.key_size)
-                tensors = rel_h.flatten(2, 3)[..., None], rel_w.flatten(2, 3)[..., None, :]
-                self._terms = [Term(tensor, grid=self.key_size) for tensor in tensors]
-        return self._terms
+        query, scale = module.quantized_query(q)
+        if scale is None:
+            return None
+        if not module.use_rel_pos:
+            return []
+        rel_h, rel_w = module.positions(query, scale, self.size, self.key_size)
+        tensors = rel_h.flatten(2, 3)[..., None], rel_w.flatten(2, 3)[..., None, :]
+        return [Term(tensor, grid=self.key_size) for tensor in tensors]
 
     def logits(self, q: Tensor, k: Tensor, *tables: Tensor) -> Tensor:
         """Logits from unscaled queries, transposed keys and tables on their grids."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .products import TERMS, Term, factor_term, quantized_attention
+from .products import TERMS, Term, bias_term, factor_term, quantized_attention
 
 if TYPE_CHECKING:
     _Base = nn.Module
@@ -70,11 +70,11 @@ def multiplied_and_masked(logits: Tensor, mask: Tensor, *, factor: float) -> Ten
 
 
 def _terms(bias: Tensor, mask: Tensor | None = None) -> list[Term]:
-    return [Term(bias), *(() if mask is None else (Term(mask.unsqueeze(1)),))]
+    return [bias_term(bias), *(() if mask is None else TERMS[masked](mask))]
 
 
 TERMS[biased] = _terms
-TERMS[masked] = lambda mask: [Term(mask.unsqueeze(1))]
+TERMS[masked] = lambda mask: [bias_term(mask.unsqueeze(1))]
 TERMS[scaled_and_biased] = lambda factor, *rest: [factor_term(factor), *_terms(*rest)]
 TERMS[multiplied_and_masked] = lambda mask, factor: [factor_term(factor), *TERMS[masked](mask)]
 

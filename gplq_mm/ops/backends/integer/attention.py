@@ -41,21 +41,12 @@ def refusal(attention: Any, q: Tensor, k: Tensor, v: Tensor) -> str:
     reason = softmax_differs(logits[-1])
     if reason:
         return reason
-    terms = _terms(attention, q)
+    terms = attention.terms(q)
     if terms is None:
         return 'logits that are not products of queries and keys changed by tensors'
     if not all(_fits(term, logits) for term in terms):
         return 'a bias or mask of another type or shape'
     return ''
-
-
-def _terms(attention: Any, q: Tensor) -> list[Term] | None:
-    terms = attention.terms(q)
-    if terms is None:
-        return None
-    return [
-        t if t.tensor.is_floating_point() else t._replace(tensor=t.tensor.float()) for t in terms
-    ]
 
 
 def _fits(term: Term, logits: torch.Size) -> bool:
@@ -85,7 +76,7 @@ def attention(operation: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     second = matmul.product_of(operation.pv_matmul, shape, None, v)
     out = torch.empty(batch, rows, heads, width)
     second.product.out, second.product.row_step = out.data_ptr(), heads * width
-    terms = _terms(operation, q) or ()
+    terms = operation.terms(q)
     softmax = _softmax(terms, columns)
     status = kernels.loaded().attention(
         *map(ctypes.byref, (first.operands, first.product, second.operands, second.product)),
