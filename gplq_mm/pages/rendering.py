@@ -1,12 +1,12 @@
 # Copyright (c) gplq_mm contributors. Licensed under Apache-2.0.
 """Templates, and HTML files that load nothing from anywhere."""
 
-import os
 import re
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..stream.stored_file import unfinished_file
 from .charts import CONFIG
 from .vega import require_packages, vega_script
 
@@ -35,10 +35,8 @@ def render(template: str, **content: Any) -> str:
 
 def write_page(path: Path, text: str) -> None:
     """Write a page to a temporary file and rename it: a browser never reads half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f'.{path.name}.tmp')
-    temporary.write_text(text, encoding='utf-8')
-    os.replace(temporary, path)
+    with unfinished_file(path) as unfinished:
+        unfinished.write_text(text, encoding='utf-8')
 
 
 def breakable(name: str) -> 'Markup':

@@ -3,14 +3,12 @@
 
 import hashlib
 import importlib
-import os
-import tempfile
 from functools import cache
 from importlib.metadata import version
-from pathlib import Path
 
 from ..compat.cache_folder import cache_folder
 from ..compat.installed import is_installed
+from ..stream.stored_file import unfinished_file
 
 PACKAGES = {'jinja2': 'Jinja2', 'vl_convert': 'vl-convert-python'}
 """Import name and distribution of what pages are made with."""
@@ -45,14 +43,7 @@ def vega_script() -> str:
     if not path.is_file():
         bundle: str = importlib.import_module('vl_convert').javascript_bundle(_SNIPPET)
         # the HTML parser ends a script at this text, wherever it stands
-        _store(path, f'(() => {{{bundle}}})();'.replace('</script', '<\\/script'))
+        with unfinished_file(path) as unfinished:  # several processes may do so at once
+            script = f'(() => {{{bundle}}})();'.replace('</script', '<\\/script')
+            unfinished.write_text(script, encoding='utf-8')
     return path.read_text(encoding='utf-8')
-
-
-def _store(path: Path, text: str) -> None:
-    """Write a file and rename it: several processes may do so at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix='.tmp')
-    with os.fdopen(handle, 'w', encoding='utf-8') as stream:
-        stream.write(text)
-    os.replace(temporary, path)
